@@ -1,0 +1,5 @@
+import sys
+
+from megatron_mea.cli import main
+
+sys.exit(main())

@@ -1,0 +1,153 @@
+"""A checkpoint folder on disk: what is in it, when it is whole, and which ones a run has.
+
+step_00001000/
+    __R_N.distcp, .metadata    named global tensors, torch.distributed.checkpoint: NAME is the float32 master
+                               weight, exp_avg.NAME and exp_avg_sq.NAME are its moments
+    meta.json                  step, samples, tokens, configuration, data fingerprint, layout, versions
+    tokenizer/                 the tokenizer folder of the run
+    COMPLETE                   written last: the SHA-256 of every other file
+
+A folder gets its name by a rename when everything in it is on disk, so it is complete or absent.
+`.metadata` is a pickle: load only checkpoints that you trust.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_mea.errors import UserError
+
+_NAME = re.compile(r"step_(\d{8,})")
+COMPLETE, META, TOKENIZER = "COMPLETE", "meta.json", "tokenizer"
+
+
+def folder_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def checkpoints_of(run_dir: str | Path) -> list[tuple[int, Path]]:
+    """(step, folder) of the checkpoints of a run that carry COMPLETE, oldest first; not verified."""
+    found = []
+    for path in Path(run_dir, "checkpoints").glob("step_*"):
+        match = _NAME.fullmatch(path.name)
+        if match and (path / COMPLETE).is_file():
+            found.append((int(match[1]), path))
+    return sorted(found)
+
+
+def checkpoint_folder(path: str | Path) -> Path:
+    """A checkpoint folder itself, or the newest checkpoint of a run folder; not verified.
+
+    Raises:
+        UserError: neither stands there.
+    """
+    path = Path(path)
+    if (path / META).is_file():
+        return path
+    existing = checkpoints_of(path)
+    if not existing:
+        found = "no checkpoint" if path.is_dir() else "no such folder"
+        raise UserError(str(path), found, "a checkpoint folder, or a run folder with checkpoints")
+    return existing[-1][1]
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder, read against the checksums in COMPLETE; None where it is whole."""
+    try:
+        checksums = json.loads((folder / COMPLETE).read_text())["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "COMPLETE is missing or unreadable"
+    for name, expected in checksums.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if sha256(path) != expected:
+            return f"{name} does not match its checksum"
+    return None
+
+
+def seal(folder: Path) -> None:
+    """Flushes every file of a folder to disk and writes COMPLETE with their checksums, last."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    checksums = {str(path.relative_to(folder)): sha256(path) for path in files}
+    for path in files:
+        flush(path)
+    complete = folder / COMPLETE
+    complete.write_text(json.dumps({"sha256": checksums}, indent=1))
+    flush(complete)
+    for path in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
+        flush(path)
+
+
+def publish(folder: Path, final: Path) -> None:
+    """Gives a sealed folder its name; from here on it is a checkpoint."""
+    folder.rename(final)
+    flush(final.parent)
+
+
+def set_aside(folder: Path) -> Path:
+    """Renames a damaged checkpoint to `damaged-step_...`, so that nothing takes it for one again."""
+    target = folder.with_name(f"damaged-{folder.name}")
+    number = 1
+    while target.exists():
+        number += 1
+        target = folder.with_name(f"damaged-{folder.name}-{number}")
+    folder.rename(target)
+    return target
+
+
+def retain(run_dir: str | Path, keep: int, keep_every: int | None) -> None:
+    """Removes the oldest checkpoints beyond `keep`, sparing multiples of `keep_every`."""
+    for step, folder in checkpoints_of(run_dir)[:-keep]:
+        if not (keep_every and step % keep_every == 0):
+            # COMPLETE goes first: a removal that is cut short must not leave something that looks whole.
+            (folder / COMPLETE).unlink()
+            shutil.rmtree(folder)
+
+
+@dataclass(frozen=True)
+class Meta:
+    """The contents of meta.json."""
+
+    step: int
+    samples: int
+    tokens: int
+    config: dict[str, Any]
+    data: list[dict[str, Any]]
+    layout: dict[str, int]
+    versions: dict[str, str]
+    validation_loss: float | None
+
+    def write(self, folder: Path) -> None:
+        (folder / META).write_text(json.dumps(vars(self), indent=1))
+
+    @classmethod
+    def read(cls, folder: Path) -> Meta:
+        """Raises UserError where the folder holds no readable meta.json."""
+        try:
+            return cls(**json.loads((folder / META).read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(
+                str(folder / META), f"unreadable ({error})", "a checkpoint of this package"
+            ) from None
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def flush(path: Path) -> None:
+    """fsync of a file or folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,204 @@
+"""The command line: parses, calls one function a verb, and turns a user's error into one message."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from megatron_mea import __version__
+from megatron_mea.errors import RunError, UserError
+
+MODEL_HELP = "a checkpoint folder, a run folder (its newest checkpoint) or a Hugging Face folder"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit status: 0 done, 2 the user's input was wrong."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except UserError as error:
+        rank = int(os.environ.get("RANK") or 0)
+        if rank > 0:
+            # Every rank finds the same mistake. Rank 0 says it, and the launcher ends the others meanwhile;
+            # what only this rank sees must still be said.
+            time.sleep(3)
+        _say(rank, error)
+        return 2
+    except RunError as error:
+        _say(int(os.environ.get("RANK") or 0), error)
+        return 1
+    return 0
+
+
+def _say(rank: int, error: Exception) -> None:
+    print(f"megatron-mea: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megatron-mea",
+        description="Distributed pre-training of language models with Multi-head Explicit Attention (MEA).",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    def verb(
+        name: str, run: Callable[[argparse.Namespace], None], summary: str, example: str
+    ) -> argparse.ArgumentParser:
+        added = verbs.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=f"example:\n  megatron-mea {name} {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        added.set_defaults(run=run)
+        return added
+
+    sources = "text: .txt, .jsonl(.gz, .zst), .parquet, a folder of those or of `datasets`, or a hub name"
+
+    sub = verb(
+        "tokenizer",
+        _tokenizer,
+        "train a sentencepiece BPE with byte fallback",
+        "--input corpus.jsonl.gz --vocab-size 32000 --out tokenizer",
+    )
+    sub.add_argument("--input", nargs="+", required=True, metavar="SOURCE", help=sources)
+    sub.add_argument(
+        "--vocab-size", type=int, required=True, metavar="N", help="counts every id, special ones too"
+    )
+    sub.add_argument("--out", required=True, metavar="DIR", help="the tokenizer folder to write")
+    sub.add_argument("--text-key", default="text", help="field of a document's text (default: text)")
+
+    sub = verb(
+        "prepare",
+        _prepare,
+        "tokenise documents into PREFIX.bin and PREFIX.idx, Megatron's indexed format",
+        "--input corpus.jsonl.gz --tokenizer tokenizer --out data/corpus",
+    )
+    sub.add_argument("--input", nargs="+", required=True, metavar="SOURCE", help=sources)
+    sub.add_argument("--tokenizer", required=True, metavar="DIR", help="a Hugging Face tokenizer folder")
+    sub.add_argument("--out", required=True, metavar="PREFIX", help="PREFIX.bin and PREFIX.idx are written")
+    sub.add_argument("--text-key", default="text", help="field of a document's text (default: text)")
+    sub.add_argument("--split", default="train", help="split of a `datasets` source (default: train)")
+    sub.add_argument(
+        "--workers", type=int, default=None, help="processes (default: the cores of this machine)"
+    )
+
+    sub = verb(
+        "train",
+        _train,
+        "train, alone or as one rank of many; resumes by itself",
+        "configs/quickstart.yaml optimizer.lr=1e-3",
+    )
+    sub.add_argument("config", metavar="CONFIG", help="a YAML file")
+    sub.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="dotted keys of the YAML and new values"
+    )
+
+    sub = verb(
+        "inspect", _inspect, "show a checkpoint and verify it", "runs/quickstart/checkpoints/step_00000400"
+    )
+    sub.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a checkpoint folder, or a run folder (its newest)"
+    )
+
+    sub = verb(
+        "export", _export, "write a Hugging Face folder, and check its logits", "runs/quickstart exported"
+    )
+    sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    sub.add_argument("out", metavar="OUT_DIR", help="a folder that does not exist or is empty")
+    sub.add_argument(
+        "--dtype", choices=("fp32", "bf16"), default="fp32", help="default fp32: the master weights"
+    )
+    sub.add_argument("--target", choices=("transformers", "stock", "vllm"), default="transformers")
+
+    sub = verb(
+        "evaluate",
+        _evaluate,
+        "cross-entropy and perplexity of a model on prepared data",
+        "runs/quickstart --data runs/quickstart-data/validation",
+    )
+    sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    sub.add_argument(
+        "--data", metavar="PREFIX", help="prepared data (default: a checkpoint's data.validation)"
+    )
+    sub.add_argument("--tasks", nargs="+", metavar="NAME_OR_YAML", help="lm-eval tasks")
+    sub.add_argument("--out", metavar="FILE.json", help="write the result there too")
+
+    sub = verb("generate", _generate, "continue a text", 'exported --prompt "In the beginning"')
+    sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    sub.add_argument("--prompt", required=True, metavar="TEXT")
+    sub.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    sub.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest token"
+    )
+    return parser
+
+
+def _tokenizer(arguments: argparse.Namespace) -> None:
+    from megatron_mea.data.tokenizer import train_tokenizer
+
+    train_tokenizer(arguments.input, arguments.vocab_size, arguments.out, arguments.text_key)
+    print(f"wrote {arguments.out}: {arguments.vocab_size} ids")
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    from megatron_mea.data.prepare import prepare
+
+    workers = arguments.workers
+    if workers is None:
+        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if workers < 1:
+        raise UserError("--workers", workers, "at least 1")
+    documents, tokens = prepare(
+        arguments.input, arguments.tokenizer, arguments.out, arguments.text_key, arguments.split, workers
+    )
+    print(f"wrote {arguments.out}.bin and .idx: {documents:,} documents, {tokens:,} tokens")
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from megatron_mea.config import load_config
+    from megatron_mea.training.signals import StopSignal
+
+    stop = StopSignal()
+    config = load_config(arguments.config, arguments.overrides)
+
+    from megatron_mea.training.run import train
+
+    train(config, stop)
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from megatron_mea.checkpoint.inspect import inspect
+
+    print(inspect(arguments.checkpoint))
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    if arguments.target != "transformers":
+        raise UserError("--target", arguments.target, "transformers (the rest is not in this release yet)")
+    from megatron_mea.huggingface.export import export
+
+    print(export(arguments.model, arguments.out, arguments.dtype))
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    if arguments.tasks:
+        raise UserError("--tasks", " ".join(arguments.tasks), "nothing: tasks are not in this release yet")
+    from megatron_mea.huggingface.use import evaluate
+
+    print(evaluate(arguments.model, arguments.data, arguments.out))
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    if arguments.max_new_tokens < 1:
+        raise UserError("--max-new-tokens", arguments.max_new_tokens, "at least 1")
+    if arguments.temperature < 0:
+        raise UserError("--temperature", arguments.temperature, "0 (the likeliest token) or more")
+    from megatron_mea.huggingface.use import generate
+
+    print(generate(arguments.model, arguments.prompt, arguments.max_new_tokens, arguments.temperature))

@@ -1,0 +1,171 @@
+"""What must hold across keys: every such rule stands here, and runs before anything is started or allocated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from megatron_mea.config.schema import Config
+from megatron_mea.errors import Problem, UserError
+
+
+def cross_checks(config: Config) -> Iterator[Problem]:
+    """The contradictions inside one configuration."""
+    yield from _not_yet(config)
+    yield from _heads(config)
+    yield from _components(config)
+    yield from _lengths(config)
+
+
+def check_world(config: Config, world_size: int) -> int:
+    """The data-parallel size of a run on `world_size` processes.
+
+    Raises:
+        UserError: the layout does not divide the processes, or the batch does not divide.
+    """
+    parallel, training = config.parallel, config.training
+    if world_size % config.model_parallel_size:
+        sizes = f"{parallel.tensor_model_parallel_size} x {parallel.pipeline_model_parallel_size}"
+        raise UserError(
+            "parallel.tensor_model_parallel_size x parallel.pipeline_model_parallel_size",
+            f"{sizes} on {world_size} processes",
+            "a product that divides the number of processes",
+        )
+    data_parallel = world_size // config.model_parallel_size
+    share = training.micro_batch_size * data_parallel
+    if training.global_batch_size % share:
+        raise UserError(
+            "training.global_batch_size",
+            training.global_batch_size,
+            f"a multiple of training.micro_batch_size x data-parallel size = "
+            f"{training.micro_batch_size} x {data_parallel} = {share}",
+        )
+    return data_parallel
+
+
+def handicaps(config: Config) -> list[str]:
+    """Warnings about settings that are allowed and known to train badly."""
+    model = config.model
+    if not model.has_head_norm:
+        return []
+    embedding = model.embedding_initializer_range or model.initializer_range
+    output_std = model.initializer_range / math.sqrt(2 * model.num_hidden_layers)
+    gain = model.head_norm_init if model.head_norm_affine else 1.0
+    branch = output_std * math.sqrt(model.num_attention_heads * model.head_dim) * gain
+    if embedding >= branch / 2:
+        return []
+    return [
+        f"the head norm makes each attention branch add RMS {branch:.3g} at the start, and the embeddings have "
+        f"only {embedding:.3g}: that start was measured to cost 0.2 to 0.4 nats early on (docs/initialisation.md). "
+        f"Raise model.embedding_initializer_range to about {branch:.2g} or lower model.head_norm_init."
+    ]
+
+
+def _not_yet(config: Config) -> Iterator[Problem]:
+    """Keys of the public contract whose feature does not exist yet: refused, never ignored."""
+    parallel, training, logging = config.parallel, config.training, config.logging
+    gates = [
+        (
+            "model.attention_variant",
+            config.model.attention_variant,
+            ("plain", "plain_norm", "mea", "mea_no_norm"),
+        ),
+        ("parallel.tensor_model_parallel_size", parallel.tensor_model_parallel_size, (1,)),
+        ("parallel.pipeline_model_parallel_size", parallel.pipeline_model_parallel_size, (1,)),
+        ("parallel.sequence_parallel", parallel.sequence_parallel, (False,)),
+        ("parallel.zero_stage", parallel.zero_stage, (0, 1)),
+        ("data.document_mask", config.data.document_mask, (False,)),
+        ("training.activation_checkpointing", training.activation_checkpointing, ("none", "full")),
+        ("training.compile", training.compile, (False,)),
+        ("training.replica_check_interval", training.replica_check_interval, (None,)),
+        ("training.distillation", training.distillation, (None,)),
+        ("checkpoint.async_save", config.checkpoint.async_save, (False,)),
+        ("logging.sample_hashes", logging.sample_hashes, (False,)),
+        ("logging.profile", logging.profile, (None,)),
+        ("run.init_from", config.run.init_from, (None,)),
+        ("run.resume_from", config.run.resume_from, ("newest",)),
+    ]
+    for key, value, available in gates:
+        if value not in available:
+            names = ", ".join("null" if one is None else str(one).lower() for one in available)
+            yield Problem(key, value, f"{names} (the rest is not in this release yet)")
+
+
+def _heads(config: Config) -> Iterator[Problem]:
+    model = config.model
+    if model.num_attention_heads % model.num_key_value_heads:
+        yield Problem(
+            "model.num_attention_heads",
+            model.num_attention_heads,
+            f"a multiple of model.num_key_value_heads = {model.num_key_value_heads}",
+        )
+    if model.head_dim % 2:
+        yield Problem("model.head_dim", model.head_dim, "an even number: RoPE rotates pairs of features")
+
+
+def _components(config: Config) -> Iterator[Problem]:
+    model = config.model
+    where, composite = "model.num_component_heads", model.num_key_value_heads
+    heads = model.component_heads
+    if len(heads) != model.num_hidden_layers:
+        yield Problem(
+            where,
+            f"a list of {len(heads)}",
+            f"one number, or one a layer: model.num_hidden_layers = {model.num_hidden_layers}",
+        )
+    if max(heads, default=0) > composite:
+        yield Problem(where, max(heads), f"at most model.num_key_value_heads = {composite}")
+    elif min(heads, default=composite) < composite:
+        if not model.has_hlc:
+            yield Problem(
+                where,
+                min(heads),
+                f"model.num_key_value_heads = {composite}, since `{model.attention_variant}` does not combine heads",
+                "choose the variant mea or mea_no_norm, or lower model.num_key_value_heads",
+            )
+        elif model.hlc_mixes != "both":
+            yield Problem(
+                "model.hlc_mixes",
+                f"{model.hlc_mixes} with {min(heads)} component heads",
+                f"`both` where component heads are fewer than model.num_key_value_heads = {composite}",
+            )
+    if not model.has_hlc:
+        for key in ("hlc_mixes", "hlc_init"):
+            if getattr(model, key) != type(model).model_fields[key].default:
+                yield Problem(
+                    f"model.{key}",
+                    getattr(model, key),
+                    f"nothing: `{model.attention_variant}` has no head combination",
+                )
+
+
+def _lengths(config: Config) -> Iterator[Problem]:
+    schedule, steps = config.schedule, config.steps
+    if schedule.warmup_steps >= steps:
+        yield Problem("schedule.warmup_steps", schedule.warmup_steps, f"fewer than training.steps = {steps}")
+    if schedule.kind == "wsd":
+        stable = steps - schedule.warmup_steps
+        if schedule.decay_steps is None:
+            yield Problem("schedule.decay_steps", "nothing", "a number of steps: `wsd` needs it")
+        elif schedule.decay_steps > stable:
+            yield Problem(
+                "schedule.decay_steps",
+                schedule.decay_steps,
+                f"at most the steps after warm-up, {max(stable, 0)}",
+            )
+    elif schedule.decay_steps is not None:
+        yield Problem(
+            "schedule.decay_steps", schedule.decay_steps, f"null: `{schedule.kind}` has no decay phase"
+        )
+    if config.data.seq_length > config.model.max_position_embeddings:
+        yield Problem(
+            "data.seq_length",
+            config.data.seq_length,
+            f"at most model.max_position_embeddings = {config.model.max_position_embeddings}",
+        )
+    if config.training.global_batch_size % config.training.micro_batch_size:
+        yield Problem(
+            "training.global_batch_size",
+            config.training.global_batch_size,
+            f"a multiple of training.micro_batch_size = {config.training.micro_batch_size}",
+        )

@@ -1,0 +1,234 @@
+"""Types, ranges and defaults of every configuration key, one class a section of the YAML."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+_NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?")
+
+
+def _as_number(value: Any) -> Any:
+    """YAML 1.1 reads `3e-3` and `1e6` as text; where a number is expected they are numbers."""
+    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
+
+
+def _as_integer(value: Any) -> Any:
+    value = _as_number(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Int = Annotated[int, BeforeValidator(_as_integer)]
+Float = Annotated[float, BeforeValidator(_as_number)]
+PositiveInt = Annotated[Int, Field(gt=0)]
+PositiveFloat = Annotated[Float, Field(gt=0)]
+Beta = Annotated[Float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class LinearRope(Section):
+    rope_type: Literal["linear"]
+    factor: Annotated[Float, Field(ge=1)]
+
+
+class DynamicRope(Section):
+    rope_type: Literal["dynamic"]
+    factor: Annotated[Float, Field(ge=1)]
+
+
+class YarnRope(Section):
+    rope_type: Literal["yarn"]
+    factor: Annotated[Float, Field(ge=1)]
+    original_max_position_embeddings: PositiveInt
+    attention_factor: PositiveFloat | None = None
+    beta_fast: PositiveFloat = 32.0
+    beta_slow: PositiveFloat = 1.0
+    mscale: PositiveFloat | None = None
+    mscale_all_dim: PositiveFloat | None = None
+    truncate: bool = True
+
+
+class Llama3Rope(Section):
+    rope_type: Literal["llama3"]
+    factor: Annotated[Float, Field(ge=1)]
+    low_freq_factor: PositiveFloat
+    high_freq_factor: PositiveFloat
+    original_max_position_embeddings: PositiveInt
+
+
+RopeScaling = Annotated[LinearRope | DynamicRope | YarnRope | Llama3Rope, Field(discriminator="rope_type")]
+
+
+class Model(Section):
+    vocab_size: PositiveInt = 32000
+    hidden_size: PositiveInt = 512
+    intermediate_size: PositiveInt = 1408
+    num_hidden_layers: PositiveInt = 8
+    num_attention_heads: PositiveInt = 8
+    num_key_value_heads: PositiveInt = 4
+    num_component_heads: PositiveInt | list[PositiveInt] | None = None
+    head_dim: PositiveInt = 64
+    attention_variant: Literal[
+        "plain", "plain_norm", "mea", "mea_no_norm", "differential", "talking_heads"
+    ] = "mea"
+    hlc_init: Literal["block", "orthogonal", "normal"] = "block"
+    hlc_mixes: Literal["both", "keys", "values"] = "both"
+    qk_norm: bool = False
+    attention_bias: bool = False
+    head_norm_affine: bool = True
+    head_norm_init: PositiveFloat = 1.0
+    head_norm_eps: PositiveFloat = 1e-5
+    rms_norm_eps: PositiveFloat = 1e-5
+    rope_theta: PositiveFloat = 500000.0
+    rope_scaling: RopeScaling | None = None
+    max_position_embeddings: PositiveInt = 2048
+    tie_word_embeddings: bool = False
+    initializer_range: PositiveFloat = 0.02
+    embedding_initializer_range: PositiveFloat | None = None
+
+    @property
+    def component_heads(self) -> list[int]:
+        """h' of every layer."""
+        heads = self.num_component_heads or self.num_key_value_heads
+        return list(heads) if isinstance(heads, list) else [heads] * self.num_hidden_layers
+
+    @property
+    def has_hlc(self) -> bool:
+        return self.attention_variant in ("mea", "mea_no_norm")
+
+    @property
+    def mixes_keys(self) -> bool:
+        return self.has_hlc and self.hlc_mixes in ("both", "keys")
+
+    @property
+    def mixes_values(self) -> bool:
+        return self.has_hlc and self.hlc_mixes in ("both", "values")
+
+    @property
+    def has_head_norm(self) -> bool:
+        return self.attention_variant in ("mea", "plain_norm")
+
+    @property
+    def rope_parameters(self) -> dict[str, Any]:
+        """RoPE as transformers 5 writes it into a `config.json`."""
+        scaling = self.rope_scaling.model_dump(exclude_none=True) if self.rope_scaling else {}
+        return {"rope_type": "default", "rope_theta": self.rope_theta} | scaling
+
+
+class TrainCorpus(Section):
+    path: str
+    weight: PositiveFloat = 1.0
+
+
+class Data(Section):
+    tokenizer: str
+    train: Annotated[list[TrainCorpus], Field(min_length=1)]
+    validation: list[TrainCorpus] = []
+    seq_length: PositiveInt = 1024
+    document_mask: bool = False
+
+
+class Parallel(Section):
+    tensor_model_parallel_size: PositiveInt = 1
+    pipeline_model_parallel_size: PositiveInt = 1
+    sequence_parallel: bool = False
+    zero_stage: Annotated[Int, Field(ge=0, le=3)] = 1
+    timeout_minutes: PositiveFloat = 10.0
+
+
+class Optimizer(Section):
+    lr: PositiveFloat = 3e-3
+    betas: Annotated[list[Beta], Field(min_length=2, max_length=2)] = [0.9, 0.95]
+    eps: PositiveFloat = 1e-8
+    weight_decay: Annotated[Float, Field(ge=0)] = 0.1
+    decay_hlc: bool = False
+    grad_clip: PositiveFloat = 1.0
+
+
+class Schedule(Section):
+    kind: Literal["cosine", "constant", "wsd"] = "cosine"
+    warmup_steps: Annotated[Int, Field(ge=0)] = 100
+    min_lr_ratio: Annotated[Float, Field(ge=0, le=1)] = 0.1
+    decay_steps: PositiveInt | None = None
+
+
+class Distillation(Section):
+    teacher: str
+    weight: Annotated[Float, Field(ge=0, le=1)] = 0.5
+    temperature: PositiveFloat = 1.0
+
+
+class Training(Section):
+    steps: PositiveInt | None = None
+    tokens: PositiveFloat | None = None
+    global_batch_size: PositiveInt = 64
+    micro_batch_size: PositiveInt = 4
+    precision: Literal["bf16", "fp32"] = "bf16"
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    compile: bool = False
+    deterministic: bool = False
+    replica_check_interval: PositiveInt | None = None
+    distillation: Distillation | None = None
+    seed: Annotated[Int, Field(ge=0)] = 1234
+
+
+class Evaluation(Section):
+    interval: PositiveInt = 100
+    batches: PositiveInt = 16
+
+
+class Checkpoint(Section):
+    interval: PositiveInt = 500
+    keep: PositiveInt = 3
+    keep_every: PositiveInt | None = None
+    async_save: bool = False
+
+
+class Profile(Section):
+    start: PositiveInt
+    steps: PositiveInt
+
+
+class Logging(Section):
+    interval: PositiveInt = 10
+    tensorboard: bool = True
+    sample_hashes: bool = False
+    profile: Profile | None = None
+
+
+class Run(Section):
+    dir: str
+    init_from: str | None = None
+    resume_from: Literal["newest"] | Int = "newest"
+
+
+class Config(Section):
+    model: Model = Model()
+    data: Data
+    parallel: Parallel = Parallel()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    training: Training = Training()
+    evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpoint = Checkpoint()
+    logging: Logging = Logging()
+    run: Run
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run; `resolve` has filled it in."""
+        assert self.training.steps is not None
+        return self.training.steps
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.training.global_batch_size * self.data.seq_length
+
+    @property
+    def model_parallel_size(self) -> int:
+        return self.parallel.tensor_model_parallel_size * self.parallel.pipeline_model_parallel_size

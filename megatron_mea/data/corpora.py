@@ -1,0 +1,120 @@
+"""A list of corpora of the configuration, opened: windows of tokens by sample number."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron_mea.config.schema import TrainCorpus
+from megatron_mea.data.indexed import IndexedReader
+from megatron_mea.data.order import PERIOD, SampleOrder
+from megatron_mea.errors import UserError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids, their positions, and what should follow each of them; all (samples, seq_length) int64."""
+
+    input_ids: np.ndarray
+    position_ids: np.ndarray
+    targets: np.ndarray
+
+
+class Corpora:
+    """Windows of `seq_length` tokens, numbered as samples of an endless mixture.
+
+    Args:
+        corpora: paths and relative weights.
+        seq_length: tokens of a window; the token after its last is the last target.
+        vocab_size: every id must be below it.
+        seed: keys the order of the samples; None reads each corpus front to back (validation).
+        key: the configuration key of the list, for messages.
+
+    Raises:
+        UserError: a corpus is missing, damaged, too short for one window, or has ids beyond the vocabulary.
+    """
+
+    def __init__(
+        self, corpora: Sequence[TrainCorpus], seq_length: int, vocab_size: int, seed: int | None, key: str
+    ) -> None:
+        self.seq_length, self.vocab_size, self.key = seq_length, vocab_size, key
+        self.paths = [corpus.path for corpus in corpora]
+        self.readers = [IndexedReader(corpus.path) for corpus in corpora]
+        for path, reader in zip(self.paths, self.readers, strict=True):
+            if reader.tokens.size <= seq_length:
+                allowed = f"more than data.seq_length = {seq_length} tokens"
+                raise UserError(f"{path}.bin", f"{reader.tokens.size} tokens", allowed)
+            self._check_ids(reader.largest_token(), path)
+        windows = [(reader.tokens.size - 1) // seq_length for reader in self.readers]
+        self.order = SampleOrder(windows, [corpus.weight for corpus in corpora], seed)
+
+    def batch(self, samples: np.ndarray) -> Batch:
+        """The windows of the given sample numbers (n,)."""
+        corpus, window = self.order.locate(samples)
+        tokens = np.empty((len(samples), self.seq_length + 1), dtype=np.int64)
+        for row, (index, number) in enumerate(zip(corpus, window, strict=True)):
+            start = number * self.seq_length
+            tokens[row] = self.readers[index].tokens[start : start + self.seq_length + 1]
+            self._check_ids(int(tokens[row].max()), self.paths[index])
+        positions = np.broadcast_to(np.arange(self.seq_length), (len(samples), self.seq_length))
+        return Batch(tokens[:, :-1], positions, tokens[:, 1:])
+
+    def describe(self, samples: np.ndarray) -> str:
+        """Where samples come from, for a message: corpus and window of each."""
+        corpus, window = self.order.locate(samples)
+        return ", ".join(f"{self.paths[c]} window {w}" for c, w in zip(corpus, window, strict=True))
+
+    def require(self, samples: int, batches: int, batch_size: int) -> None:
+        """Raises UserError where some corpus would have to repeat windows within the first `samples` samples."""
+        corpus, number = self.order.mixture.locate(np.arange(samples))
+        for index, path in enumerate(self.paths):
+            needed = int(number[corpus == index].max(initial=-1)) + 1
+            if needed > self.order.windows[index]:
+                available = self.order.windows[index] * batches // needed
+                raise UserError(
+                    self.key,
+                    f"{path} has {self.order.windows[index]} windows of {self.seq_length} tokens, "
+                    f"enough for {available} global batches of {batch_size}",
+                    f"at least evaluation.batches = {batches} global batches",
+                    "lower evaluation.batches or give more text",
+                )
+
+    @property
+    def tokens(self) -> int:
+        return sum(reader.tokens.size for reader in self.readers)
+
+    def fingerprint(self) -> list[dict[str, Any]]:
+        """What decides on the samples, by corpus: rounded weight, size and a digest; not the path."""
+        quotas = self.order.mixture.quota
+        return [
+            {"weight": int(quota), "tokens": int(reader.tokens.size), "digest": _digest(reader.tokens)}
+            for quota, reader in zip(quotas, self.readers, strict=True)
+        ]
+
+    def shares(self) -> list[str]:
+        """One line a corpus: path, tokens, share of the samples, for the start of the log."""
+        return [
+            f"{path}: {reader.tokens.size:,} tokens, {quota / PERIOD:.2%} of the samples"
+            for path, reader, quota in zip(self.paths, self.readers, self.order.mixture.quota, strict=True)
+        ]
+
+    def _check_ids(self, largest: int, path: str) -> None:
+        if largest >= self.vocab_size:
+            raise UserError(
+                f"{path}.bin",
+                f"token id {largest}",
+                f"ids below model.vocab_size = {self.vocab_size}",
+                "prepare the text with the tokenizer of this run, or raise model.vocab_size",
+            )
+
+
+def _digest(tokens: np.ndarray) -> str:
+    """A digest of 64 blocks spread over the corpus: cheap at any size, and sees another text."""
+    digest = hashlib.sha256()
+    for start in np.linspace(0, max(tokens.size - 2048, 0), 64, dtype=np.int64):
+        digest.update(np.ascontiguousarray(tokens[start : start + 2048], dtype=np.int64).tobytes())
+    return digest.hexdigest()[:16]

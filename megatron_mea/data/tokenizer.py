@@ -1,0 +1,174 @@
+"""Tokenizers: training a sentencepiece BPE, and loading any Hugging Face tokenizer folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_mea.data.sources import check_sources, documents
+from megatron_mea.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def load_tokenizer(folder: str | Path, where: str = "data.tokenizer") -> PreTrainedTokenizerBase:
+    """A tokenizer folder as `AutoTokenizer` loads it; no code from the folder is run.
+
+    Args:
+        where: the key or option that named the folder, for the message.
+
+    Raises:
+        UserError: it is not there, cannot be loaded, or has no end-of-document (eos) token.
+    """
+    check_tokenizer_folder(folder, where)
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    # It warns of every model type that it does not know, though only the tokenizer is asked for.
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        found = f"{folder}, which does not load ({type(error).__name__}: {reason})"
+        raise UserError(where, found, "a Hugging Face tokenizer folder") from None
+    if tokenizer.eos_token_id is None:
+        mend = "set `eos_token` in its tokenizer_config.json"
+        raise UserError(
+            where, f"{folder}, without an eos token", "a tokenizer with an end-of-document token", mend
+        )
+    return tokenizer
+
+
+def check_tokenizer_folder(folder: str | Path, where: str) -> None:
+    """The part of `load_tokenizer`'s checks that needs no library: it exists and looks like a tokenizer."""
+    path = Path(folder)
+    if not path.is_dir():
+        mend = "make one with `megatron-mea tokenizer`"
+        raise UserError(where, f"{folder}, which is no folder", "a Hugging Face tokenizer folder", mend)
+    if not any((path / name).is_file() for name in _FILES):
+        raise UserError(where, f"{folder}, without tokenizer files", "a Hugging Face tokenizer folder")
+
+
+def train_tokenizer(sources: Sequence[str], vocab_size: int, out: str | Path, text_key: str = "text") -> None:
+    """Trains a sentencepiece BPE with byte fallback and writes it as a Hugging Face tokenizer folder.
+
+    Args:
+        vocab_size: counts every id: 4 special ones and 256 bytes included, so `len(tokenizer) == vocab_size`.
+        out: gets `tokenizer.model`, `tokenizer.json` and `tokenizer_config.json`.
+
+    Raises:
+        UserError: no text, or a vocabulary that the text cannot fill or that cannot hold its characters.
+    """
+    if vocab_size < 261:
+        raise UserError("--vocab-size", vocab_size, "at least 261: 4 special ids, 256 bytes and one piece")
+    check_sources(sources)
+    import sentencepiece
+
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
+        model = Path(scratch) / "tokenizer.model"
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=_sentences(sources, text_key),
+                model_prefix=str(model.with_suffix("")),
+                model_type="bpe",
+                vocab_size=vocab_size,
+                byte_fallback=True,
+                split_digits=True,
+                character_coverage=0.9999,
+                # Text comes back as it went in: nothing is normalised or stripped.
+                normalization_rule_name="identity",
+                remove_extra_whitespaces=False,
+                allow_whitespace_only_pieces=True,
+                required_chars="\n<>{}",
+                max_sentence_length=1 << 16,
+                input_sentence_size=5_000_000,
+                shuffle_input_sentence=True,
+                num_threads=len(os.sched_getaffinity(0))
+                if hasattr(os, "sched_getaffinity")
+                else os.cpu_count(),
+                unk_id=0,
+                bos_id=1,
+                eos_id=2,
+                pad_id=3,
+                minloglevel=2,
+            )
+        except RuntimeError as error:
+            # sentencepiece prefixes its C++ source line: keep the sentence that speaks to the user.
+            reason = str(error).strip().splitlines()[-1].rpartition("] ")[2]
+            raise UserError("--vocab-size", vocab_size, "a size that fits the text", reason) from None
+        _to_hugging_face(model, Path(scratch))
+        model.with_suffix(".vocab").unlink()
+        out.mkdir(exist_ok=True)
+        for file in sorted(Path(scratch).iterdir()):
+            shutil.move(file, out / file.name)
+
+
+def _sentences(sources: Sequence[str], text_key: str) -> Iterator[str]:
+    """Lines: sentencepiece takes no newline inside a sentence."""
+    empty = True
+    for text in documents(sources, text_key):
+        for line in text.splitlines():
+            if line.strip():
+                empty = False
+                # sentencepiece drops what is longer; a piece never spans so many characters.
+                yield from (line[at : at + 8192] for at in range(0, len(line), 8192))
+    if empty:
+        raise UserError("--input", ", ".join(sources) + ": no text", "sources with text")
+
+
+def _to_hugging_face(model: Path, out: Path) -> None:
+    """The same tokenizer for the `tokenizers` library, id for id.
+
+    transformers' own conversion treats lines that begin with a space differently, so the merges are rebuilt
+    here: every split of a piece into two pieces, best-scored piece first, as sentencepiece applies them.
+    """
+    import sentencepiece
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    trained = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    ids = range(trained.get_piece_size())
+    vocab = {trained.id_to_piece(i): i for i in ids}
+    score = {
+        trained.id_to_piece(i): trained.get_score(i)
+        for i in ids
+        if not (trained.is_byte(i) or trained.is_control(i) or trained.is_unknown(i))
+    }
+    merges = []
+    for piece, value in score.items():
+        splits = [(piece[:at], piece[at:]) for at in range(1, len(piece))]
+        known = [(left, right) for left, right in splits if left in score and right in score]
+        merges += [(-value, vocab[left], vocab[right], (left, right)) for left, right in known]
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab,
+            [pair for *_, pair in sorted(merges)],
+            unk_token=SPECIAL["unk_token"],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL.values()]
+    )
+    # `PreTrainedTokenizerFast` is the class name that readers other than transformers 5 know as well.
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **SPECIAL)
+    fast.save_pretrained(out)
+    config = out / "tokenizer_config.json"
+    config.write_text(config.read_text().replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'))

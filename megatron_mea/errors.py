@@ -1,0 +1,48 @@
+"""The user's mistakes: everything that a user can get wrong ends in one `UserError`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong.
+
+    Args:
+        where: the dotted key of the configuration, the option or the file.
+        found: what stands there.
+        allowed: what may stand there.
+        mend: how to mend it, where `allowed` does not say it already.
+    """
+
+    where: str
+    found: object
+    allowed: str
+    mend: str = ""
+
+    def __str__(self) -> str:
+        lines = [f"error: {self.where}", f"  found:   {self.found}", f"  allowed: {self.allowed}"]
+        return "\n".join(lines + ([f"  mend:    {self.mend}"] if self.mend else []))
+
+
+class RunError(RuntimeError):
+    """Ends a command with one message and exit status 1: something failed that is not the user's input."""
+
+
+class UserError(Exception):
+    """Ends a command with one message on stderr and exit status 2, without a traceback."""
+
+    def __init__(self, where: str, found: object, allowed: str, mend: str = "") -> None:
+        self.problems = [Problem(where, found, allowed, mend)]
+        super().__init__(str(self.problems[0]))
+
+    @classmethod
+    def of(cls, problems: Iterable[Problem]) -> UserError:
+        """One error out of several problems, which the user then mends in one go."""
+        problems = list(problems)
+        error = cls(problems[0].where, problems[0].found, problems[0].allowed, problems[0].mend)
+        error.problems = problems
+        error.args = ("\n".join(map(str, problems)),)
+        return error

@@ -1,0 +1,464 @@
+"""Multi-head Explicit Attention (MEA) decoder for transformers. Travels with every export, imports nothing else.
+
+The cache of a layer holds one head: all rotated component heads side by side, h' d wide, in transformers' own
+cache classes. Composite heads are made from it when several tokens attend (prefill); a single new token absorbs
+the combination into its query and its output instead (arXiv 2601.19611, eq. 13: RoPE commutes with the
+combination, so rotated component heads can be stored).
+"""
+
+import inspect
+import math
+from functools import lru_cache, wraps
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_mea import MEAConfig
+
+# transformers 5.24 renamed `past_key_values` to `cache` everywhere; older releases know the old name only.
+CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+
+
+def accept_either_cache_name(function):
+    """Lets a forward method that names its argument `cache` be called with `past_key_values` too."""
+
+    @wraps(function)
+    def wrapped(*args, **kwargs):
+        old = kwargs.pop("past_key_values", None)
+        if old is not None:
+            kwargs["cache"] = old
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The type for sums and angles: float32 for 16-bit inputs, the input's own type otherwise."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+@lru_cache(maxsize=8)
+def _inverse_frequencies(rope: tuple, dim: int, max_positions: int, seq_len: int) -> tuple[tuple, float]:
+    parameters = dict(rope)
+    kind, base, factor = parameters["rope_type"], parameters["rope_theta"], parameters.get("factor")
+    if kind == "dynamic":
+        base *= (factor * max(seq_len, max_positions) / max_positions - (factor - 1)) ** (dim / (dim - 2))
+    frequencies = [base ** (-i / dim) for i in range(0, dim, 2)]
+    if kind in ("default", "dynamic"):
+        return tuple(frequencies), 1.0
+    if kind == "linear":
+        return tuple(f / factor for f in frequencies), 1.0
+    original = parameters["original_max_position_embeddings"]
+    if kind == "llama3":
+        low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
+
+        def stretch(f: float) -> float:
+            # 0 below the low-frequency edge (interpolated), 1 above the high one (left alone), linear between.
+            smooth = min(max((original * f / (2 * math.pi) - low) / (high - low), 0.0), 1.0)
+            return (1 - smooth) * f / factor + smooth * f
+
+        return tuple(stretch(f) for f in frequencies), 1.0
+    if kind == "yarn":
+
+        def dimension(rotations: float) -> float:
+            return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
+
+        def magnitude(scale: float, mscale: float = 1.0) -> float:
+            return 1.0 if scale <= 1 else 0.1 * mscale * math.log(scale) + 1.0
+
+        low = dimension(parameters.get("beta_fast") or 32)
+        high = dimension(parameters.get("beta_slow") or 1)
+        if parameters.get("truncate", True):
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, dim - 1)
+        high += 0.001 if low == high else 0
+        ramp = [min(max((i - low) / (high - low), 0.0), 1.0) for i in range(dim // 2)]
+        scaled = tuple(f / factor * r + f * (1 - r) for f, r in zip(frequencies, ramp, strict=True))
+        attention = parameters.get("attention_factor")
+        mscale, mscale_all = parameters.get("mscale"), parameters.get("mscale_all_dim")
+        if attention is None and mscale and mscale_all:
+            attention = magnitude(factor, mscale) / magnitude(factor, mscale_all)
+        return scaled, magnitude(factor) if attention is None else attention
+    raise ValueError(f"rope_type {kind!r} is not supported (allowed: default, linear, dynamic, yarn, llama3)")
+
+
+def inverse_frequencies(config: MEAConfig, seq_len: int = 0) -> tuple[tuple[float, ...], float]:
+    """Inverse frequencies (head_dim / 2 of them) and the factor on cosine and sine, in double precision.
+
+    The scalings are those of transformers' `modeling_rope_utils`, which rounds them to float32. `seq_len`
+    matters to `dynamic` alone, where the context outgrows `max_position_embeddings`.
+    """
+    rope = tuple(sorted(config.rope_parameters.items()))
+    return _inverse_frequencies(rope, config.head_dim, config.max_position_embeddings, seq_len)
+
+
+def rotary_cos_sin(config: MEAConfig, position_ids: torch.Tensor, dtype: torch.dtype):
+    """Cosine and sine of the rotary angles, each (batch, seq, head_dim), for `position_ids` (batch, seq)."""
+    seq_len = 0
+    if config.rope_parameters["rope_type"] == "dynamic":
+        seq_len = int(position_ids.max()) + 1
+    frequencies, scale = inverse_frequencies(config, seq_len)
+    accurate = at_least_float32(dtype)
+    frequencies = torch.tensor(frequencies, dtype=accurate, device=position_ids.device)
+    # shape: (batch, seq, 1) * (head_dim / 2,) -> (batch, seq, head_dim / 2)
+    angles = position_ids[..., None].to(accurate) * frequencies
+    angles = torch.cat((angles, angles), dim=-1)
+    return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+
+
+def apply_rotary(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates `heads` (..., head_dim) by broadcastable `cos` and `sin`; Hugging Face's half-split convention."""
+    first, second = heads.chunk(2, dim=-1)
+    return heads * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    groups = module.num_key_value_groups
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = F.softmax(scores, dim=-1, dtype=at_least_float32(scores.dtype)).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class MEARMSNorm(nn.RMSNorm):
+    """Root-mean-square norm over the last dimension; sums in float32 for 16-bit inputs, in float64 for float64."""
+
+
+class MEAHeadCombination(nn.Module):
+    """Head-level linear combination (eq. 10): `weight` (h', h), composite j = sum_c weight[c, j] component_c."""
+
+    def __init__(self, num_component_heads: int, num_key_value_heads: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_component_heads, num_key_value_heads))
+
+    def forward(self, components: torch.Tensor) -> torch.Tensor:
+        """(batch, h', seq, d) -> (batch, h, seq, d)"""
+        batch, count, seq, dim = components.shape
+        # shape: (h, h') @ (batch, h', seq d) -> (batch, h, seq d)
+        return (self.weight.t() @ components.reshape(batch, count, seq * dim)).view(batch, -1, seq, dim)
+
+
+class MEAMLP(nn.Module):
+    def __init__(self, config: MEAConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class MEAAttention(nn.Module):
+    """Grouped-query attention on composite heads, each query head's output normalised (eq. 11 and 12)."""
+
+    def __init__(self, config: MEAConfig, layer_idx: int):
+        super().__init__()
+        hidden, dim = config.hidden_size, config.head_dim
+        self.config, self.layer_idx = config, layer_idx
+        self.num_heads, self.num_kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            dim,
+        )
+        self.num_component_heads = config.num_component_heads[layer_idx]
+        self.num_key_value_groups = self.num_heads // self.num_kv_heads
+        self.scaling = dim**-0.5
+        self.is_causal = True
+        self.q_proj = nn.Linear(hidden, self.num_heads * dim, bias=config.attention_bias)
+        self.k_proj = nn.Linear(hidden, self.num_component_heads * dim, bias=config.attention_bias)
+        self.v_proj = nn.Linear(hidden, self.num_component_heads * dim, bias=config.attention_bias)
+        self.o_proj = nn.Linear(self.num_heads * dim, hidden, bias=False)
+        sizes = (self.num_component_heads, self.num_kv_heads)
+        self.hlc_k = MEAHeadCombination(*sizes) if config.mixes_keys else None
+        self.hlc_v = MEAHeadCombination(*sizes) if config.mixes_values else None
+        self.q_norm = MEARMSNorm(dim, eps=config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = MEARMSNorm(dim, eps=config.rms_norm_eps) if config.qk_norm else None
+        self.head_norm = None
+        if config.has_head_norm:
+            self.head_norm = MEARMSNorm(
+                dim, eps=config.head_norm_eps, elementwise_affine=config.head_norm_affine
+            )
+
+    @accept_either_cache_name
+    def forward(
+        self, hidden_states, position_embeddings, attention_mask=None, cache: Cache | None = None, **kwargs
+    ):
+        batch, seq, _ = hidden_states.shape
+        cos, sin = (angle[:, None] for angle in position_embeddings)
+        # shape: (batch, seq, heads d) -> (batch, heads, seq, d)
+        query = self.q_proj(hidden_states).view(batch, seq, -1, self.head_dim).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(batch, seq, -1, self.head_dim).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(batch, seq, -1, self.head_dim).transpose(1, 2)
+        key_scale = None
+        if self.q_norm is not None:
+            query, key, key_scale = self._normalise(query, key)
+        query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
+        if cache is not None:
+            key, value, key_scale = self._through_cache(cache, key, value, key_scale)
+
+        absorbable = self.hlc_k is not None or self.hlc_v is not None
+        if absorbable and cache is not None and seq == 1 and self.config._attn_implementation == "sdpa":
+            output, weights = self._absorbed(query, key, value, key_scale, attention_mask), None
+        else:
+            key = key if self.hlc_k is None else self.hlc_k(key)
+            value = value if self.hlc_v is None else self.hlc_v(value)
+            if key_scale is not None:
+                key = (key * key_scale[..., None]).to(query.dtype)
+            attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
+                self.config._attn_implementation, eager_attention_forward
+            )
+            output, weights = attention_interface(
+                self,
+                query,
+                key,
+                value,
+                attention_mask,
+                dropout=self.config.attention_dropout if self.training else 0.0,
+                scaling=self.scaling,
+                **kwargs,
+            )
+        # shape: (batch, seq, heads, d)
+        if self.head_norm is not None:
+            output = self.head_norm(output)
+        return self.o_proj(output.reshape(batch, seq, -1)), weights
+
+    def _normalise(self, query, key):
+        """Norms the queries; of the keys' norm, which acts on composite heads, only the gain here.
+
+        The norm of composite key j is its gain times k_j times a scalar s_j. Gain and RoPE act on features and
+        commute with the combination, so they can act on components; the scalars (batch, h, seq) come back and
+        are multiplied onto the composite keys later.
+        """
+        accurate = at_least_float32(key.dtype)
+        composite = key if self.hlc_k is None else self.hlc_k(key)
+        mean_square = composite.to(accurate).pow(2).mean(-1)
+        return self.q_norm(query), key * self.k_norm.weight, torch.rsqrt(mean_square + self.k_norm.eps)
+
+    def _through_cache(self, cache, key, value, key_scale):
+        """Appends to the cache and returns all of it: keys, values (batch, h', all, d), scalars (batch, h, all)."""
+        batch, _, seq, _ = key.shape
+        # shape: (batch, h', seq, d) -> (batch, 1, seq, h' d)
+        keys = key.transpose(1, 2).reshape(batch, 1, seq, -1)
+        values = value.transpose(1, 2).reshape(batch, 1, seq, -1)
+        width = keys.shape[-1]
+        if key_scale is not None:
+            # The scalars keep their float32 bits in a 16-bit cache: they take two places each.
+            scales = key_scale.transpose(1, 2).contiguous()
+            keys = torch.cat((keys, scales.view(keys.dtype).unsqueeze(1)), dim=-1)
+        keys, values = cache.update(keys, values, self.layer_idx)
+        if key_scale is not None:
+            scales = keys[:, 0, :, width:].contiguous().view(key_scale.dtype)
+            keys, key_scale = keys[..., :width], scales.transpose(1, 2)
+        components = (batch, keys.shape[2], self.num_component_heads, self.head_dim)
+        keys, values = keys.reshape(components), values.reshape(components)
+        return keys.transpose(1, 2), values.transpose(1, 2), key_scale
+
+    def _absorbed(self, query, key, value, key_scale, mask):
+        """One token's attention on component heads, without composite keys or values: (batch, 1, H, d).
+
+        q . k_j = sum_c (weight[c, j] q) . k_c, so the query head takes the combination, concatenated over c;
+        the values' combination is applied to the output in the same way.
+        """
+        batch, heads, _, dim = query.shape
+        groups, count, length = self.num_key_value_groups, self.num_component_heads, key.shape[2]
+        # shape: (batch, h', all, d) -> (batch, all, h' d); the cache's own layout, so no copy
+        key = key.transpose(1, 2).reshape(batch, length, count * dim)
+        value = value.transpose(1, 2).reshape(batch, length, count * dim)
+        mix_k, mix_v = self._mix(self.hlc_k, query), self._mix(self.hlc_v, query)
+        # shape: (batch, H, 1, d) * (H, h', 1) -> (batch, H, h' d)
+        query = (query * mix_k.unsqueeze(-1)).reshape(batch, heads, count * dim)
+        if key_scale is None:
+            mask = None if mask is None else mask[:, :, :, :length].expand(batch, 1, heads, length)
+            output = F.scaled_dot_product_attention(
+                query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1), attn_mask=mask, scale=self.scaling
+            )
+        else:
+            # shape: (batch, H, all)
+            scores = (query @ key.transpose(1, 2)).to(key_scale.dtype) * self.scaling
+            scores = scores * key_scale.repeat_interleave(groups, dim=1)
+            if mask is not None:
+                scores = scores.masked_fill(~mask[:, 0, :, :length], torch.finfo(scores.dtype).min)
+            output = F.softmax(scores, dim=-1).to(value.dtype) @ value
+        # shape: (batch, H, h', d) * (H, h', 1) summed over h' -> (batch, H, d)
+        output = (output.view(batch, heads, count, dim) * mix_v.unsqueeze(-1)).sum(2)
+        return output.unsqueeze(1)
+
+    def _mix(self, combination, like) -> torch.Tensor:
+        """Column of each query head's composite head: (H, h')."""
+        columns = torch.eye(self.num_kv_heads, dtype=like.dtype, device=like.device)
+        if combination is not None:
+            columns = combination.weight.t()
+        return columns.repeat_interleave(self.num_key_value_groups, dim=0)
+
+
+class MEADecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: MEAConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = MEAAttention(config, layer_idx)
+        self.mlp = MEAMLP(config)
+        self.input_layernorm = MEARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = MEARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    @accept_either_cache_name
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, cache=None, **kwargs):
+        attended, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            cache=cache,
+            **kwargs,
+        )
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class MEAPreTrainedModel(PreTrainedModel):
+    config_class = MEAConfig
+    config: MEAConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MEADecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = [CACHE]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": MEADecoderLayer, "attentions": MEAAttention}  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, MEAHeadCombination):
+            components, composites = module.weight.shape
+            block = torch.arange(composites) * components // composites
+            init.copy_(module.weight, (torch.arange(components)[:, None] == block).float())
+
+
+class MEAModel(MEAPreTrainedModel):
+    def __init__(self, config: MEAConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(MEADecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = MEARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @accept_either_cache_name
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        cache=None,
+        inputs_embeds=None,
+        use_cache=None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = cache.get_seq_length() if cache is not None else 0
+            position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None] + seen
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden_states,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            **{CACHE: cache},
+        )
+        position_embeddings = rotary_cos_sin(self.config, position_ids, hidden_states.dtype)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=mask,
+                cache=cache,
+                position_ids=position_ids,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), **{CACHE: cache if use_cache else None}
+        )
+
+
+class MEAForCausalLM(MEAPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: MEAConfig):
+        super().__init__(config)
+        self.model = MEAModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @accept_either_cache_name
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        cache=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            **{CACHE: getattr(outputs, CACHE, None)},
+        )
+
+
+class MEAForSequenceClassification(GenericForSequenceClassification, MEAPreTrainedModel):
+    pass
+
+
+__all__ = [
+    "MEAConfig",
+    "MEAForCausalLM",
+    "MEAForSequenceClassification",
+    "MEAModel",
+    "MEAPreTrainedModel",
+]

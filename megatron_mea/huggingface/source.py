@@ -1,0 +1,98 @@
+"""What the commands call MODEL: a checkpoint folder, a run folder or a Hugging Face folder, opened as one thing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+from megatron_mea.checkpoint.folder import TOKENIZER, Meta, checkpoint_folder, damage
+from megatron_mea.checkpoint.tensors import read_tensors, tensor_shapes
+from megatron_mea.config import Config
+from megatron_mea.config.load import parse_config
+from megatron_mea.data.tokenizer import load_tokenizer
+from megatron_mea.errors import UserError
+from megatron_mea.huggingface.convert import to_hf_config
+from megatron_mea.huggingface.modeling_mea import MEAForCausalLM
+
+
+@dataclass(frozen=True)
+class CheckpointSource:
+    """A verified checkpoint: its folder, its meta.json, and its configuration."""
+
+    folder: Path
+    meta: Meta
+    config: Config
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.folder / TOKENIZER
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The float32 master weights by exported name."""
+        shapes = tensor_shapes(self.folder)
+        return read_tensors(self.folder, {n: s for n, s in shapes.items() if not n.startswith("exp_avg")})
+
+
+def is_hugging_face(path: str | Path) -> bool:
+    return Path(path, "config.json").is_file()
+
+
+def open_checkpoint(path: str | Path) -> CheckpointSource:
+    """A checkpoint, or the newest one of a run folder, with its checksums verified.
+
+    Raises:
+        UserError: nothing of the kind stands there, or it is damaged.
+    """
+    folder = checkpoint_folder(path)
+    problem = damage(folder)
+    if problem is not None:
+        raise UserError(str(folder), problem, "a whole checkpoint", "use an older one of the run")
+    meta = Meta.read(folder)
+    return CheckpointSource(folder, meta, parse_config(meta.config))
+
+
+def load_model(path: str | Path) -> tuple[PreTrainedModel, Path, Config | None]:
+    """Any MODEL as a transformers model in float32, its tokenizer folder, and a checkpoint's configuration.
+
+    No code from a folder is run, and weights are read from safetensors alone.
+
+    Raises:
+        UserError: MODEL is none of the three kinds, or cannot be loaded.
+    """
+    if not is_hugging_face(path):
+        source = open_checkpoint(path)
+        return causal_lm(source), source.tokenizer, source.config
+    logging.disable_progress_bar()
+    try:
+        kind = json.loads(Path(path, "config.json").read_text()).get("model_type")
+        loader = MEAForCausalLM if kind == "mea" else AutoModelForCausalLM
+        model = loader.from_pretrained(
+            str(path), dtype=torch.float32, use_safetensors=True, local_files_only=True
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            str(path), f"not loadable ({reason})", "a Hugging Face causal language model"
+        ) from None
+    return model.eval(), Path(path), None
+
+
+def causal_lm(source: CheckpointSource, dtype: torch.dtype = torch.float32) -> MEAForCausalLM:
+    """The exported model of a checkpoint, in memory."""
+    tokenizer = load_tokenizer(source.tokenizer, str(source.tokenizer))
+    ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    # Without a padding token batches are padded with the end-of-document token, as is usual.
+    ids["pad_token_id"] = tokenizer.eos_token_id if ids["pad_token_id"] is None else ids["pad_token_id"]
+    with torch.device("meta"):
+        model = MEAForCausalLM(to_hf_config(source.config.model, dtype=dtype, **ids))
+    weights = {name: tensor.to(dtype) for name, tensor in source.weights().items()}
+    if source.config.model.tie_word_embeddings:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    model.load_state_dict(weights, strict=True, assign=True)
+    model.tie_weights()
+    return model.eval()

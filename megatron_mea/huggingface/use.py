@@ -1,0 +1,110 @@
+"""Using a model: cross-entropy on prepared data, and text."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from megatron_mea.data.indexed import IndexedReader
+from megatron_mea.data.tokenizer import load_tokenizer
+from megatron_mea.errors import UserError
+from megatron_mea.huggingface.source import load_model
+
+_BATCH = 8
+
+
+def evaluate(model: str | Path, data: str | None, out: str | None) -> str:
+    """Cross-entropy (nats a token) and perplexity over all of the data, as JSON text.
+
+    Windows as long as in training (for a Hugging Face folder 2,048 tokens at most); every token but the first
+    is predicted once.
+
+    Args:
+        data: PREFIX; None takes the validation corpora of a checkpoint.
+        out: a file for the same JSON.
+    """
+    loaded, _, config = load_model(model)
+    if data is None and (config is None or not config.data.validation):
+        raise UserError(
+            "--data", "nothing", "the PREFIX of prepared data: this model names no validation data"
+        )
+    paths = [corpus.path for corpus in config.data.validation] if data is None else [data]
+    window = config.data.seq_length if config else min(loaded.config.max_position_embeddings, 2048)
+    readers = [IndexedReader(path) for path in paths]
+    for path, reader in zip(paths, readers, strict=True):
+        _check(reader, path, loaded.config.vocab_size)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loaded.to(device)
+    total, count = 0.0, 0
+    batches = [batch for reader in readers for batch in _windows(reader, window)]
+    with torch.inference_mode():
+        for start, stop, length, reader in tqdm(batches, desc="evaluate", unit="batch", mininterval=1.0):
+            rows = np.stack([reader.tokens[at : at + length + 1] for at in range(start, stop, length)])
+            tokens = torch.from_numpy(rows.astype(np.int64)).to(device)
+            logits = loaded(tokens[:, :-1], use_cache=False).logits.float()
+            total += F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").item()
+            count += tokens[:, 1:].numel()
+    loss = total / count
+    result = {
+        "model": str(model),
+        "data": paths,
+        "tokens": count,
+        "cross_entropy": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+    }
+    text = json.dumps(result, indent=1)
+    if out is not None:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        Path(out).write_text(text + "\n")
+    return text
+
+
+def _check(reader: IndexedReader, path: str, vocab_size: int) -> None:
+    if reader.tokens.size < 2:
+        raise UserError(f"{path}.bin", f"{reader.tokens.size} tokens", "at least 2")
+    largest = reader.largest_token()
+    if largest >= vocab_size:
+        raise UserError(
+            f"{path}.bin", f"token id {largest}", f"ids below the model's vocab_size = {vocab_size}"
+        )
+
+
+def _windows(reader: IndexedReader, window: int) -> Iterator[tuple[int, int, int, IndexedReader]]:
+    """(first token, end of the first tokens, window length, reader) of each batch; the tail is one of its own."""
+    targets = reader.tokens.size - 1
+    whole = targets // window * window
+    for start in range(0, whole, window * _BATCH):
+        yield start, min(start + window * _BATCH, whole), window, reader
+    if targets > whole:
+        yield whole, targets, targets - whole, reader
+
+
+def generate(model: str | Path, prompt: str, max_new_tokens: int, temperature: float) -> str:
+    """The prompt and its continuation; temperature 0 takes the likeliest token each time."""
+    loaded, folder, _ = load_model(model)
+    tokenizer = load_tokenizer(folder, str(folder))
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    length, limit = inputs["input_ids"].shape[1], loaded.config.max_position_embeddings
+    if length == 0:
+        raise UserError("--prompt", "no token", "at least one token of text")
+    if length + max_new_tokens > limit:
+        found = f"{max_new_tokens} after a prompt of {length} tokens"
+        raise UserError(
+            "--max-new-tokens", found, f"at most {max(limit - length, 0)}: the context is {limit}"
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    output = loaded.to(device).generate(
+        **inputs.to(device),
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        **sampling,
+    )
+    return tokenizer.decode(output[0], skip_special_tokens=True)

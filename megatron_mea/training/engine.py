@@ -1,0 +1,250 @@
+"""The training engine: everything that knows DeepSpeed stands here."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_mea.config.schema import Config
+from megatron_mea.data.corpora import Batch
+from megatron_mea.errors import RunError
+from megatron_mea.model.decoder import Decoder
+from megatron_mea.parallel.parameter import named_specs
+from megatron_mea.training.ranks import Ranks
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class NonFiniteError(RunError):
+    """A loss or gradient that is not finite; raised before any parameter has changed.
+
+    `micro_batches` are the numbers of this rank's micro-batches whose loss is not finite.
+    """
+
+    def __init__(self, message: str, micro_batches: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.micro_batches = list(micro_batches)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Loss (nats a target) before the update, gradient norm before clipping, and whether a rank wants to stop."""
+
+    loss: float
+    grad_norm: float
+    stop: bool
+
+
+def start_distributed(ranks: Ranks) -> torch.device:
+    """Joins the process group (NCCL on GPUs, gloo elsewhere) and returns this rank's device."""
+    ranks.export()
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed announces its defaults on every rank, and uses names that torch has deprecated.
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    device = (
+        torch.device("cuda", ranks.local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
+    )
+    if cuda:
+        torch.cuda.set_device(device)
+    # On a CPU DeepSpeed would compile a shared-memory all-reduce for minutes, and hang on another job's lock.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="nccl" if cuda else "gloo",
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=timedelta(minutes=30),
+        distributed_port=ranks.master_port,
+    )
+    return device
+
+
+def shorten_timeouts(minutes: float) -> None:
+    """Sets the time after which a collective gives up; long only until the first step has warmed everything."""
+    from torch.distributed.distributed_c10d import _set_pg_timeout, _world
+
+    for group in list(_world.pg_map):
+        _set_pg_timeout(timedelta(minutes=minutes), group)
+
+
+def stop_distributed() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class Engine:
+    """A decoder and its optimizer under DeepSpeed.
+
+    Args:
+        config: the whole configuration.
+        model: initialised, on the CPU.
+        device: of this rank.
+        data_parallel_size: ranks that see different samples.
+    """
+
+    def __init__(self, config: Config, model: Decoder, device: torch.device, data_parallel_size: int) -> None:
+        import deepspeed
+
+        self.config, self.device, self.data_parallel_size = config, device, data_parallel_size
+        self.accumulation = config.training.global_batch_size // (
+            config.training.micro_batch_size * data_parallel_size
+        )
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=model,
+            model_parameters=_parameter_groups(config, model),
+            optimizer=lambda groups: torch.optim.AdamW(
+                groups,
+                lr=config.optimizer.lr,
+                betas=tuple(config.optimizer.betas),
+                eps=config.optimizer.eps,
+                fused=device.type == "cuda",
+            ),
+            config=_deepspeed_config(config, self.accumulation),
+            dist_init_required=False,
+        )
+        self.model: Decoder = self.engine.module
+        self._make_moments()
+
+    def train_step(self, batches: Sequence[Batch], lr: float, stop: bool) -> StepResult:
+        """One optimizer step over this rank's micro-batches.
+
+        Args:
+            batches: `accumulation` micro-batches.
+            lr: the rate of this step.
+            stop: whether this rank was asked to stop; the answer is the same on all ranks.
+
+        Raises:
+            NonFiniteError: the loss or the gradient is not finite, on any rank; nothing was updated.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        targets = self.config.tokens_per_step
+        losses = []
+        for index, batch in enumerate(batches):
+            loss = self.engine(*self._to_device(batch))
+            losses.append(loss.detach().double())
+            # DeepSpeed divides by the micro-batches and averages over data parallelism: undo both, so that
+            # the gradient is that of the sum over all targets divided by their number.
+            self.engine.backward(loss * (self.accumulation * self.data_parallel_size / targets))
+            if index + 1 < len(batches):
+                self.engine.step()
+        total = torch.stack(
+            [torch.stack(losses).sum(), torch.tensor(float(stop), device=self.device).double()]
+        )
+        dist.all_reduce(total)
+        loss_sum, stops = total.tolist()
+        bad = [index for index, loss in enumerate(losses) if not torch.isfinite(loss)]
+        if not _is_finite(loss_sum):
+            raise NonFiniteError(f"the loss is {loss_sum / targets}", bad)
+        self.engine.step()
+        # DeepSpeed skips an update whose norm is not finite, without a word.
+        grad_norm = float(self.engine.get_global_grad_norm())
+        if self.optimizer.overflow or not _is_finite(grad_norm):
+            raise NonFiniteError(f"the loss is {loss_sum / targets:.6g} but the gradient is not finite")
+        return StepResult(loss_sum / targets, grad_norm, stops > 0)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterator[Batch]) -> float:
+        """Mean cross-entropy (nats a target) over the micro-batches of all ranks."""
+        self.engine.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for batch in batches:
+            total[0] += self.engine(*self._to_device(batch)).double()
+            total[1] += batch.targets.size
+        self.engine.train()
+        dist.all_reduce(total)
+        loss, count = total.tolist()
+        return loss / count
+
+    def state(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, float32 tensor) of master weights and moments; collective, the same order on all ranks.
+
+        A moment of parameter `name` is called `exp_avg.name` and `exp_avg_sq.name`.
+        """
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        for name, parameter in named_specs(self.model).items():
+            yield name, safe_get_full_fp32_param(parameter)
+            for moment in MOMENTS:
+                yield f"{moment}.{name}", safe_get_full_optimizer_state(parameter, moment)
+
+    def load_state(self, read: Callable[[str], torch.Tensor], updates: int) -> None:
+        """Sets master weights, moments and the number of updates; `read` gives a tensor by its `state` name."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        for moments in self.optimizer.optimizer.state.values():
+            moments["step"].fill_(updates)
+        for name, parameter in named_specs(self.model).items():
+            master = read(name).to(parameter.device)
+            safe_set_full_fp32_param(parameter, master)
+            for moment in MOMENTS:
+                safe_set_full_optimizer_state(
+                    parameter, read(f"{moment}.{name}").to(parameter.device), moment
+                )
+            # The working copy does not follow the master by itself.
+            parameter.data.copy_(master)
+
+    def _make_moments(self) -> None:
+        """Makes Adam's state before its first update, and links DeepSpeed's per-parameter view to it.
+
+        DeepSpeed links after the update of the first parameter group, when the others have no state yet, so
+        their moments would never be found again.
+        """
+        inner = self.optimizer.optimizer
+        for group in inner.param_groups:
+            for partition in group["params"]:
+                step = torch.zeros((), device=partition.device if group["fused"] else "cpu")
+                inner.state[partition] = {"step": step} | {m: torch.zeros_like(partition) for m in MOMENTS}
+        self.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _to_device(self, batch: Batch) -> tuple[torch.Tensor, ...]:
+        arrays = (batch.input_ids, batch.position_ids, batch.targets)
+        return tuple(torch.tensor(array).to(self.device, non_blocking=True) for array in arrays)
+
+
+def _parameter_groups(config: Config, model: Decoder) -> list[dict]:
+    """Matrices are decayed; norms and biases are not, head combinations where `decay_hlc` says so."""
+    decayed, exempt = [], []
+    for parameter in named_specs(model).values():
+        kind = parameter.spec.kind
+        matrix = kind == "matrix" or (kind == "hlc" and config.optimizer.decay_hlc)
+        (decayed if matrix else exempt).append(parameter)
+    return [
+        {"params": decayed, "weight_decay": config.optimizer.weight_decay},
+        {"params": exempt, "weight_decay": 0.0},
+    ]
+
+
+def _deepspeed_config(config: Config, accumulation: int) -> dict:
+    training = config.training
+    settings: dict = {
+        "train_micro_batch_size_per_gpu": training.micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.optimizer.grad_clip,
+        # Stage 0 loses the gradient norm and is no cheaper than stage 1, so it runs as stage 1.
+        "zero_optimization": {"stage": max(config.parallel.zero_stage, 1)},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+    if training.precision == "bf16":
+        settings["bf16"] = {"enabled": True}
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return settings
+
+
+def _is_finite(value: float) -> bool:
+    return value - value == 0.0

@@ -1,0 +1,235 @@
+"""The training loop: steps, validation, metrics, checkpoints, and stopping when asked."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_mea.checkpoint import folder, tensors
+from megatron_mea.checkpoint.resume import newest_whole
+from megatron_mea.config import Config
+from megatron_mea.data.corpora import Batch, Corpora
+from megatron_mea.errors import UserError
+from megatron_mea.model.decoder import Decoder
+from megatron_mea.parallel.parameter import initialize, named_specs
+from megatron_mea.training import engine as engines
+from megatron_mea.training import records
+from megatron_mea.training.order import rank_samples
+from megatron_mea.training.ranks import Ranks
+from megatron_mea.training.schedule import learning_rate
+from megatron_mea.training.signals import StopSignal
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What was opened and checked before torch was started.
+
+    `warnings` and `changes` (of a configuration that resumes) are lines to print.
+    """
+
+    ranks: Ranks
+    data_parallel_size: int
+    train: Corpora
+    validation: Corpora | None
+    warnings: list[str]
+    changes: list[str]
+
+
+def run(config: Config, inputs: Inputs, stop: StopSignal) -> None:
+    """Trains until the last step, or until a rank is asked to stop."""
+    if config.training.deterministic:
+        torch.use_deterministic_algorithms(True)
+    device = engines.start_distributed(inputs.ranks)
+    try:
+        _Run(config, inputs, device).train(stop)
+    finally:
+        engines.stop_distributed()
+
+
+class _Run:
+    def __init__(self, config: Config, inputs: Inputs, device: torch.device) -> None:
+        self.config, self.inputs = config, inputs
+        self.dir, self.rank = Path(config.run.dir), inputs.ranks.rank
+        self.versions = records.versions()
+        self.validation_loss: float | None = None
+        source, notes = self._choose_checkpoint()
+        self.meta = folder.Meta.read(source) if source else None
+        self.step = self.meta.step if self.meta else 0
+        self.progress = records.Progress(config, self.rank, self.step)
+        self._say_start(device, source, notes)
+
+        model = Decoder(config.model, config.training.activation_checkpointing == "full")
+        if source is None:
+            initialize(model, config.training.seed)
+        self.engine = engines.Engine(config, model, device, inputs.data_parallel_size)
+        if source is not None:
+            self._load(source)
+        if self.rank == 0:
+            records.write_config(config, self.dir, self.versions)
+            (self.dir / records.FINISHED).unlink(missing_ok=True)
+        self.metrics = None
+        if self.rank == 0:
+            self.metrics = records.Metrics(self.dir, self.step, config.logging.tensorboard)
+
+    def train(self, stop: StopSignal) -> None:
+        config, validates = self.config, self.inputs.validation is not None
+        if self.step == 0 and validates:
+            self._record({"step": 0, "tokens": 0, "validation_loss": self._validate()})
+        self.progress.start()
+        while self.step < config.steps:
+            step = self.step + 1
+            samples = rank_samples(step, config, self.rank, self.inputs.data_parallel_size)
+            lr = learning_rate(config, step)
+            try:
+                batches = [self.inputs.train.batch(micro) for micro in samples]
+                result = self.engine.train_step(batches, lr, stop.received is not None)
+            except engines.NonFiniteError as error:
+                raise engines.NonFiniteError(self._explain(error, step)) from None
+            if step == self.progress.first_step + 1:
+                engines.shorten_timeouts(config.parallel.timeout_minutes)
+            self.step, last = step, step == config.steps
+            row = {
+                "step": step,
+                "tokens": step * config.tokens_per_step,
+                "loss": result.loss,
+                "lr": lr,
+                "grad_norm": result.grad_norm,
+            }
+            validating = validates and (last or step % config.evaluation.interval == 0)
+            if validating or last or step % config.logging.interval == 0:
+                row["tokens_per_second"] = self.progress.tokens_per_second(step)
+                if validating:
+                    row["validation_loss"] = self._validate()
+                self._record(row)
+            if last or result.stop or step % config.checkpoint.interval == 0:
+                self._save()
+            if result.stop and not last:
+                self.progress.say(f"asked to stop: saved step {step}; the same command goes on from here")
+                break
+        else:
+            if self.rank == 0:
+                records.write_finished(self.dir, self.step)
+            self.progress.say(f"finished at step {self.step}: {self.dir}")
+        if self.metrics is not None:
+            self.metrics.close()
+        dist.barrier()
+
+    def _choose_checkpoint(self) -> tuple[Path | None, list[str]]:
+        """Rank 0 verifies and chooses, so that all ranks go on from the same one."""
+        chosen: list = [None]
+        if self.rank == 0:
+            try:
+                self.dir.mkdir(parents=True, exist_ok=True)
+                chosen = [newest_whole(self.dir)]
+            except OSError as error:
+                chosen = [
+                    UserError("run.dir", f"{self.dir}: {error.strerror}", "a folder that can be written")
+                ]
+        dist.broadcast_object_list(chosen)
+        if isinstance(chosen[0], UserError):
+            raise chosen[0]
+        return chosen[0]
+
+    def _say_start(self, device: torch.device, source: Path | None, notes: list[str]) -> None:
+        config, say = self.config, self.progress.say
+        say(
+            f"{self.inputs.ranks.world_size} processes on {device.type}, {config.training.precision}, "
+            f"variant {config.model.attention_variant}, {config.steps} steps of {config.tokens_per_step:,} tokens"
+        )
+        for line in self.inputs.train.shares():
+            say(f"train {line}")
+        for line in [*self.inputs.warnings, *notes]:
+            say(f"warning: {line}")
+        if source is not None:
+            say(f"resuming from {source}")
+            for line in self.inputs.changes:
+                say(f"changed since then: {line}")
+
+    def _record(self, row: dict) -> None:
+        self.progress.report(row)
+        if self.metrics is not None:
+            self.metrics.write(
+                row, records.hlc_statistics(self.engine.model) if "validation_loss" in row else None
+            )
+
+    def _validate(self) -> float:
+        """Mean cross-entropy over the first `evaluation.batches` global batches of the validation corpora."""
+        corpora = self.inputs.validation
+        assert corpora is not None
+
+        def batches() -> Iterator[Batch]:
+            for step in range(1, self.config.evaluation.batches + 1):
+                for micro in rank_samples(step, self.config, self.rank, self.inputs.data_parallel_size):
+                    yield corpora.batch(micro)
+
+        self.validation_loss = self.engine.evaluate(batches())
+        return self.validation_loss
+
+    def _save(self) -> None:
+        final = self.dir / "checkpoints" / folder.folder_name(self.step)
+        scratch = final.with_name(f".tmp-{final.name}")
+        if self.rank == 0:
+            # A save that was cut short earlier has left its scratch folder.
+            for leftover in final.parent.glob(".tmp-step_*"):
+                shutil.rmtree(leftover)
+            scratch.mkdir(parents=True)
+        dist.barrier()
+        tensors.write_tensors(scratch, self.engine.state())
+        dist.barrier()
+        if self.rank == 0:
+            shutil.copytree(self.config.data.tokenizer, scratch / folder.TOKENIZER)
+            self._meta().write(scratch)
+            folder.seal(scratch)
+            if final.exists():
+                shutil.rmtree(final)
+            folder.publish(scratch, final)
+            folder.retain(self.dir, self.config.checkpoint.keep, self.config.checkpoint.keep_every)
+        dist.barrier()
+
+    def _meta(self) -> folder.Meta:
+        parallel = self.config.parallel
+        return folder.Meta(
+            step=self.step,
+            samples=self.step * self.config.training.global_batch_size,
+            tokens=self.step * self.config.tokens_per_step,
+            config=self.config.model_dump(mode="json"),
+            data=self.inputs.train.fingerprint(),
+            layout={
+                "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+                "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+                "data_parallel_size": self.inputs.data_parallel_size,
+                "zero_stage": parallel.zero_stage,
+            },
+            versions=self.versions,
+            validation_loss=self.validation_loss,
+        )
+
+    def _load(self, source: Path) -> None:
+        assert self.meta is not None
+        self.validation_loss = self.meta.validation_loss
+        shapes = tensors.tensor_shapes(source)
+
+        def read(name: str) -> torch.Tensor:
+            return tensors.read_tensors(source, {name: shapes[name]})[name]
+
+        self.engine.load_state(read, updates=self.step)
+
+    def _explain(self, error: engines.NonFiniteError, step: int) -> str:
+        """Names step and samples; nothing was updated, so the newest checkpoint is as good as it was."""
+        first = (step - 1) * self.config.training.global_batch_size
+        last = first + self.config.training.global_batch_size - 1
+        lines = [f"step {step} stopped before its update: {error}", f"  samples {first} to {last}"]
+        if error.micro_batches:
+            samples = rank_samples(step, self.config, self.rank, self.inputs.data_parallel_size)
+            for index in error.micro_batches:
+                where = self.inputs.train.describe(samples[index])
+                lines.append(f"  not finite on rank {self.rank}: samples {samples[index].tolist()} ({where})")
+        bad = [n for n, p in named_specs(self.engine.model).items() if not torch.isfinite(p).all()]
+        lines.append(f"  parameters that are not finite: {', '.join(bad) or 'none'}")
+        lines.append("  lower optimizer.lr or training data's outliers, and run the same command to go on")
+        return "\n".join(lines)

@@ -1,0 +1,163 @@
+"""What a run leaves behind: metrics.jsonl, TensorBoard, config.yaml, FINISHED, and the lines on the screen."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_mea import __version__
+from megatron_mea.checkpoint.folder import flush
+from megatron_mea.config import Config, dump_config
+from megatron_mea.model.decoder import Decoder
+from megatron_mea.parallel.parameter import named_specs
+
+FINISHED = "FINISHED"
+
+
+class Metrics:
+    """Appends rows to metrics.jsonl, and the same scalars to TensorBoard; for rank 0.
+
+    Opening it for a run that resumes after `step` drops later rows and a half-written last line; the rows
+    before stay as they are, byte for byte.
+    """
+
+    def __init__(self, run_dir: Path, step: int, tensorboard: bool) -> None:
+        path = run_dir / "metrics.jsonl"
+        _keep_rows(path, step)
+        self._file = path.open("a", encoding="utf-8")
+        self._board = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(run_dir / "tensorboard", purge_step=step + 1 if step else None)
+
+    def write(self, row: Mapping[str, Any], more: Mapping[str, float] | None = None) -> None:
+        """One row, flushed to disk; `more` are scalars for TensorBoard alone."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if self._board is not None:
+            scalars = {key: value for key, value in row.items() if key not in ("step", "tokens")}
+            for key, value in {**scalars, **(more or {})}.items():
+                self._board.add_scalar(key, value, row["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _keep_rows(path: Path, step: int) -> None:
+    """Cuts metrics.jsonl off after the last row of a step up to `step`."""
+    if not path.exists():
+        return
+    end = 0
+    with path.open("rb") as stream:
+        for line in stream:
+            try:
+                whole = line.endswith(b"\n") and json.loads(line)["step"] <= step
+            except (ValueError, KeyError, TypeError):
+                whole = False
+            if not whole:
+                break
+            end += len(line)
+    os.truncate(path, end)
+
+
+class Progress:
+    """Rate and time left; speaks on rank 0 alone."""
+
+    def __init__(self, config: Config, rank: int, step: int) -> None:
+        self.config, self.rank, self.first_step = config, rank, step
+        self._last_step = step
+        self.start()
+
+    def start(self) -> None:
+        """Begins to measure: what came before is not training."""
+        self._begin = self._last = time.monotonic()
+
+    def say(self, line: str) -> None:
+        if self.rank == 0:
+            print(line, flush=True)
+
+    def tokens_per_second(self, step: int) -> float:
+        """Since the row before."""
+        now = time.monotonic()
+        rate = (step - self._last_step) * self.config.tokens_per_step / max(now - self._last, 1e-9)
+        self._last, self._last_step = now, step
+        return rate
+
+    def report(self, row: Mapping[str, Any]) -> None:
+        """One line for a row of the metrics."""
+        step, last = row["step"], self.config.steps
+        parts = [f"step {step}/{last}"]
+        if "loss" in row:
+            per_step = (time.monotonic() - self._begin) / max(step - self.first_step, 1)
+            left = time.strftime("%H:%M:%S", time.gmtime(per_step * (last - step)))
+            days = int(per_step * (last - step) // 86400)
+            parts += [
+                f"loss {row['loss']:.4f}",
+                f"lr {row['lr']:.3g}",
+                f"grad norm {row['grad_norm']:.3g}",
+                f"{row['tokens_per_second']:,.0f} tokens/s",
+                f"{f'{days} d ' if days else ''}{left} left",
+            ]
+        if "validation_loss" in row:
+            parts.append(f"validation loss {row['validation_loss']:.4f}")
+        self.say(" | ".join(parts))
+
+
+@torch.no_grad()
+def hlc_statistics(model: Decoder) -> dict[str, float]:
+    """Root mean square and condition number of every head combination matrix, by its exported name."""
+    statistics = {}
+    for name, parameter in named_specs(model).items():
+        if parameter.spec.kind == "hlc":
+            matrix = parameter.detach().float().cpu()
+            values = torch.linalg.svdvals(matrix)
+            short = name.removesuffix(".weight").removeprefix("model.")
+            statistics[f"hlc_rms/{short}"] = matrix.pow(2).mean().sqrt().item()
+            statistics[f"hlc_condition/{short}"] = (values[0] / values[-1].clamp_min(1e-12)).item()
+    return statistics
+
+
+def write_config(config: Config, run_dir: Path, made_by: Mapping[str, str]) -> None:
+    """config.yaml: the resolved configuration, with the versions that made it in a comment."""
+    made_by = " ".join(f"{name}={value}" for name, value in made_by.items())
+    write_atomically(run_dir / "config.yaml", f"# {made_by}\n{dump_config(config)}")
+
+
+def write_finished(run_dir: Path, step: int) -> None:
+    write_atomically(run_dir / FINISHED, json.dumps({"step": step}) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    scratch = path.with_name(f".{path.name}.tmp")
+    scratch.write_text(text, encoding="utf-8")
+    flush(scratch)
+    scratch.replace(path)
+    flush(path.parent)
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of what decides on numbers, and the git revision where there is one."""
+    found = {"megatron_mea": __version__}
+    for name in ("torch", "deepspeed", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "absent"
+    root = Path(__file__).resolve().parents[2]
+    if (root / ".git").exists():
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+        revision = subprocess.run(command, capture_output=True, text=True, check=False)
+        found["git"] = revision.stdout.strip() or "unknown"
+    return found

@@ -1,0 +1,77 @@
+"""A training run from a checked configuration to FINISHED: what `megatron-mea train` does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_mea.checkpoint.folder import Meta, checkpoints_of
+from megatron_mea.checkpoint.resume import check_resume
+from megatron_mea.config import Config
+from megatron_mea.config.checks import check_world, handicaps
+from megatron_mea.data.corpora import Corpora
+from megatron_mea.data.tokenizer import check_tokenizer_folder, load_tokenizer
+from megatron_mea.errors import UserError
+from megatron_mea.training.ranks import Ranks
+from megatron_mea.training.signals import StopSignal
+
+if TYPE_CHECKING:
+    from megatron_mea.training.loop import Inputs
+
+
+def train(config: Config, stop: StopSignal) -> None:
+    """Trains, alone or as one rank of many; goes on from the newest whole checkpoint of the run folder.
+
+    Raises:
+        UserError: anything that can be checked before processes meet and memory is taken.
+    """
+    ranks = Ranks.from_environment()
+    data_parallel_size = check_world(config, ranks.world_size)
+    run_dir = Path(config.run.dir)
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError("run.dir", f"{run_dir}, which is a file", "a folder, or a name that is free")
+    finished = finished_step(run_dir)
+    if finished is not None and finished >= config.steps:
+        if ranks.rank == 0:
+            print(f"{run_dir} is finished at step {finished}; raise training.steps to go on", flush=True)
+        return
+    inputs = check_inputs(config, ranks, data_parallel_size)
+
+    # From here on torch and DeepSpeed are needed, which take seconds to import.
+    from megatron_mea.training.loop import run
+
+    run(config, inputs, stop)
+
+
+def check_inputs(config: Config, ranks: Ranks, data_parallel_size: int) -> Inputs:
+    """Opens data and tokenizer, and compares with the run's newest checkpoint; writes nothing."""
+    data, evaluation = config.data, config.evaluation
+    check_tokenizer_folder(data.tokenizer, "data.tokenizer")
+    vocab = config.model.vocab_size
+    train = Corpora(data.train, data.seq_length, vocab, config.training.seed, "data.train")
+    validation = None
+    if data.validation:
+        validation = Corpora(data.validation, data.seq_length, vocab, None, "data.validation")
+        batch = config.training.global_batch_size
+        validation.require(evaluation.batches * batch, evaluation.batches, batch)
+    changes: list[str] = []
+    existing = checkpoints_of(config.run.dir)
+    if existing:
+        changes = check_resume(Meta.read(existing[-1][1]), config, train.fingerprint())
+    size = len(load_tokenizer(data.tokenizer))
+    if size > vocab:
+        raise UserError(
+            "model.vocab_size", vocab, f"at least the {size} ids of data.tokenizer = {data.tokenizer}"
+        )
+
+    from megatron_mea.training.loop import Inputs
+
+    return Inputs(ranks, data_parallel_size, train, validation, [*handicaps(config)], changes)
+
+
+def finished_step(run_dir: Path) -> int | None:
+    try:
+        return json.loads((run_dir / "FINISHED").read_text())["step"]
+    except (OSError, ValueError, KeyError):
+        return None
