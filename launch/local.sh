@@ -11,7 +11,9 @@ nproc=$1; shift
 case $nproc in
   ''|*[!0-9]*|0) echo "local.sh: NPROC: found '$nproc', allowed: a positive number. $usage" >&2; exit 2 ;;
 esac
+# The active environment, or the one that launch/quickstart.sh made here.
 python=${PYTHON:-python3}
+if [ -z "${PYTHON:-}${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -x .venv/bin/python ]; then python=.venv/bin/python; fi
 
 export WORLD_SIZE=$nproc MASTER_ADDR=127.0.0.1 PYTHONUNBUFFERED=1
 if [ -z "${MASTER_PORT:-}" ]; then
@@ -46,7 +48,9 @@ while (( ${#running[@]} )); do
     if (( code != 0 && status == 0 )); then
       status=$code
       # A rank asked politely would finish its step first, which it cannot without the one that failed.
-      for other in "${!running[@]}"; do kill -KILL "$other" 2>/dev/null; done
+      for other in "${!running[@]}"; do
+        kill -KILL "$other" 2>/dev/null; wait "$other" 2>/dev/null
+      done
     fi
   done
 done

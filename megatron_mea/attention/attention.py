@@ -72,9 +72,7 @@ class Attention(nn.Module):
         # shape: (batch, H, seq, d) -> (batch, seq, H d)
         return self.o_proj(output.transpose(1, 2).flatten(2))
 
-    def _heads(
-        self, hidden_states: torch.Tensor, projection: Linear, hlc: HeadCombination | None
-    ) -> torch.Tensor:
+    def _heads(self, hidden_states: torch.Tensor, projection: Linear, hlc: HeadCombination | None) -> torch.Tensor:
         """(batch, seq, hidden) -> (batch, heads, seq, d)"""
         if hlc is not None:
             return hlc.project(hidden_states, projection)

@@ -134,9 +134,7 @@ class Meta:
         try:
             return cls(**json.loads((folder / META).read_text()))
         except (OSError, ValueError, TypeError) as error:
-            raise UserError(
-                str(folder / META), f"unreadable ({error})", "a checkpoint of this package"
-            ) from None
+            raise UserError(str(folder / META), f"unreadable ({error})", "a checkpoint of this package") from None
 
 
 def sha256(path: Path) -> str:

@@ -28,9 +28,7 @@ def newest_whole(run_dir: str | Path) -> tuple[Path | None, list[str]]:
         problem = damage(folder)
         if problem is None:
             return folder, notes
-        notes.append(
-            f"{folder} is damaged ({problem}); renamed to {set_aside(folder).name}, using an older one"
-        )
+        notes.append(f"{folder} is damaged ({problem}); renamed to {set_aside(folder).name}, using an older one")
     return None, notes
 
 
@@ -55,9 +53,7 @@ def check_resume(meta: Meta, config: Config, fingerprint: list[dict[str, Any]]) 
     if fixed:
         raise UserError.of(fixed)
     if config.steps < meta.step:
-        raise UserError(
-            "training.steps", config.steps, f"at least {meta.step}, which the run has reached already"
-        )
+        raise UserError("training.steps", config.steps, f"at least {meta.step}, which the run has reached already")
     return changed
 
 

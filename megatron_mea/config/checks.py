@@ -154,9 +154,7 @@ def _lengths(config: Config) -> Iterator[Problem]:
                 f"at most the steps after warm-up, {max(stable, 0)}",
             )
     elif schedule.decay_steps is not None:
-        yield Problem(
-            "schedule.decay_steps", schedule.decay_steps, f"null: `{schedule.kind}` has no decay phase"
-        )
+        yield Problem("schedule.decay_steps", schedule.decay_steps, f"null: `{schedule.kind}` has no decay phase")
     if config.data.seq_length > config.model.max_position_embeddings:
         yield Problem(
             "data.seq_length",

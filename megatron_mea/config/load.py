@@ -85,9 +85,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise UserError(
-            override, "no `=`" if not equals else "no key", "KEY=VALUE, for example optimizer.lr=1e-3"
-        )
+        raise UserError(override, "no `=`" if not equals else "no key", "KEY=VALUE, for example optimizer.lr=1e-3")
     try:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError:
@@ -116,9 +114,7 @@ def _resolve(config: Config) -> Config:
     steps = training.steps or 1000
     if training.tokens is not None:
         steps = math.ceil(training.tokens / config.tokens_per_step)
-    return config.model_copy(
-        update={"training": training.model_copy(update={"steps": steps, "tokens": None})}
-    )
+    return config.model_copy(update={"training": training.model_copy(update={"steps": steps, "tokens": None})})
 
 
 def _problems(error: ValidationError) -> Iterator[Problem]:
@@ -131,9 +127,7 @@ def _problems(error: ValidationError) -> Iterator[Problem]:
             continue
         seen.add(where)
         if item["type"] == "extra_forbidden":
-            yield Problem(
-                where, "an unknown key", "keys of the configuration", f"did you mean {_nearest(path)}?"
-            )
+            yield Problem(where, "an unknown key", "keys of the configuration", f"did you mean {_nearest(path)}?")
         elif item["type"] == "missing":
             yield Problem(where, "nothing", "a value: the key is required")
         else:

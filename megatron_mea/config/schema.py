@@ -73,9 +73,7 @@ class Model(Section):
     num_key_value_heads: PositiveInt = 4
     num_component_heads: PositiveInt | list[PositiveInt] | None = None
     head_dim: PositiveInt = 64
-    attention_variant: Literal[
-        "plain", "plain_norm", "mea", "mea_no_norm", "differential", "talking_heads"
-    ] = "mea"
+    attention_variant: Literal["plain", "plain_norm", "mea", "mea_no_norm", "differential", "talking_heads"] = "mea"
     hlc_init: Literal["block", "orthogonal", "normal"] = "block"
     hlc_mixes: Literal["both", "keys", "values"] = "both"
     qk_norm: bool = False

@@ -101,9 +101,7 @@ class IndexedReader:
         with index.open("rb") as stream:
             header = stream.read(_HEADER.size)
         if len(header) < _HEADER.size or header[:9] != MAGIC:
-            raise UserError(
-                str(index), "not a Megatron index", "an .idx of `megatron-mea prepare` or Megatron"
-            )
+            raise UserError(str(index), "not a Megatron index", "an .idx of `megatron-mea prepare` or Megatron")
         _, version, code, sequences, boundaries = _HEADER.unpack(header)
         if version != 1 or code not in _TYPES:
             found = f"version {version}, type code {code}"
@@ -111,9 +109,7 @@ class IndexedReader:
         self.dtype = np.dtype(_TYPES[code])
         expected = _HEADER.size + 12 * sequences + 8 * boundaries
         if index.stat().st_size != expected:
-            raise UserError(
-                str(index), f"{index.stat().st_size} bytes", f"the {expected} that its header announces"
-            )
+            raise UserError(str(index), f"{index.stat().st_size} bytes", f"the {expected} that its header announces")
         raw = np.memmap(index, mode="r", dtype=np.uint8)
         at = _HEADER.size
         self.lengths = np.frombuffer(raw, np.int32, sequences, at)
@@ -123,9 +119,7 @@ class IndexedReader:
         needed = count * self.dtype.itemsize
         if data.stat().st_size != needed:
             mend = "copy the file again, or run `megatron-mea prepare` again"
-            raise UserError(
-                str(data), f"{data.stat().st_size} bytes", f"the {needed} that its .idx announces", mend
-            )
+            raise UserError(str(data), f"{data.stat().st_size} bytes", f"the {needed} that its .idx announces", mend)
         if sequences and not _contiguous(offsets, self.lengths, self.dtype.itemsize):
             raise UserError(
                 str(index), "sequences that do not follow one another", "sequences in the order of the .bin"

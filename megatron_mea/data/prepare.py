@@ -63,7 +63,8 @@ def _encoded(
     texts: Iterable[str], folder: str, tokenizer: PreTrainedTokenizerBase, workers: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(tokens, lengths) of each batch of documents, in the order of the documents."""
-    batches = iter(lambda iterator=iter(texts): list(islice(iterator, _BATCH)), [])
+    remaining = iter(texts)
+    batches = iter(lambda: list(islice(remaining, _BATCH)), [])
     if workers == 1:
         yield from (encode(tokenizer, batch) for batch in batches)
         return

@@ -117,9 +117,7 @@ def _from_parquet(path: Path, text_key: str) -> Iterator[str]:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             if text_key not in names:
-                raise UserError(
-                    str(path), f"the columns {', '.join(names)}", f"a column {text_key!r}", _TEXT_KEY
-                )
+                raise UserError(str(path), f"the columns {', '.join(names)}", f"a column {text_key!r}", _TEXT_KEY)
             row = 0
             for batch in file.iter_batches(batch_size=256, columns=[text_key]):
                 for text in batch.column(0).to_pylist():
@@ -138,9 +136,7 @@ def _from_datasets(source: str, text_key: str, split: str) -> Iterator[str]:
             data = datasets.load_from_disk(source)
             if isinstance(data, datasets.DatasetDict):
                 if split not in data:
-                    raise UserError(
-                        source, f"the splits {', '.join(data)}", f"a split {split!r}", "give --split"
-                    )
+                    raise UserError(source, f"the splits {', '.join(data)}", f"a split {split!r}", "give --split")
                 data = data[split]
         else:
             data = datasets.load_dataset(source, split=split, streaming=True)
@@ -149,9 +145,7 @@ def _from_datasets(source: str, text_key: str, split: str) -> Iterator[str]:
     # What a missing hub, a misspelt name and a broken folder raise differs by release and by network.
     except Exception as error:
         reason = str(error).strip().splitlines()
-        found = (
-            f"neither a file nor a loadable dataset ({type(error).__name__}: {reason[0] if reason else ''})"
-        )
+        found = f"neither a file nor a loadable dataset ({type(error).__name__}: {reason[0] if reason else ''})"
         raise UserError(source, found, f"a {_KINDS} file, a folder, or a hub name") from None
     for row, record in enumerate(data):
         yield _text_of(record, text_key, f"{source}, row {row}")

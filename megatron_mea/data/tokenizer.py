@@ -43,9 +43,7 @@ def load_tokenizer(folder: str | Path, where: str = "data.tokenizer") -> PreTrai
         raise UserError(where, found, "a Hugging Face tokenizer folder") from None
     if tokenizer.eos_token_id is None:
         mend = "set `eos_token` in its tokenizer_config.json"
-        raise UserError(
-            where, f"{folder}, without an eos token", "a tokenizer with an end-of-document token", mend
-        )
+        raise UserError(where, f"{folder}, without an eos token", "a tokenizer with an end-of-document token", mend)
     return tokenizer
 
 
@@ -95,9 +93,7 @@ def train_tokenizer(sources: Sequence[str], vocab_size: int, out: str | Path, te
                 max_sentence_length=1 << 16,
                 input_sentence_size=5_000_000,
                 shuffle_input_sentence=True,
-                num_threads=len(os.sched_getaffinity(0))
-                if hasattr(os, "sched_getaffinity")
-                else os.cpu_count(),
+                num_threads=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
                 unk_id=0,
                 bos_id=1,
                 eos_id=2,
@@ -164,9 +160,7 @@ def _to_hugging_face(model: Path, out: Path) -> None:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in SPECIAL.values()]
-    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL.values()])
     # `PreTrainedTokenizerFast` is the class name that readers other than transformers 5 know as well.
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **SPECIAL)
     fast.save_pretrained(out)

@@ -59,9 +59,7 @@ def export(model: str | Path, out: str | Path, dtype: str = "fp32") -> str:
         _write(source, folder, stored)
         tokens, difference, scale = _compare(source, folder, stored)
         if not difference <= _TOLERANCE * scale:
-            raise ExportError(
-                f"logits differ from the trainer's by {difference:.3g} (they reach {scale:.3g})"
-            )
+            raise ExportError(f"logits differ from the trainer's by {difference:.3g} (they reach {scale:.3g})")
         if out.exists():
             out.rmdir()
         shutil.move(folder, out)

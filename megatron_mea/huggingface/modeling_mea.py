@@ -190,14 +190,10 @@ class MEAAttention(nn.Module):
         self.k_norm = MEARMSNorm(dim, eps=config.rms_norm_eps) if config.qk_norm else None
         self.head_norm = None
         if config.has_head_norm:
-            self.head_norm = MEARMSNorm(
-                dim, eps=config.head_norm_eps, elementwise_affine=config.head_norm_affine
-            )
+            self.head_norm = MEARMSNorm(dim, eps=config.head_norm_eps, elementwise_affine=config.head_norm_affine)
 
     @accept_either_cache_name
-    def forward(
-        self, hidden_states, position_embeddings, attention_mask=None, cache: Cache | None = None, **kwargs
-    ):
+    def forward(self, hidden_states, position_embeddings, attention_mask=None, cache: Cache | None = None, **kwargs):
         batch, seq, _ = hidden_states.shape
         cos, sin = (angle[:, None] for angle in position_embeddings)
         # shape: (batch, seq, heads d) -> (batch, heads, seq, d)
@@ -439,9 +435,7 @@ class MEAForCausalLM(MEAPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
         loss = None
         if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
-            )
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -71,14 +71,10 @@ def load_model(path: str | Path) -> tuple[PreTrainedModel, Path, Config | None]:
     try:
         kind = json.loads(Path(path, "config.json").read_text()).get("model_type")
         loader = MEAForCausalLM if kind == "mea" else AutoModelForCausalLM
-        model = loader.from_pretrained(
-            str(path), dtype=torch.float32, use_safetensors=True, local_files_only=True
-        )
+        model = loader.from_pretrained(str(path), dtype=torch.float32, use_safetensors=True, local_files_only=True)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            str(path), f"not loadable ({reason})", "a Hugging Face causal language model"
-        ) from None
+        raise UserError(str(path), f"not loadable ({reason})", "a Hugging Face causal language model") from None
     return model.eval(), Path(path), None
 
 

@@ -32,9 +32,7 @@ def evaluate(model: str | Path, data: str | None, out: str | None) -> str:
     """
     loaded, _, config = load_model(model)
     if data is None and (config is None or not config.data.validation):
-        raise UserError(
-            "--data", "nothing", "the PREFIX of prepared data: this model names no validation data"
-        )
+        raise UserError("--data", "nothing", "the PREFIX of prepared data: this model names no validation data")
     paths = [corpus.path for corpus in config.data.validation] if data is None else [data]
     window = config.data.seq_length if config else min(loaded.config.max_position_embeddings, 2048)
     readers = [IndexedReader(path) for path in paths]
@@ -71,9 +69,7 @@ def _check(reader: IndexedReader, path: str, vocab_size: int) -> None:
         raise UserError(f"{path}.bin", f"{reader.tokens.size} tokens", "at least 2")
     largest = reader.largest_token()
     if largest >= vocab_size:
-        raise UserError(
-            f"{path}.bin", f"token id {largest}", f"ids below the model's vocab_size = {vocab_size}"
-        )
+        raise UserError(f"{path}.bin", f"token id {largest}", f"ids below the model's vocab_size = {vocab_size}")
 
 
 def _windows(reader: IndexedReader, window: int) -> Iterator[tuple[int, int, int, IndexedReader]]:
@@ -96,9 +92,7 @@ def generate(model: str | Path, prompt: str, max_new_tokens: int, temperature: f
         raise UserError("--prompt", "no token", "at least one token of text")
     if length + max_new_tokens > limit:
         found = f"{max_new_tokens} after a prompt of {length} tokens"
-        raise UserError(
-            "--max-new-tokens", found, f"at most {max(limit - length, 0)}: the context is {limit}"
-        )
+        raise UserError("--max-new-tokens", found, f"at most {max(limit - length, 0)}: the context is {limit}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     output = loaded.to(device).generate(

@@ -28,9 +28,7 @@ class FeedForward(nn.Module):
         hidden, inner, std = config.hidden_size, config.intermediate_size, config.initializer_range
         self.gate_proj = Linear(f"{name}.gate_proj", hidden, inner, std)
         self.up_proj = Linear(f"{name}.up_proj", hidden, inner, std)
-        self.down_proj = Linear(
-            f"{name}.down_proj", inner, hidden, std / math.sqrt(2 * config.num_hidden_layers)
-        )
+        self.down_proj = Linear(f"{name}.down_proj", inner, hidden, std / math.sqrt(2 * config.num_hidden_layers))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -81,13 +79,9 @@ class Decoder(nn.Module):
         embedding_std = config.embedding_initializer_range or config.initializer_range
         embed = Embedding("model.embed_tokens", config.vocab_size, config.hidden_size, embedding_std)
         blocks = [Block(config, layer) for layer in range(config.num_hidden_layers)]
-        self.layers = nn.ModuleList(
-            [embed, *blocks, Head(config, embed if config.tie_word_embeddings else None)]
-        )
+        self.layers = nn.ModuleList([embed, *blocks, Head(config, embed if config.tie_word_embeddings else None)])
 
-    def forward(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, targets: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The sum of the cross-entropies (nats) of all targets that are not `IGNORE`; a float32 scalar.
 
         All arguments are (batch, seq); `targets[:, i]` is what should follow `input_ids[:, i]`.

@@ -12,9 +12,7 @@ from megatron_mea.parallel.parameter import constant, declare, normal
 class Linear(nn.Module):
     """y = x W^T (+ b), with W (out_features, in_features) as Hugging Face stores it."""
 
-    def __init__(
-        self, name: str, in_features: int, out_features: int, std: float, bias: bool = False
-    ) -> None:
+    def __init__(self, name: str, in_features: int, out_features: int, std: float, bias: bool = False) -> None:
         super().__init__()
         self.weight = declare(f"{name}.weight", (out_features, in_features), "matrix", normal(std))
         self.bias = declare(f"{name}.bias", (out_features,), "vector", constant(0.0)) if bias else None

@@ -56,9 +56,7 @@ def start_distributed(ranks: Ranks) -> torch.device:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
-    device = (
-        torch.device("cuda", ranks.local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
-    )
+    device = torch.device("cuda", ranks.local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     # On a CPU DeepSpeed would compile a shared-memory all-reduce for minutes, and hang on another job's lock.
@@ -100,9 +98,7 @@ class Engine:
         import deepspeed
 
         self.config, self.device, self.data_parallel_size = config, device, data_parallel_size
-        self.accumulation = config.training.global_batch_size // (
-            config.training.micro_batch_size * data_parallel_size
-        )
+        self.accumulation = config.training.global_batch_size // (config.training.micro_batch_size * data_parallel_size)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
             model_parameters=_parameter_groups(config, model),
@@ -142,9 +138,7 @@ class Engine:
             self.engine.backward(loss * (self.accumulation * self.data_parallel_size / targets))
             if index + 1 < len(batches):
                 self.engine.step()
-        total = torch.stack(
-            [torch.stack(losses).sum(), torch.tensor(float(stop), device=self.device).double()]
-        )
+        total = torch.stack([torch.stack(losses).sum(), torch.tensor(float(stop), device=self.device).double()])
         dist.all_reduce(total)
         loss_sum, stops = total.tolist()
         bad = [index for index, loss in enumerate(losses) if not torch.isfinite(loss)]
@@ -192,9 +186,7 @@ class Engine:
             master = read(name).to(parameter.device)
             safe_set_full_fp32_param(parameter, master)
             for moment in MOMENTS:
-                safe_set_full_optimizer_state(
-                    parameter, read(f"{moment}.{name}").to(parameter.device), moment
-                )
+                safe_set_full_optimizer_state(parameter, read(f"{moment}.{name}").to(parameter.device), moment)
             # The working copy does not follow the master by itself.
             parameter.data.copy_(master)
 

@@ -127,9 +127,7 @@ class _Run:
                 self.dir.mkdir(parents=True, exist_ok=True)
                 chosen = [newest_whole(self.dir)]
             except OSError as error:
-                chosen = [
-                    UserError("run.dir", f"{self.dir}: {error.strerror}", "a folder that can be written")
-                ]
+                chosen = [UserError("run.dir", f"{self.dir}: {error.strerror}", "a folder that can be written")]
         dist.broadcast_object_list(chosen)
         if isinstance(chosen[0], UserError):
             raise chosen[0]
@@ -153,9 +151,7 @@ class _Run:
     def _record(self, row: dict) -> None:
         self.progress.report(row)
         if self.metrics is not None:
-            self.metrics.write(
-                row, records.hlc_statistics(self.engine.model) if "validation_loss" in row else None
-            )
+            self.metrics.write(row, records.hlc_statistics(self.engine.model) if "validation_loss" in row else None)
 
     def _validate(self) -> float:
         """Mean cross-entropy over the first `evaluation.batches` global batches of the validation corpora."""

@@ -32,13 +32,9 @@ class Ranks:
             return cls(0, 1, 0, "127.0.0.1", _free_port())
         missing = [key for key in _KEYS if key not in given]
         if missing:
-            raise UserError(
-                "environment", f"{', '.join(given)} without {', '.join(missing)}", "all of these or none"
-            )
+            raise UserError("environment", f"{', '.join(given)} without {', '.join(missing)}", "all of these or none")
         try:
-            rank, world, local, port = (
-                int(given[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
-            )
+            rank, world, local, port = (int(given[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"))
         except ValueError:
             raise UserError("environment", given, "whole numbers in all but MASTER_ADDR") from None
         if not 0 <= rank < world:

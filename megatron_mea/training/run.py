@@ -61,9 +61,7 @@ def check_inputs(config: Config, ranks: Ranks, data_parallel_size: int) -> Input
         changes = check_resume(Meta.read(existing[-1][1]), config, train.fingerprint())
     size = len(load_tokenizer(data.tokenizer))
     if size > vocab:
-        raise UserError(
-            "model.vocab_size", vocab, f"at least the {size} ids of data.tokenizer = {data.tokenizer}"
-        )
+        raise UserError("model.vocab_size", vocab, f"at least the {size} ids of data.tokenizer = {data.tokenizer}")
 
     from megatron_mea.training.loop import Inputs
 
