@@ -25,6 +25,7 @@ _CLASSES = {
     "AutoModelForSequenceClassification": "modeling_mea.MEAForSequenceClassification",
 }
 _TOLERANCE = 1e-4
+"""Of the largest logit: float32 rounding in two orders of summation; what is wrong is wrong by far more."""
 
 
 class ExportError(RunError):
@@ -144,7 +145,7 @@ pipeline_tag: text-generation
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("this/folder")
+tokenizer = AutoTokenizer.from_pretrained("this/folder", trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained("this/folder", trust_remote_code=True)
 inputs = tokenizer("In the beginning", return_tensors="pt", return_token_type_ids=False)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))

@@ -1,0 +1,243 @@
+"""Every kind of source gives the same documents, in order, and none of them is read ahead of its use."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Sequence
+from itertools import islice
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from megatron_mea.data.sources import documents
+from megatron_mea.errors import UserError
+
+TEXTS = ["one line", "two\nlines", "  indented, \u00e9\u65e5\U0001f600 ", '"quotes" \\ and {braces}', "x" * 5000, "last"]
+
+
+def lines(texts: Sequence[str], key: str = "text") -> bytes:
+    return "".join(json.dumps({"id": i, key: text}) + "\n" for i, text in enumerate(texts)).encode()
+
+
+def write_text(path: Path, texts: Sequence[str]) -> None:
+    path.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+
+
+def write_jsonl(path: Path, texts: Sequence[str]) -> None:
+    path.write_bytes(lines(texts))
+
+
+def write_gzip(path: Path, texts: Sequence[str]) -> None:
+    with gzip.open(path, "wb") as stream:
+        stream.write(lines(texts))
+
+
+def write_zstd(path: Path, texts: Sequence[str]) -> None:
+    with pyarrow.output_stream(str(path), compression="zstd") as stream:
+        stream.write(lines(texts))
+
+
+def write_parquet(path: Path, texts: Sequence[str]) -> None:
+    table = pyarrow.table({"id": range(len(texts)), "text": texts})
+    pyarrow.parquet.write_table(table, path, row_group_size=max(2, len(texts) // 100))
+
+
+WRITERS: dict[str, Callable[[Path, Sequence[str]], None]] = {
+    ".txt": write_text,
+    ".jsonl": write_jsonl,
+    ".jsonl.gz": write_gzip,
+    ".jsonl.zst": write_zstd,
+    ".parquet": write_parquet,
+}
+
+
+@pytest.fixture(params=list(WRITERS))
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def test_each_kind_gives_the_same_documents(kind: str, tmp_path: Path) -> None:
+    WRITERS[kind](tmp_path / f"corpus{kind}", TEXTS)
+    assert list(documents([str(tmp_path / f"corpus{kind}")])) == TEXTS
+
+
+def test_the_suffix_decides_in_any_case_and_after_other_dots(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"corpus.v1.2{kind.upper()}"
+    WRITERS[kind](path, TEXTS)
+    assert list(documents([str(path)])) == TEXTS
+
+
+def test_parquet_with_several_row_groups(tmp_path: Path) -> None:
+    texts = [f"row {i}" for i in range(1000)]
+    write_parquet(tmp_path / "corpus.parquet", texts)
+    assert pyarrow.parquet.ParquetFile(tmp_path / "corpus.parquet").num_row_groups == 100
+    assert list(documents([str(tmp_path / "corpus.parquet")])) == texts
+
+
+@pytest.mark.parametrize("kind_of_string", ["large_string", "dictionary", "string_view"])
+def test_parquet_with_other_kinds_of_strings(kind_of_string: str, tmp_path: Path) -> None:
+    column = pyarrow.array(TEXTS)
+    if kind_of_string == "dictionary":
+        column = column.dictionary_encode()
+    else:
+        column = column.cast(getattr(pyarrow, kind_of_string)())
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "corpus.parquet")
+    assert list(documents([str(tmp_path / "corpus.parquet")])) == TEXTS
+
+
+@pytest.mark.parametrize("blank", ["\n", " \n", "\t \n", "\n\n\n", "\n  \n\n"])
+def test_blank_lines_separate_documents_of_a_text_file(blank: str, tmp_path: Path) -> None:
+    path = tmp_path / "corpus.txt"
+    path.write_text(f"{blank}one\nstill one\n{blank}two\n{blank}  three\n{blank}")
+    assert list(documents([str(path)])) == ["one\nstill one", "two", "  three"]
+
+
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_a_text_file_without_a_blank_line_is_one_document(end: str, tmp_path: Path) -> None:
+    path = tmp_path / "corpus.txt"
+    path.write_text("a\nb\n c" + end)
+    assert list(documents([str(path)])) == ["a\nb\n c"]
+
+
+def test_windows_line_ends(tmp_path: Path) -> None:
+    (tmp_path / "corpus.txt").write_bytes(b"a\r\nb\r\n\r\nc\r\n")
+    (tmp_path / "corpus.jsonl").write_bytes(lines(["a\r\nb"]).replace(b"\n", b"\r\n"))
+    assert list(documents([str(tmp_path / "corpus.txt")])) == ["a\nb", "c"]
+    assert list(documents([str(tmp_path / "corpus.jsonl")])) == ["a\r\nb"]
+
+
+def test_empty_documents_and_blank_lines_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.jsonl"
+    path.write_bytes(b"\n" + lines(["", "a", " \n\t"]) + b"  \n\n" + lines(["b"]) + b"\n")
+    assert list(documents([str(path)])) == ["a", "b"]
+
+
+def test_unusual_line_separators_do_not_cut_a_json_line(tmp_path: Path) -> None:
+    text = "a\u2028b\u2029c\x85d\x0be"
+    (tmp_path / "corpus.jsonl").write_text(json.dumps({"text": text}, ensure_ascii=False), encoding="utf-8")
+    assert list(documents([str(tmp_path / "corpus.jsonl")])) == [text]
+
+
+@pytest.mark.parametrize("kind", [".jsonl.gz", ".jsonl.zst"])
+def test_joined_compressed_files(kind: str, tmp_path: Path) -> None:
+    # `cat a.gz b.gz`, and what parallel compressors write, is one file of several streams.
+    WRITERS[kind](tmp_path / f"a{kind}", TEXTS[:2])
+    WRITERS[kind](tmp_path / f"b{kind}", TEXTS[2:])
+    joined = tmp_path / f"joined{kind}"
+    joined.write_bytes((tmp_path / f"a{kind}").read_bytes() + (tmp_path / f"b{kind}").read_bytes())
+    assert list(documents([str(joined)])) == TEXTS
+
+
+def test_datasets_folder(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"id": range(len(TEXTS)), "text": TEXTS}).save_to_disk(tmp_path / "one")
+    assert list(documents([str(tmp_path / "one")])) == TEXTS
+
+
+def test_datasets_folder_with_splits(tmp_path: Path) -> None:
+    parts = {"train": TEXTS[:4], "validation": TEXTS[4:]}
+    folder = datasets.DatasetDict({name: datasets.Dataset.from_dict({"text": part}) for name, part in parts.items()})
+    folder.save_to_disk(tmp_path / "two")
+    assert list(documents([str(tmp_path / "two")])) == TEXTS[:4]
+    assert list(documents([str(tmp_path / "two")], split="validation")) == TEXTS[4:]
+    with pytest.raises(UserError, match="train, validation"):
+        list(documents([str(tmp_path / "two")], split="test"))
+
+
+def test_a_folder_gives_its_files_in_sorted_order(tmp_path: Path) -> None:
+    # Written in another order than sorted, in folders too, with files that are no text in between.
+    (tmp_path / "deep").mkdir()
+    names = ["deep/part-0.jsonl.zst", "b.txt", "a.jsonl.gz", "deep.parquet", "c.jsonl"]
+    for name in names:
+        WRITERS[name[name.index(".") :]](tmp_path / name, [f"{name} {i}" for i in range(3)])
+    (tmp_path / "README.md").write_text("not a document")
+    (tmp_path / "a.json").write_text("{}")
+    order = sorted(tmp_path / name for name in names)
+    expected = [f"{path.relative_to(tmp_path)} {i}" for path in order for i in range(3)]
+    assert list(documents([str(tmp_path)])) == expected
+
+
+def test_several_sources_in_the_order_given(tmp_path: Path) -> None:
+    for index, (suffix, write) in enumerate(WRITERS.items()):
+        write(tmp_path / f"{9 - index}{suffix}", [f"{suffix} {i}" for i in range(3)])
+    (tmp_path / "folder").mkdir()
+    write_jsonl(tmp_path / "folder/x.jsonl", ["in a folder"])
+    sources = [str(tmp_path / f"{9 - index}{suffix}") for index, suffix in enumerate(WRITERS)]
+    expected = [f"{suffix} {i}" for suffix in WRITERS for i in range(3)]
+    given = [sources[0], str(tmp_path / "folder"), *sources[1:], sources[0]]
+    assert list(documents(given)) == [*expected[:3], "in a folder", *expected[3:], *expected[:3]]
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".jsonl.gz", ".parquet", "datasets"])
+def test_text_key(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"corpus{kind}"
+    columns = {"text": ["wrong"] * 3, "body": ["a", "b", "c"]}
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    if kind == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    elif kind == "datasets":
+        datasets.Dataset.from_dict(columns).save_to_disk(path)
+    else:
+        raw = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        path.write_bytes(gzip.compress(raw) if kind.endswith("gz") else raw)
+    assert list(documents([str(path)], text_key="body")) == ["a", "b", "c"]
+    with pytest.raises(UserError, match="--text-key"):
+        list(documents([str(path)], text_key="boddy"))
+
+
+def bytes_read() -> int:
+    """Bytes that this process has asked the system for since it began."""
+    counters = Path("/proc/self/io")
+    if not counters.is_file():
+        pytest.skip("needs Linux's /proc/self/io")
+    return int(counters.read_text().split("rchar: ")[1].split()[0])
+
+
+def test_the_first_document_costs_little_of_a_large_file(kind: str, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    texts = [random.bytes(500).hex() for _ in range(20_000)]
+    path = tmp_path / f"large{kind}"
+    WRITERS[kind](path, texts)
+    write_jsonl(tmp_path / "small.jsonl", ["a"])
+    list(documents([str(tmp_path / "small.jsonl")]))
+    before = bytes_read()
+    stream = documents([str(path)])
+    assert next(stream) == texts[0]
+    assert path.stat().st_size > 9_000_000
+    assert bytes_read() - before < path.stat().st_size / 10
+    assert list(islice(stream, 2000)) == texts[1:2001]
+    assert bytes_read() - before < path.stat().st_size / 4
+
+
+@pytest.mark.parametrize("kind", [".jsonl.gz", ".jsonl.zst"])
+def test_a_truncated_file_yields_its_documents_before_the_error(kind: str, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    texts = [random.bytes(50).hex() for _ in range(20_000)]
+    path = tmp_path / f"large{kind}"
+    WRITERS[kind](path, texts)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    seen = []
+    with pytest.raises(UserError, match="large"):
+        seen.extend(islice_until_error(path, seen))
+    assert 5_000 < len(seen) < 12_000
+    assert seen == texts[: len(seen)]
+
+
+def islice_until_error(path: Path, seen: list[str]) -> list[str]:
+    for text in documents([str(path)]):
+        seen.append(text)
+    return []
+
+
+@pytest.mark.xfail(strict=True, reason="zlib.error is no OSError, so it ends in a traceback")
+def test_a_damaged_gzip_file_is_named(tmp_path: Path) -> None:
+    write_gzip(tmp_path / "damaged.jsonl.gz", TEXTS)
+    raw = bytearray((tmp_path / "damaged.jsonl.gz").read_bytes())
+    raw[raw.index(b"\0", 10) + 1 :][:1] = b"\x07"
+    (tmp_path / "damaged.jsonl.gz").write_bytes(raw)
+    with pytest.raises(UserError, match=r"damaged\.jsonl\.gz"):
+        list(documents([str(tmp_path / "damaged.jsonl.gz")]))

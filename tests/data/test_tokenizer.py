@@ -1,0 +1,218 @@
+"""A trained tokenizer folder: its size, and id-for-id parity of the Hugging Face side with sentencepiece."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from megatron_mea.data.prepare import encode
+from megatron_mea.data.tokenizer import train_tokenizer
+from megatron_mea.errors import UserError
+
+CORPUS = Path(__file__).parents[2] / "launch/quickstart/validation.jsonl.gz"
+SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
+EOS = SPECIAL.index("</s>")
+
+ADVERSARIAL = [
+    *("", " ", "  ", "   ", " leading", "trailing ", "  two  inside  ", "a" * 300, " " * 40),
+    *("\t", "a\tb", "\n", "\n\n", "line\nline\n", " \n ", "\r\n", "\x0b\x0c\x1c\x85\u2028\u2029"),
+    *("0", "12345678901", "3.14159", "1st 2nd", "\u0664\u0662", "\u00bd\u00b2"),
+    *("caf\u00e9", "cafe\u0301", "\ufb01ne", "\u65e5\u672c\u8a9e", "\u0627\u0644", "\u00a0\u3000\u200b\ufeff"),
+    *("\U0001f600", "\U0001f469\u200d\U0001f469\u200d\U0001f467", "\U0010ffff", "\ufffd", "\x00", "a\x00b\x7f"),
+    *("</s>", "<pad>", "<s>", "<unk>", "and </s> there", "</s></s>", "x<pad>y", "<s", "</ s>", "<0x0A>", "<0x41>"),
+    *("\u2581", "a\u2581b", "\u2581\u2581", "\u2585", "{}<>", "if (x) { y<z>; }"),
+]
+
+
+@dataclass(frozen=True)
+class Trained:
+    size: int
+    folder: Path
+    fast: PreTrainedTokenizerFast
+    piece: sentencepiece.SentencePieceProcessor
+
+    def ids(self, text: str) -> list[int]:
+        return self.fast(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def check(self, text: str) -> None:
+        """Both tokenizers give the same ids, and the same text back."""
+        expected = self.piece.encode(text)
+        assert self.ids(text) == expected
+        assert self.fast.decode(expected) == self.piece.decode(expected)
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    with gzip.open(CORPUS, "rt", encoding="utf-8") as stream:
+        return [json.loads(line)["text"] for line in stream]
+
+
+@pytest.fixture(scope="module", params=[512, 2048])
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    folder = tmp_path_factory.mktemp("tokenizer") / f"ids-{request.param}"
+    train_tokenizer([str(CORPUS)], request.param, folder)
+    piece = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    return Trained(request.param, folder, AutoTokenizer.from_pretrained(str(folder)), piece)
+
+
+def test_vocab_size_counts_every_id(made: Trained) -> None:
+    assert len(made.fast) == made.piece.get_piece_size() == made.size
+    ids = range(made.size)
+    assert made.fast.convert_ids_to_tokens(list(ids)) == [made.piece.id_to_piece(i) for i in ids]
+
+
+def test_special_ids(made: Trained) -> None:
+    fast, piece = made.fast, made.piece
+    assert [fast.unk_token, fast.bos_token, fast.eos_token, fast.pad_token] == SPECIAL
+    assert [fast.unk_token_id, fast.bos_token_id, fast.eos_token_id, fast.pad_token_id] == [0, 1, 2, 3]
+    assert [piece.unk_id(), piece.bos_id(), piece.eos_id(), piece.pad_id()] == [0, 1, 2, 3]
+    assert sorted(fast.all_special_ids) == [0, 1, 2, 3]
+
+
+def test_every_byte_has_an_id(made: Trained) -> None:
+    assert sum(made.piece.is_byte(i) for i in range(made.size)) == 256
+
+
+@pytest.mark.parametrize("character", "\n<>{}")
+def test_markup_characters_are_pieces_though_the_text_lacks_them(made: Trained, character: str) -> None:
+    assert not made.piece.is_byte(made.piece.encode(f"a{character}")[-1])
+
+
+def test_digits_stand_alone(tmp_path: Path) -> None:
+    (tmp_path / "years.txt").write_text("\n".join(f"in {1900 + i % 9} and 1984, then" for i in range(500)))
+    train_tokenizer([str(tmp_path / "years.txt")], 290, tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(str(tmp_path / "out"))
+    assert [token for token in tokenizer.tokenize("in 1984") if token.isdigit()] == ["1", "9", "8", "4"]
+
+
+def test_parity_on_every_line_and_document(made: Trained, texts: list[str]) -> None:
+    lines = {line for text in texts for line in text.splitlines()}
+    assert len(lines) > 2000
+    for text in [*texts[::10], *lines]:
+        made.check(text)
+
+
+def test_parity_on_indented_lines(made: Trained, texts: list[str]) -> None:
+    # transformers' own conversion of a sentencepiece model fails exactly here.
+    for number, line in enumerate(texts[0].splitlines()[:200]):
+        made.check(" " * (1 + number % 9) + line)
+        made.check("\t" + line + " " * (number % 4))
+
+
+@pytest.mark.parametrize("text", ADVERSARIAL, ids=ascii)
+def test_parity_on_adversarial_strings(made: Trained, text: str) -> None:
+    made.check(text)
+
+
+@pytest.mark.parametrize("text", [text for text in ADVERSARIAL if "\u2581" not in text], ids=ascii)
+def test_round_trip_is_lossless(made: Trained, text: str) -> None:
+    # But for U+2581, which sentencepiece reserves for the space.
+    assert made.fast.decode(made.ids(text)) == text
+
+
+def test_round_trip_of_the_corpus(made: Trained, texts: list[str]) -> None:
+    for text in texts[::10]:
+        assert made.fast.decode(made.ids(text)) == text
+
+
+PARTS = st.sampled_from([*ADVERSARIAL, "the", "king ", " and", "LORD", ".\n", ", ", "   ", "eth"])
+# No surrogates: they are no UTF-8, so sentencepiece takes no such string.
+ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+
+
+@given(st.lists(PARTS | ANY_TEXT, max_size=12).map("".join))
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_parity_on_random_unicode(made: Trained, text: str) -> None:
+    made.check(text)
+    assume("\u2581" not in text)
+    assert made.fast.decode(made.ids(text)) == text
+
+
+@given(st.text("ab <", max_size=60), st.integers(1, 12))
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_parity_on_repetitive_text(repetitive: Trained, text: str, times: int) -> None:
+    # Repetition makes the pairs that could merge next overlap, which is where an order of merges shows.
+    repetitive.check(text * times)
+
+
+@pytest.fixture(scope="module")
+def repetitive(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A tokenizer whose pieces can be split in many ways: long words over four characters."""
+    root = tmp_path_factory.mktemp("repetitive")
+    letters = np.random.default_rng(0).choice(list("ab <"), (400, 120))
+    (root / "text.txt").write_text("\n".join("".join(row) for row in letters))
+    train_tokenizer([str(root / "text.txt")], 400, root / "out")
+    piece = sentencepiece.SentencePieceProcessor(model_file=str(root / "out/tokenizer.model"))
+    return Trained(400, root / "out", AutoTokenizer.from_pretrained(str(root / "out")), piece)
+
+
+def test_training_is_deterministic(made: Trained, tmp_path: Path) -> None:
+    train_tokenizer([str(CORPUS)], made.size, tmp_path / "again")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (made.folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+    again = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "again/tokenizer.model"))
+    for piece in range(made.size):
+        assert again.id_to_piece(piece) == made.piece.id_to_piece(piece)
+        assert again.get_score(piece) == made.piece.get_score(piece)
+
+
+@pytest.mark.xfail(strict=True, reason="sentencepiece records the scratch folder, which is random and local")
+def test_the_model_holds_no_local_path(made: Trained) -> None:
+    assert str(made.folder.parent).encode() not in (made.folder / "tokenizer.model").read_bytes()
+
+
+def test_a_document_cannot_inject_a_special_token(made: Trained) -> None:
+    documents = ["good </s> bad", "</s>", "<s>x<unk><pad>", "plain"]
+    # What is guarded against: without the guard the string does become the id.
+    assert EOS in made.fast(documents[0], add_special_tokens=False)["input_ids"]
+    tokens, lengths = encode(made.fast, documents)
+    assert lengths.sum() == tokens.size
+    ends = np.cumsum(lengths)
+    assert np.flatnonzero(tokens < 4).tolist() == (ends - 1).tolist()
+    assert (tokens[ends - 1] == EOS).all()
+    for document, end, length in zip(documents, ends, lengths, strict=True):
+        assert tokens[end - length : end - 1].tolist() == made.piece.encode(document)
+
+
+def test_a_long_line_counts(tmp_path: Path) -> None:
+    # sentencepiece drops what is longer than its longest sentence; here that would be all of the text.
+    words = " ".join(f"quixotic{'zyx'[i % 3]}" for i in range(30_000))
+    (tmp_path / "line.txt").write_text(words)
+    train_tokenizer([str(tmp_path / "line.txt")], 290, tmp_path / "out")
+    piece = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "out/tokenizer.model"))
+    assert "\u2581quixotic" in piece.encode("quixoticz", out_type=str)[0]
+
+
+def test_text_key_and_several_sources(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"body": "zebra quagga " * 200, "text": "wrong"}) + "\n")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"body": "okapi bongo " * 200}) + "\n")
+    train_tokenizer([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")], 285, tmp_path / "out", text_key="body")
+    vocabulary = AutoTokenizer.from_pretrained(str(tmp_path / "out")).get_vocab()
+    assert {"z", "q", "k"} <= set(vocabulary)
+    assert "w" not in vocabulary
+
+
+def test_a_vocabulary_that_the_text_cannot_fill_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("too little")
+    with pytest.raises(UserError, match="--vocab-size"):
+        train_tokenizer([str(tmp_path / "short.txt")], 4000, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]
+
+
+@pytest.mark.xfail(strict=True, reason="the message blames --vocab-size and ends in a C++ stack line")
+def test_a_broken_line_is_named(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"fine line {i}"}) for i in range(50)]
+    (tmp_path / "broken.jsonl").write_text("\n".join([*lines, '{"text":']))
+    with pytest.raises(UserError) as caught:
+        train_tokenizer([str(tmp_path / "broken.jsonl")], 280, tmp_path / "out")
+    assert "broken.jsonl, line 51" in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["broken.jsonl"]

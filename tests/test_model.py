@@ -1,0 +1,201 @@
+"""The training model against a reference in float64 that was written from the paper, not from this code."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import decoder_and_tensors, name_of, small_model, variants
+from reference import reference_logits, reference_loss
+
+from megatron_mea.attention.hlc import (
+    STARTS,
+    HeadCombination,
+    combine_heads,
+    fold_weight,
+    folding_is_cheaper,
+)
+from megatron_mea.model.decoder import IGNORE, Decoder
+from megatron_mea.parallel.layers import Linear
+from megatron_mea.parallel.parameter import initialize, named_specs
+
+
+def tokens(vocab: int, *shape: int) -> torch.Tensor:
+    return torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(7))
+
+
+def positions_of(ids: torch.Tensor) -> torch.Tensor:
+    return torch.arange(ids.shape[1]).expand_as(ids)
+
+
+@pytest.mark.parametrize("case", variants(), ids=name_of)
+def test_loss_and_gradients_equal_the_reference(case):
+    model = small_model(**case)
+    decoder, tensors = decoder_and_tensors(model)
+    ids = tokens(model.vocab_size, 2, 18)
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+    loss = decoder(inputs, positions_of(inputs), targets)
+    loss.backward()
+    expected = reference_loss(tensors, model.model_dump(), inputs, targets) * targets.numel()
+    expected.backward()
+    assert abs(loss.item() - expected.item()) <= 1e-12 * abs(expected.item())
+    # Measured against the whole gradient: where a norm follows, a scale has (almost) no gradient of its own.
+    whole = torch.stack([tensor.grad.norm() for tensor in tensors.values()]).norm()
+    for name, parameter in named_specs(decoder).items():
+        assert (parameter.grad - tensors[name].grad).norm() <= 1e-12 * whole, name
+
+
+@pytest.mark.parametrize("case", variants(), ids=name_of)
+def test_both_forms_of_the_combination_give_the_same(case, monkeypatch):
+    model = small_model(**case)
+    if not model.has_hlc:
+        pytest.skip("has no head combination")
+    ids = tokens(model.vocab_size, 2, 17)
+    results = []
+    for form in (HeadCombination.project_combined, HeadCombination.project_folded):
+        monkeypatch.setattr(HeadCombination, "project", form)
+        decoder, _ = decoder_and_tensors(model)
+        loss = decoder(ids, positions_of(ids), ids)
+        loss.backward()
+        results.append((loss, {n: p.grad for n, p in named_specs(decoder).items()}))
+    (combined, first), (folded, second) = results
+    assert abs(combined - folded) <= 1e-12 * abs(combined)
+    whole = torch.stack([gradient.norm() for gradient in first.values()]).norm()
+    for name, gradient in first.items():
+        assert (gradient - second[name]).norm() <= 1e-12 * whole, name
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    components=st.integers(1, 5),
+    composites=st.integers(1, 6),
+    dim=st.integers(1, 7),
+    batch=st.integers(1, 3),
+    seq=st.integers(1, 6),
+    hidden=st.integers(1, 9),
+    bias=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_combination_and_fold_equal_the_formula(components, composites, dim, batch, seq, hidden, bias, seed):
+    """Eq. 10 as it is printed, and eq. 18: combining activations equals combining the projection."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    x, matrix = random(batch, seq, hidden), random(components, composites)
+    weight, offset = random(components * dim, hidden), random(components * dim) if bias else None
+    heads = torch.nn.functional.linear(x, weight, offset).view(batch, seq, components, dim)
+    expected = torch.einsum("b n c d, c h -> b h n d", heads, matrix)
+    torch.testing.assert_close(combine_heads(heads, matrix), expected, rtol=1e-12, atol=1e-12)
+
+    projection = Linear("p", hidden, components * dim, 1.0, bias).double()
+    projection.weight.data = weight
+    if bias:
+        projection.bias.data = offset
+    hlc = HeadCombination("m", components, composites, "normal").double()
+    hlc.weight.data = matrix
+    for form in (hlc.project, hlc.project_combined, hlc.project_folded):
+        torch.testing.assert_close(form(x, projection), expected, rtol=1e-11, atol=1e-11)
+
+
+def test_fold_rounds_once():
+    """In bfloat16 the folded weight is the exact one rounded, not a sum of rounded terms."""
+    generator = torch.Generator().manual_seed(0)
+    weight, matrix = (torch.randn(*s, generator=generator).bfloat16() for s in ((12 * 4, 16), (12, 6)))
+    exact = torch.einsum("c f, c h -> h f", weight.double().view(12, -1), matrix.double()).reshape(24, 16)
+    error = (fold_weight(weight, matrix).double() - exact).abs()
+    assert fold_weight(weight, matrix).dtype == torch.bfloat16
+    assert (error <= exact.abs() * 2**-8).all()
+
+
+def test_the_cheaper_form_is_chosen():
+    assert folding_is_cheaper(tokens=2049, hidden_size=2048, num_components=8, num_composites=8)
+    assert not folding_is_cheaper(tokens=2047, hidden_size=2048, num_components=8, num_composites=8)
+    assert not folding_is_cheaper(tokens=10**6, hidden_size=2048, num_components=4, num_composites=8)
+
+
+def test_logits_are_causal_and_ignored_targets_leave_the_loss():
+    model = small_model(attention_variant="mea", num_component_heads=2)
+    decoder, tensors = decoder_and_tensors(model)
+    ids = tokens(model.vocab_size, 2, 12)
+    changed = ids.clone()
+    changed[:, 7:] = (changed[:, 7:] + 1) % model.vocab_size
+    logits, other = (decoder.logits(one, positions_of(one)) for one in (ids, changed))
+    assert torch.equal(logits[:, :7], other[:, :7])
+    assert not torch.allclose(logits[:, 7:], other[:, 7:])
+    expected = reference_logits(tensors, model.model_dump(), ids)
+    torch.testing.assert_close(logits, expected, rtol=1e-11, atol=1e-11)
+
+    targets = ids.clone()
+    targets[0, 3] = targets[1, 5] = IGNORE
+    kept = targets != IGNORE
+    nll = -logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+    torch.testing.assert_close(decoder(ids, positions_of(ids), targets), nll[kept].sum())
+
+
+def test_activation_checkpointing_changes_nothing():
+    model = small_model(attention_variant="mea", num_component_heads=2, qk_norm=True)
+    ids = tokens(model.vocab_size, 2, 12)
+    gradients = []
+    for checkpointed in (False, True):
+        decoder, _ = decoder_and_tensors(model)
+        decoder.checkpoint_activations = checkpointed
+        decoder(ids, positions_of(ids), ids).backward()
+        gradients.append({name: p.grad for name, p in named_specs(decoder).items()})
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name
+
+
+class TestInitialization:
+    def test_depends_on_seed_and_name_alone(self):
+        deep, shallow = Decoder(small_model()), Decoder(small_model(num_hidden_layers=1))
+        initialize(deep, 1)
+        initialize(shallow, 1)
+        q = "model.layers.0.self_attn.q_proj.weight"
+        assert torch.equal(named_specs(deep)[q], named_specs(shallow)[q])
+        assert not torch.equal(named_specs(deep)[q], named_specs(deep)[q.replace("layers.0", "layers.1")])
+        initialize(shallow, 2)
+        assert not torch.equal(named_specs(deep)[q], named_specs(shallow)[q])
+
+    def test_sizes_are_as_configured(self):
+        model = small_model(
+            hidden_size=256, head_dim=32, intermediate_size=512, initializer_range=0.02, embedding_initializer_range=0.5
+        )
+        decoder = Decoder(model)
+        initialize(decoder, 0)
+        parameters = named_specs(decoder)
+        output = 0.02 / (2 * model.num_hidden_layers) ** 0.5
+        for name, std in {
+            "model.embed_tokens.weight": 0.5,
+            "lm_head.weight": 0.02,
+            "model.layers.1.self_attn.q_proj.weight": 0.02,
+            "model.layers.1.self_attn.o_proj.weight": output,
+            "model.layers.1.mlp.gate_proj.weight": 0.02,
+            "model.layers.1.mlp.down_proj.weight": output,
+        }.items():
+            assert parameters[name].std().item() == pytest.approx(std, rel=0.05), name
+        assert (parameters["model.layers.0.input_layernorm.weight"] == 1).all()
+
+    def test_head_norm_gain(self):
+        decoder = Decoder(small_model(head_norm_init=0.2))
+        initialize(decoder, 0)
+        assert torch.allclose(named_specs(decoder)["model.layers.2.self_attn.head_norm.weight"], torch.tensor(0.2))
+
+    @settings(deadline=None)
+    @given(components=st.integers(1, 8), extra=st.integers(0, 8))
+    def test_block_start(self, components, extra):
+        composites = components + extra
+        weight = STARTS["block"]((components, composites), torch.Generator())
+        assert torch.equal(weight.sum(0), torch.ones(composites))
+        assert [int(column.argmax()) for column in weight.T] == [j * components // composites for j in range(composites)]
+        if not extra:
+            assert torch.equal(weight, torch.eye(components))
+
+    def test_random_starts(self):
+        generator = torch.Generator().manual_seed(0)
+        weight = STARTS["orthogonal"]((3, 6), generator)
+        torch.testing.assert_close(weight @ weight.T, 2 * torch.eye(3), rtol=0, atol=1e-5)
+        weight = STARTS["normal"]((64, 128), generator)
+        assert weight.std().item() == pytest.approx(1 / 8, rel=0.05)

@@ -1,0 +1,359 @@
+"""Whole runs through the commands: exact resume, several processes, signals, damaged checkpoints, export."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_mea.checkpoint.folder import checkpoints_of, damage
+from megatron_mea.checkpoint.tensors import read_tensors, tensor_shapes
+
+ROOT = Path(__file__).parents[1]
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def config(tiny, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "run.yaml"
+    return tiny.write_config(
+        path,
+        **{
+            "training.steps": STEPS,
+            "training.global_batch_size": 8,
+            "schedule.warmup_steps": 5,
+            "evaluation.interval": 20,
+            "checkpoint.interval": 30,
+            "checkpoint.keep": 5,
+            "logging.tensorboard": True,
+        },
+    )
+
+
+def command(config: Path, name: str, *overrides: str, processes: int = 1) -> list[str]:
+    arguments = [str(config), f"run.dir={config.parent / name}", *overrides]
+    if processes == 1:
+        return [sys.executable, "-m", "megatron_mea", "train", *arguments]
+    return ["bash", str(ROOT / "launch/local.sh"), str(processes), *arguments]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+
+
+def train(config: Path, name: str, *overrides: str, processes: int = 1) -> str:
+    done = subprocess.run(
+        command(config, name, *overrides, processes=processes), env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def interrupt(config: Path, name: str, step: int, number: int, *overrides: str, processes: int = 1) -> tuple[int, str]:
+    """Trains until the metrics show `step`, sends a signal, and waits for the end."""
+    metrics = config.parent / name / "metrics.jsonl"
+    process = subprocess.Popen(
+        command(config, name, *overrides, processes=processes), env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
+        assert process.poll() is None, "the run ended before the signal"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    return process.returncode, output
+
+
+def rows(config: Path, name: str) -> list[dict]:
+    """The metrics without the one field that no two runs share."""
+    lines = (config.parent / name / "metrics.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    for row in found:
+        row.pop("tokens_per_second", None)
+    return found
+
+
+def newest(config: Path, name: str) -> dict[str, torch.Tensor]:
+    folder = checkpoints_of(config.parent / name)[-1][1]
+    return read_tensors(folder, tensor_shapes(folder))
+
+
+@pytest.fixture(scope="module")
+def whole(config) -> Path:
+    """An uninterrupted run of one process."""
+    train(config, "whole")
+    return config.parent / "whole"
+
+
+def test_the_run_folder(config, whole):
+    found = rows(config, "whole")
+    assert [row["step"] for row in found] == list(range(STEPS + 1))
+    assert found[0].keys() == {"step", "tokens", "validation_loss"}
+    assert all(row["tokens"] == row["step"] * 8 * 32 for row in found)
+    assert [row["step"] for row in found if "validation_loss" in row] == [0, 20, 40, 60]
+    assert found[-1]["validation_loss"] < found[0]["validation_loss"] - 0.5
+    assert found[5]["lr"] == 0.01
+    assert found[-1]["lr"] == pytest.approx(0.001)
+    assert (whole / "FINISHED").exists()
+    assert (whole / "config.yaml").exists()
+    assert [step for step, _ in checkpoints_of(whole)] == [30, 60]
+    assert all(damage(folder) is None for _, folder in checkpoints_of(whole))
+    assert not list((whole / "checkpoints").glob(".tmp*"))
+
+
+def test_tensorboard_holds_the_same_scalars(config, whole):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(whole / "tensorboard")).Reload()
+    losses = {event.step: event.value for event in board.Scalars("loss")}
+    assert losses == pytest.approx({row["step"]: row["loss"] for row in rows(config, "whole")[1:]}, rel=1e-6)
+    assert any(tag.startswith("hlc_condition/") for tag in board.Tags()["scalars"])
+
+
+def test_the_resolved_configuration_starts_the_same_run(config, whole):
+    output = subprocess.run(
+        [sys.executable, "-m", "megatron_mea", "train", str(whole / "config.yaml")], capture_output=True, text=True
+    )
+    assert output.returncode == 0, output.stderr
+    assert "is finished at step 60" in output.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM, signal.SIGKILL], ids=lambda n: n.name)
+def test_an_interrupted_run_equals_an_uninterrupted_one(config, whole, number):
+    """Bit for bit: losses, norms, validation, and the parameters and moments at the end."""
+    name = number.name
+    status, _ = interrupt(config, name, 32, number)
+    run = config.parent / name
+    assert not (run / "FINISHED").exists()
+    if number == signal.SIGKILL:
+        assert status == -signal.SIGKILL
+        assert checkpoints_of(run)[-1][0] == 30
+        with (run / "metrics.jsonl").open("a") as stream:
+            stream.write('{"step": 99, "lo')
+    else:
+        assert status == 0
+        assert checkpoints_of(run)[-1][0] >= 32
+    before = (run / "metrics.jsonl").read_bytes()
+    resumed = checkpoints_of(run)[-1][0]
+    output = train(config, name)
+    assert f"resuming from {run}/checkpoints/step_{resumed:08d}" in output
+    kept = b"".join(line for line in before.splitlines(keepends=True) if line.endswith(b"\n"))
+    kept = b"".join(line for line in kept.splitlines(keepends=True) if json.loads(line)["step"] <= resumed)
+    assert (run / "metrics.jsonl").read_bytes().startswith(kept)
+    assert rows(config, name) == rows(config, "whole")
+    ours, theirs = newest(config, name), newest(config, "whole")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
+
+
+def test_two_processes_equal_one_to_rounding(config, whole):
+    """Interrupted by a signal to local.sh, resumed on two; then longer, with another layout, on one."""
+    status, output = interrupt(config, "two", 25, signal.SIGUSR2, processes=2)
+    assert status == 0
+    assert "asked to stop: saved step" in output
+    train(config, "two", processes=2)
+    expected = rows(config, "whole")
+    found = rows(config, "two")
+    assert [row["step"] for row in found] == [row["step"] for row in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3)
+        assert ours.get("loss", 0) == pytest.approx(theirs.get("loss", 0), rel=1e-4)
+
+    output = train(config, "two", "training.steps=64", "training.micro_batch_size=4")
+    assert "changed since then: training.micro_batch_size: 2 -> 4" in output
+    assert [row["step"] for row in rows(config, "two")] == list(range(65))
+    assert json.loads((config.parent / "two/FINISHED").read_text())["step"] == 64
+
+
+def test_a_damaged_checkpoint_is_set_aside(config, whole):
+    run = config.parent / "damaged"
+    shutil.copytree(whole, run)
+    (run / "FINISHED").unlink()
+    shard = next((run / "checkpoints/step_00000060").glob("*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    (run / "checkpoints/.tmp-step_00000090").mkdir()
+    output = train(config, "damaged")
+    assert f"step_00000060 is damaged ({shard.name} does not match its checksum)" in output
+    assert "resuming from" in output
+    assert "step_00000030" in output
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {
+        "step_00000030",
+        "damaged-step_00000060",
+        "step_00000060",
+    }
+    assert rows(config, "damaged") == rows(config, "whole")
+
+
+def test_a_failing_rank_ends_the_run(config):
+    """One rank leaves in the middle of training: the others are ended at once, and its status is returned."""
+    site = config.parent / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(
+        "import os, threading, time\n"
+        "def leave():\n"
+        "    while not os.path.exists(os.environ['STARTED']):\n"
+        "        time.sleep(0.1)\n"
+        "    os._exit(7)\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    threading.Thread(target=leave, daemon=True).start()\n"
+    )
+    started = config.parent / "failing/metrics.jsonl"
+    done = subprocess.run(
+        command(config, "failing", "training.steps=1000000", processes=2),
+        env=environment() | {"PYTHONPATH": str(site), "STARTED": str(started)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 7
+    assert time.time() - started.stat().st_mtime < 10
+
+
+class TestExport:
+    """The exported folder in a process that has transformers but not this package."""
+
+    @pytest.fixture(scope="class")
+    def exported(self, whole, tmp_path_factory) -> Path:
+        out = tmp_path_factory.mktemp("export") / "deep" / "model"
+        done = subprocess.run(
+            [sys.executable, "-m", "megatron_mea", "export", str(whole), str(out)], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert "real tokens differ from the trainer's by at most" in done.stdout
+        return out
+
+    def test_files(self, exported, whole):
+        from safetensors.torch import load_file
+
+        config = json.loads((exported / "config.json").read_text())
+        assert config["model_type"] == "mea"
+        assert config["architectures"] == ["MEAForCausalLM"]
+        assert config["num_component_heads"] == [1, 1]
+        assert config["rope_parameters"] == {"rope_theta": 500000.0, "rope_type": "default"}
+        assert config["dtype"] == "float32"
+        tensors = load_file(exported / "model.safetensors")
+        folder = checkpoints_of(whole)[-1][1]
+        masters = {n: s for n, s in tensor_shapes(folder).items() if not n.startswith("exp_avg")}
+        expected = read_tensors(folder, masters)
+        assert tensors.keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
+        assert tensors["model.layers.1.self_attn.hlc_k.weight"].shape == (1, 2)
+        umask = os.umask(0)
+        os.umask(umask)
+        assert {path.stat().st_mode & 0o777 for path in exported.iterdir()} == {0o666 & ~umask}
+        assert [path.name for path in exported.parent.iterdir()] == ["model"]
+
+    def test_stands_alone(self, exported, tmp_path):
+        """Greedy generation with left padding equals row by row; nothing of this package is importable."""
+        script = tmp_path / "alone.py"
+        script.write_text(
+            "import sys\n"
+            "class Absent:\n"
+            "    def find_spec(self, name, path=None, target=None):\n"
+            "        if name.partition('.')[0] == 'megatron_mea':\n"
+            "            raise ModuleNotFoundError(name)\n"
+            "sys.meta_path.insert(0, Absent())\n"
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+            "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True, padding_side='left')\n"
+            "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+            "texts = ['In the beginning', 'To be']\n"
+            "def run(texts, **settings):\n"
+            "    inputs = tokenizer(texts, return_tensors='pt', padding=True, return_token_type_ids=False)\n"
+            "    output = model.generate(**inputs, max_new_tokens=8, do_sample=False, **settings)\n"
+            "    return [row[inputs['input_ids'].shape[1]:].tolist() for row in output]\n"
+            "batch = run(texts)\n"
+            "assert batch == run(texts, use_cache=False), batch\n"
+            "assert batch == [run([text])[0] for text in texts], batch\n"
+            "print(type(model).__name__, model.config.model_type, batch)\n"
+        )
+        done = subprocess.run(
+            [sys.executable, str(script), str(exported)],
+            env=os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("MEAForCausalLM mea")
+
+    def test_evaluate_generate_and_inspect(self, exported, whole, tiny, tmp_path, capsys):
+        from megatron_mea.cli import main
+
+        out = tmp_path / "new" / "evaluation.json"
+        assert main(["evaluate", str(whole), "--out", str(out)]) == 0
+        result = json.loads(out.read_text())
+        capsys.readouterr()
+        assert main(["evaluate", str(exported), "--data", str(tiny.validation)]) == 0
+        other = json.loads(capsys.readouterr().out)
+        assert result["tokens"] == other["tokens"] == _independent_count(tiny.validation)
+        # The checkpoint is evaluated in windows of its seq_length, the export in its whole context.
+        assert result["cross_entropy"] == pytest.approx(other["cross_entropy"], rel=0.05)
+        assert result["cross_entropy"] == pytest.approx(_independent_loss(exported, tiny.validation), rel=1e-5)
+
+        texts = []
+        for model in (whole, exported):
+            assert main(["generate", str(model), "--prompt", "And the", "--max-new-tokens", "5"]) == 0
+            texts.append(capsys.readouterr().out)
+        assert texts[0] == texts[1]
+        assert texts[0].startswith("And the")
+
+        assert main(["inspect", str(whole)]) == 0
+        shown = capsys.readouterr().out
+        for text in ("step             60", "15,360", "model.layers.1.self_attn.hlc_v.weight", "(1, 2)", "whole"):
+            assert text in shown
+
+    def test_bfloat16(self, whole, tmp_path, capsys):
+        from safetensors.torch import load_file
+
+        from megatron_mea.cli import main
+
+        assert main(["export", str(whole / "checkpoints/step_00000030"), str(tmp_path), "--dtype", "bf16"]) == 0
+        tensors = load_file(tmp_path / "model.safetensors")
+        assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+        assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+
+    def test_a_wrong_export_is_noticed(self, whole, tmp_path, monkeypatch, capsys):
+        from megatron_mea.cli import main
+        from megatron_mea.huggingface import modeling_mea
+
+        wrong = modeling_mea.MEAHeadCombination.forward
+        monkeypatch.setattr(modeling_mea.MEAHeadCombination, "forward", lambda self, x: 2 * wrong(self, x))
+        assert main(["export", str(whole), str(tmp_path / "out")]) == 1
+        assert "logits differ from the trainer's" in capsys.readouterr().err
+        assert not list(tmp_path.iterdir())
+
+
+def _tokens(prefix: Path) -> torch.Tensor:
+    import numpy as np
+
+    return torch.from_numpy(np.fromfile(f"{prefix}.bin", dtype=np.uint16).astype(np.int64))
+
+
+def _independent_count(prefix: Path) -> int:
+    return len(_tokens(prefix)) - 1
+
+
+@torch.no_grad()
+def _independent_loss(folder: Path, prefix: Path) -> float:
+    """Cross-entropy in windows of 32, from the exported tensors and the reference model."""
+    from reference import reference_logits
+    from safetensors.torch import load_file
+
+    tensors = {name: tensor.double() for name, tensor in load_file(folder / "model.safetensors").items()}
+    config, tokens = json.loads((folder / "config.json").read_text()), _tokens(prefix)
+    total = 0.0
+    for start in range(0, len(tokens) - 1, 32):
+        window = tokens[start : start + 33]
+        logits = reference_logits(tensors, config, window[None, :-1])[0]
+        total -= logits.log_softmax(-1).gather(-1, window[1:, None]).sum().item()
+    return total / (len(tokens) - 1)
