@@ -189,7 +189,9 @@ class TestInitialization:
         composites = components + extra
         weight = STARTS["block"]((components, composites), torch.Generator())
         assert torch.equal(weight.sum(0), torch.ones(composites))
-        assert [int(column.argmax()) for column in weight.T] == [j * components // composites for j in range(composites)]
+        assert [int(column.argmax()) for column in weight.T] == [
+            j * components // composites for j in range(composites)
+        ]
         if not extra:
             assert torch.equal(weight, torch.eye(components))
 

@@ -1,4 +1,4 @@
-"""Cross-entropy of a unigram model, the floor that a language model must beat:  python tools/unigram.py TRAIN VALIDATION
+"""Cross-entropy of a unigram model, which a language model must beat:  python tools/unigram.py TRAIN VALIDATION
 
 Both are prefixes of prepared data. Token frequencies are counted on TRAIN with one added to each count.
 """

@@ -13,6 +13,7 @@ def cross_checks(config: Config) -> Iterator[Problem]:
     """The contradictions inside one configuration."""
     yield from _not_yet(config)
     yield from _heads(config)
+    yield from _rope(config)
     yield from _components(config)
     yield from _lengths(config)
 
@@ -101,6 +102,22 @@ def _heads(config: Config) -> Iterator[Problem]:
         )
     if model.head_dim % 2:
         yield Problem("model.head_dim", model.head_dim, "an even number: RoPE rotates pairs of features")
+
+
+def _rope(config: Config) -> Iterator[Problem]:
+    scaling = config.model.rope_scaling
+    if scaling is None:
+        return
+    if scaling.rope_type == "llama3" and scaling.high_freq_factor <= scaling.low_freq_factor:
+        yield Problem(
+            "model.rope_scaling.high_freq_factor",
+            scaling.high_freq_factor,
+            f"more than low_freq_factor = {scaling.low_freq_factor}",
+        )
+    if scaling.rope_type == "yarn" and scaling.beta_fast < scaling.beta_slow:
+        yield Problem("model.rope_scaling.beta_fast", scaling.beta_fast, f"at least beta_slow = {scaling.beta_slow}")
+    if scaling.rope_type == "dynamic" and config.model.head_dim < 4:
+        yield Problem("model.head_dim", config.model.head_dim, "at least 4 with dynamic RoPE")
 
 
 def _components(config: Config) -> Iterator[Problem]:

@@ -141,8 +141,8 @@ class Engine:
         total = torch.stack([torch.stack(losses).sum(), torch.tensor(float(stop), device=self.device).double()])
         dist.all_reduce(total)
         loss_sum, stops = total.tolist()
-        bad = [index for index, loss in enumerate(losses) if not torch.isfinite(loss)]
         if not _is_finite(loss_sum):
+            bad = [index for index, loss in enumerate(losses) if not torch.isfinite(loss)]
             raise NonFiniteError(f"the loss is {loss_sum / targets}", bad)
         self.engine.step()
         # DeepSpeed skips an update whose norm is not finite, without a word.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,10 @@ def train(config: Config, stop: StopSignal) -> None:
         if ranks.rank == 0:
             print(f"{run_dir} is finished at step {finished}; raise training.steps to go on", flush=True)
         return
+    if find_spec("deepspeed") is None:
+        raise UserError(
+            "environment", "no deepspeed", "deepspeed 0.19.8: training needs it", "pip install deepspeed==0.19.8"
+        )
     inputs = check_inputs(config, ranks, data_parallel_size)
 
     # From here on torch and DeepSpeed are needed, which take seconds to import.

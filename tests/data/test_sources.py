@@ -17,7 +17,14 @@ import pytest
 from megatron_mea.data.sources import documents
 from megatron_mea.errors import UserError
 
-TEXTS = ["one line", "two\nlines", "  indented, \u00e9\u65e5\U0001f600 ", '"quotes" \\ and {braces}', "x" * 5000, "last"]
+TEXTS = [
+    "one line",
+    "two\nlines",
+    "  indented, \u00e9\u65e5\U0001f600 ",
+    '"quotes" \\ and {braces}',
+    "x" * 5000,
+    "last",
+]
 
 
 def lines(texts: Sequence[str], key: str = "text") -> bytes:
