@@ -35,7 +35,7 @@ bash launch/local.sh 2 configs/quickstart.yaml "$@"
 say "validation loss in nats a token (lower is better)"
 "$PYTHON" tools/unigram.py "$work/data/train" "$work/data/validation"
 "$PYTHON" -m megatron_mea evaluate "$work/run" --out "$work/evaluation.json" >/dev/null
-"$PYTHON" -c 'import json, sys; print(f"this MEA model: {json.load(open(sys.argv[1]))[\"cross_entropy\"]:.4f}")' \
+"$PYTHON" -c 'import json, sys; print("this MEA model: %.4f" % json.load(open(sys.argv[1]))["cross_entropy"])' \
   "$work/evaluation.json"
 
 say "export to Hugging Face"

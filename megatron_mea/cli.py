@@ -20,21 +20,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except UserError as error:
-        rank = int(os.environ.get("RANK") or 0)
-        if rank > 0:
+        if _rank() > 0:
             # Every rank finds the same mistake. Rank 0 says it, and the launcher ends the others meanwhile;
             # what only this rank sees must still be said.
             time.sleep(3)
-        _say(rank, error)
+        _say(error)
         return 2
     except RunError as error:
-        _say(int(os.environ.get("RANK") or 0), error)
+        _say(error)
         return 1
     return 0
 
 
-def _say(rank: int, error: Exception) -> None:
-    print(f"megatron-mea: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
+def _rank() -> int:
+    value = os.environ.get("RANK", "")
+    return int(value) if value.isdecimal() else 0
+
+
+def _say(error: Exception) -> None:
+    prefix = f"rank {_rank()}: " if _rank() else ""
+    print(f"megatron-mea: {prefix}{error}", file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

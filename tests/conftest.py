@@ -24,8 +24,8 @@ class Tiny:
     Attributes:
         root: the folder that holds everything below; a test must not write into it.
         tokenizer: the tokenizer folder.
-        train: PREFIX of about 20,000 tokens.
-        validation: PREFIX of about 7,000 tokens.
+        train: PREFIX of about 27,000 tokens.
+        validation: PREFIX of about 4,000 tokens.
         config: a YAML file; its run.dir is relative, so a test changes into a folder of its own first.
     """
 

@@ -73,6 +73,15 @@ def damage(folder: Path) -> str | None:
     return None
 
 
+def description_is_whole(folder: Path) -> bool:
+    """Whether meta.json matches its checksum; the cheap part of `damage`, before a run is started."""
+    try:
+        expected = json.loads((folder / COMPLETE).read_text())["sha256"][META]
+        return sha256(folder / META) == expected
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def seal(folder: Path) -> None:
     """Flushes every file of a folder to disk and writes COMPLETE with their checksums, last."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())

@@ -75,7 +75,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UserError(str(path), reason, "a readable YAML file") from None
-    except yaml.YAMLError as error:
+    # PyYAML lets a ValueError through where a value looks like a date that does not exist.
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(str(path), f"not YAML: {error}", "valid YAML") from None
     if not isinstance(tree, dict):
         raise UserError(str(path), f"{type(tree).__name__} at the top", "sections such as `model:`, `data:`")
@@ -88,7 +89,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise UserError(override, "no `=`" if not equals else "no key", "KEY=VALUE, for example optimizer.lr=1e-3")
     try:
         value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise UserError(key, repr(text), "a YAML value", "quote it: KEY='\"text\"'") from None
     *parents, name = key.split(".")
     node: Any = tree

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_mea.config.schema import TrainCorpus
-from megatron_mea.data.indexed import IndexedReader
+from megatron_mea.data.indexed import IndexedReader, check_ids
 from megatron_mea.data.order import PERIOD, SampleOrder
 from megatron_mea.errors import UserError
 
@@ -48,7 +48,7 @@ class Corpora:
             if reader.tokens.size <= seq_length:
                 allowed = f"more than data.seq_length = {seq_length} tokens"
                 raise UserError(f"{path}.bin", f"{reader.tokens.size} tokens", allowed)
-            self._check_ids(reader.largest_token(), path)
+            reader.check_ids(vocab_size, *self._allowed_ids)
         windows = [(reader.tokens.size - 1) // seq_length for reader in self.readers]
         self.order = SampleOrder(windows, [corpus.weight for corpus in corpora], seed)
 
@@ -59,7 +59,7 @@ class Corpora:
         for row, (index, number) in enumerate(zip(corpus, window, strict=True)):
             start = number * self.seq_length
             tokens[row] = self.readers[index].tokens[start : start + self.seq_length + 1]
-            self._check_ids(int(tokens[row].max()), self.paths[index])
+            check_ids(tokens[row], self.vocab_size, f"{self.paths[index]}.bin", *self._allowed_ids)
         positions = np.broadcast_to(np.arange(self.seq_length), (len(samples), self.seq_length))
         return Batch(tokens[:, :-1], positions, tokens[:, 1:])
 
@@ -102,14 +102,10 @@ class Corpora:
             for path, reader, quota in zip(self.paths, self.readers, self.order.mixture.quota, strict=True)
         ]
 
-    def _check_ids(self, largest: int, path: str) -> None:
-        if largest >= self.vocab_size:
-            raise UserError(
-                f"{path}.bin",
-                f"token id {largest}",
-                f"ids below model.vocab_size = {self.vocab_size}",
-                "prepare the text with the tokenizer of this run, or raise model.vocab_size",
-            )
+    @property
+    def _allowed_ids(self) -> tuple[str, str]:
+        mend = "prepare the text with the tokenizer of this run, or raise model.vocab_size"
+        return f"ids from 0 up to but not including model.vocab_size = {self.vocab_size}", mend
 
 
 def _digest(tokens: np.ndarray) -> str:

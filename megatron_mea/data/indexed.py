@@ -42,7 +42,6 @@ class IndexedWriter:
 
     def __init__(self, prefix: str | Path, dtype: np.dtype) -> None:
         self.prefix, self.dtype = str(prefix), np.dtype(dtype)
-        Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
         # A process id in the names keeps two commands on the same prefix from writing into one file.
         self._bin, self._idx = (Path(f"{self.prefix}.{kind}.tmp-{os.getpid()}") for kind in ("bin", "idx"))
         self._lengths: list[np.ndarray] = []
@@ -126,14 +125,23 @@ class IndexedReader:
             )
         self.tokens = np.memmap(data, mode="r", dtype=self.dtype) if count else np.empty(0, self.dtype)
 
-    def largest_token(self, sample: int = 1 << 27) -> int:
-        """The largest id among at most `sample` tokens, in 64 blocks spread evenly; -1 where there is none."""
+    def check_ids(self, vocab_size: int, allowed: str, mend: str = "", sample: int = 1 << 27) -> None:
+        """Looks at up to `sample` tokens, in 64 blocks spread evenly.
+
+        Raises:
+            UserError: an id is negative or not below `vocab_size`; `allowed` and `mend` are for its message.
+        """
         total = self.tokens.size
-        if total <= sample:
-            return int(self.tokens.max(initial=0)) if total else -1
-        block = sample // 64
-        starts = np.linspace(0, total - block, 64, dtype=np.int64)
-        return max(int(self.tokens[start : start + block].max()) for start in starts)
+        block = total if total <= sample else sample // 64
+        for start in np.unique(np.linspace(0, total - block, 64, dtype=np.int64)):
+            check_ids(self.tokens[start : start + block], vocab_size, f"{self.prefix}.bin", allowed, mend)
+
+
+def check_ids(tokens: np.ndarray, vocab_size: int, where: str, allowed: str, mend: str = "") -> None:
+    """Raises UserError where one of `tokens` is negative or not below `vocab_size`."""
+    for extreme in (int(tokens.max(initial=0)), int(tokens.min(initial=0))):
+        if not 0 <= extreme < vocab_size:
+            raise UserError(where, f"token id {extreme}", allowed, mend)
 
 
 def _contiguous(offsets: np.ndarray, lengths: np.ndarray, itemsize: int) -> bool:

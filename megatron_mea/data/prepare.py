@@ -17,6 +17,8 @@ from megatron_mea.data.indexed import IndexedWriter, token_dtype
 from megatron_mea.data.sources import check_sources, documents
 from megatron_mea.data.tokenizer import load_tokenizer
 from megatron_mea.errors import UserError
+from megatron_mea.outputs import output_place
+from megatron_mea.progress import progress_bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,12 +44,11 @@ def prepare(
     """
     check_sources(sources)
     tokenizer = load_tokenizer(tokenizer_folder, "--tokenizer")
-    from tqdm import tqdm
-
     texts = documents(sources, text_key, split)
     with (
+        output_place(prefix, folder=False),
         IndexedWriter(prefix, token_dtype(len(tokenizer))) as writer,
-        tqdm(desc="prepare", unit="tok", unit_scale=True, mininterval=1.0) as progress,
+        progress_bar(desc="prepare", unit="tok", unit_scale=True) as progress,
     ):
         empty = True
         for tokens, lengths in _encoded(texts, str(tokenizer_folder), tokenizer, workers):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -114,7 +115,7 @@ def _from_parquet(path: Path, text_key: str) -> Iterator[str]:
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
             names = file.schema_arrow.names
             if text_key not in names:
                 raise UserError(str(path), f"the columns {', '.join(names)}", f"a column {text_key!r}", _TEXT_KEY)
@@ -159,6 +160,11 @@ def _text_of(record: dict, text_key: str, where: str) -> str:
     if not isinstance(text, str):
         found = f"the fields {', '.join(map(str, record))}" if text_key not in record else type(text).__name__
         raise UserError(where, found, f"text in the field {text_key!r}", _TEXT_KEY)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        # JSON can spell half of a surrogate pair, which is no character.
+        raise UserError(where, f"no Unicode text ({error.reason})", "text that UTF-8 can write") from None
     return text
 
 
@@ -169,7 +175,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             yield from enumerate(stream, start=1)
     except UnicodeDecodeError as error:
         raise UserError(str(path), f"not UTF-8 ({error.reason})", "UTF-8 text") from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(str(path), f"not readable: {error}", "a readable, whole file") from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import tempfile
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from megatron_mea.data.sources import check_sources, documents
 from megatron_mea.errors import UserError
+from megatron_mea.outputs import output_place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,14 +74,17 @@ def train_tokenizer(sources: Sequence[str], vocab_size: int, out: str | Path, te
     check_sources(sources)
     import sentencepiece
 
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
+    with (
+        output_place(out, folder=True) as out,
+        tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch,
+    ):
+        sentences, trained = _Sentences(sources, text_key), io.BytesIO()
         model = Path(scratch) / "tokenizer.model"
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=_sentences(sources, text_key),
-                model_prefix=str(model.with_suffix("")),
+                sentence_iterator=sentences,
+                # Not to a file: its path would be recorded in the model.
+                model_writer=trained,
                 model_type="bpe",
                 vocab_size=vocab_size,
                 byte_fallback=True,
@@ -101,27 +106,48 @@ def train_tokenizer(sources: Sequence[str], vocab_size: int, out: str | Path, te
                 minloglevel=2,
             )
         except RuntimeError as error:
+            if sentences.error is not None:
+                raise sentences.error from None
             # sentencepiece prefixes its C++ source line: keep the sentence that speaks to the user.
             reason = str(error).strip().splitlines()[-1].rpartition("] ")[2]
             raise UserError("--vocab-size", vocab_size, "a size that fits the text", reason) from None
+        model.write_bytes(trained.getvalue())
         _to_hugging_face(model, Path(scratch))
-        model.with_suffix(".vocab").unlink()
         out.mkdir(exist_ok=True)
         for file in sorted(Path(scratch).iterdir()):
             shutil.move(file, out / file.name)
 
 
-def _sentences(sources: Sequence[str], text_key: str) -> Iterator[str]:
-    """Lines: sentencepiece takes no newline inside a sentence."""
-    empty = True
-    for text in documents(sources, text_key):
-        for line in text.splitlines():
-            if line.strip():
-                empty = False
-                # sentencepiece drops what is longer; a piece never spans so many characters.
-                yield from (line[at : at + 8192] for at in range(0, len(line), 8192))
-    if empty:
-        raise UserError("--input", ", ".join(sources) + ": no text", "sources with text")
+class _Sentences:
+    """The lines of the documents (sentencepiece takes no newline inside a sentence).
+
+    sentencepiece turns whatever is raised here into an error of its own, so what was raised is kept in `error`.
+    """
+
+    def __init__(self, sources: Sequence[str], text_key: str) -> None:
+        self.error: UserError | None = None
+        self._lines = self._read(sources, text_key)
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        try:
+            return next(self._lines)
+        except UserError as error:
+            self.error = error
+            raise
+
+    def _read(self, sources: Sequence[str], text_key: str) -> Iterator[str]:
+        empty = True
+        for text in documents(sources, text_key):
+            for line in text.splitlines():
+                if line.strip():
+                    empty = False
+                    # sentencepiece drops what is longer; a piece never spans so many characters.
+                    yield from (line[at : at + 8192] for at in range(0, len(line), 8192))
+        if empty:
+            raise UserError("--input", ", ".join(sources) + ": no text", "sources with text")
 
 
 def _to_hugging_face(model: Path, out: Path) -> None:

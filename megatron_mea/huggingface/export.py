@@ -16,6 +16,7 @@ from megatron_mea.huggingface import configuration_mea, modeling_mea
 from megatron_mea.huggingface.modeling_mea import MEAForCausalLM
 from megatron_mea.huggingface.source import CheckpointSource, causal_lm, is_hugging_face, open_checkpoint
 from megatron_mea.model.decoder import Decoder
+from megatron_mea.outputs import output_place
 from megatron_mea.parallel.parameter import named_specs
 
 _CLASSES = {
@@ -53,8 +54,7 @@ def export(model: str | Path, out: str | Path, dtype: str = "fp32") -> str:
     if is_hugging_face(model):
         raise UserError(str(model), "a Hugging Face folder already", "a checkpoint folder or a run folder")
     source = open_checkpoint(model)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
+    with output_place(out, folder=True), tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         folder = Path(scratch) / "export"
         stored = torch.bfloat16 if dtype == "bf16" else torch.float32
         _write(source, folder, stored)

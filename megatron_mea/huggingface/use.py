@@ -10,17 +10,28 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from megatron_mea.data.indexed import IndexedReader
 from megatron_mea.data.tokenizer import load_tokenizer
 from megatron_mea.errors import UserError
 from megatron_mea.huggingface.source import load_model
+from megatron_mea.outputs import output_place
+from megatron_mea.progress import progress_bar
 
 _BATCH = 8
 
 
 def evaluate(model: str | Path, data: str | None, out: str | None) -> str:
+    """`cross_entropy`, and its result in the file `out` too, if one is named."""
+    if out is None:
+        return cross_entropy(model, data)
+    with output_place(out, folder=False) as place:
+        text = cross_entropy(model, data)
+        place.write_text(text + "\n")
+    return text
+
+
+def cross_entropy(model: str | Path, data: str | None) -> str:
     """Cross-entropy (nats a token) and perplexity over all of the data, as JSON text.
 
     Windows as long as in training (for a Hugging Face folder 2,048 tokens at most); every token but the first
@@ -28,7 +39,6 @@ def evaluate(model: str | Path, data: str | None, out: str | None) -> str:
 
     Args:
         data: PREFIX; None takes the validation corpora of a checkpoint.
-        out: a file for the same JSON.
     """
     loaded, _, config = load_model(model)
     if data is None and (config is None or not config.data.validation):
@@ -43,7 +53,7 @@ def evaluate(model: str | Path, data: str | None, out: str | None) -> str:
     total, count = 0.0, 0
     batches = [batch for reader in readers for batch in _windows(reader, window)]
     with torch.inference_mode():
-        for start, stop, length, reader in tqdm(batches, desc="evaluate", unit="batch", mininterval=1.0):
+        for start, stop, length, reader in progress_bar(batches, desc="evaluate", unit="batch"):
             rows = np.stack([reader.tokens[at : at + length + 1] for at in range(start, stop, length)])
             tokens = torch.from_numpy(rows.astype(np.int64)).to(device)
             logits = loaded(tokens[:, :-1], use_cache=False).logits.float()
@@ -58,18 +68,13 @@ def evaluate(model: str | Path, data: str | None, out: str | None) -> str:
         "perplexity": math.exp(min(loss, 700.0)),
     }
     text = json.dumps(result, indent=1)
-    if out is not None:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_text(text + "\n")
     return text
 
 
 def _check(reader: IndexedReader, path: str, vocab_size: int) -> None:
     if reader.tokens.size < 2:
         raise UserError(f"{path}.bin", f"{reader.tokens.size} tokens", "at least 2")
-    largest = reader.largest_token()
-    if largest >= vocab_size:
-        raise UserError(f"{path}.bin", f"token id {largest}", f"ids below the model's vocab_size = {vocab_size}")
+    reader.check_ids(vocab_size, f"ids from 0 up to but not including the model's vocab_size = {vocab_size}")
 
 
 def _windows(reader: IndexedReader, window: int) -> Iterator[tuple[int, int, int, IndexedReader]]:

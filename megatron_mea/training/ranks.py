@@ -39,6 +39,10 @@ class Ranks:
             raise UserError("environment", given, "whole numbers in all but MASTER_ADDR") from None
         if not 0 <= rank < world:
             raise UserError("environment", f"RANK={rank} with WORLD_SIZE={world}", "0 <= RANK < WORLD_SIZE")
+        if not 0 < port < 65536 or local < 0:
+            raise UserError(
+                "environment", f"MASTER_PORT={port}, LOCAL_RANK={local}", "a port from 1 to 65535, a rank >= 0"
+            )
         return cls(rank, world, local, given["MASTER_ADDR"], port)
 
     def export(self) -> None:

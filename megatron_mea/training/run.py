@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_mea.checkpoint.folder import Meta, checkpoints_of
+from megatron_mea.checkpoint.folder import Meta, checkpoints_of, description_is_whole
 from megatron_mea.checkpoint.resume import check_resume
 from megatron_mea.config import Config
 from megatron_mea.config.checks import check_world, handicaps
@@ -61,7 +61,8 @@ def check_inputs(config: Config, ranks: Ranks, data_parallel_size: int) -> Input
         batch = config.training.global_batch_size
         validation.require(evaluation.batches * batch, evaluation.batches, batch)
     changes: list[str] = []
-    existing = checkpoints_of(config.run.dir)
+    # Damaged ones are set aside later, when rank 0 verifies them whole.
+    existing = [pair for pair in checkpoints_of(config.run.dir) if description_is_whole(pair[1])]
     if existing:
         changes = check_resume(Meta.read(existing[-1][1]), config, train.fingerprint())
     size = len(load_tokenizer(data.tokenizer))

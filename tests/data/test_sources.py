@@ -204,20 +204,36 @@ def bytes_read() -> int:
     return int(counters.read_text().split("rchar: ")[1].split()[0])
 
 
+@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst"])
 def test_the_first_document_costs_little_of_a_large_file(kind: str, tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     texts = [random.bytes(500).hex() for _ in range(20_000)]
     path = tmp_path / f"large{kind}"
     WRITERS[kind](path, texts)
-    write_jsonl(tmp_path / "small.jsonl", ["a"])
-    list(documents([str(tmp_path / "small.jsonl")]))
-    before = bytes_read()
+    # What the first use of a reader imports must not count.
+    WRITERS[kind](tmp_path / f"small{kind}", ["a", "b"])
+    list(documents([str(tmp_path / f"small{kind}")]))
+    size, before = path.stat().st_size, bytes_read()
+    assert size > 9_000_000
     stream = documents([str(path)])
     assert next(stream) == texts[0]
-    assert path.stat().st_size > 9_000_000
-    assert bytes_read() - before < path.stat().st_size / 10
+    assert bytes_read() - before < size / 10
     assert list(islice(stream, 2000)) == texts[1:2001]
-    assert bytes_read() - before < path.stat().st_size / 4
+    assert bytes_read() - before < size / 4
+
+
+@pytest.mark.xfail(strict=True, reason="pre_buffer=True, pyarrow's default, keeps every row group it has read")
+def test_parquet_is_read_in_constant_memory(tmp_path: Path) -> None:
+    texts = ["x" * 10_000] * 3000
+    table = pyarrow.table({"text": texts})
+    pyarrow.parquet.write_table(table, tmp_path / "large.parquet", 30, use_dictionary=False, compression="none")
+    size, peak = (tmp_path / "large.parquet").stat().st_size, 0
+    del table
+    already = pyarrow.total_allocated_bytes()
+    for _ in documents([str(tmp_path / "large.parquet")]):
+        peak = max(peak, pyarrow.total_allocated_bytes() - already)
+    assert size > 25_000_000
+    assert 0 < peak < size / 3
 
 
 @pytest.mark.parametrize("kind", [".jsonl.gz", ".jsonl.zst"])
@@ -227,24 +243,17 @@ def test_a_truncated_file_yields_its_documents_before_the_error(kind: str, tmp_p
     path = tmp_path / f"large{kind}"
     WRITERS[kind](path, texts)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    seen = []
+    seen: list[str] = []
     with pytest.raises(UserError, match="large"):
-        seen.extend(islice_until_error(path, seen))
+        seen.extend(documents([str(path)]))
     assert 5_000 < len(seen) < 12_000
     assert seen == texts[: len(seen)]
 
 
-def islice_until_error(path: Path, seen: list[str]) -> list[str]:
-    for text in documents([str(path)]):
-        seen.append(text)
-    return []
-
-
-@pytest.mark.xfail(strict=True, reason="zlib.error is no OSError, so it ends in a traceback")
 def test_a_damaged_gzip_file_is_named(tmp_path: Path) -> None:
-    write_gzip(tmp_path / "damaged.jsonl.gz", TEXTS)
-    raw = bytearray((tmp_path / "damaged.jsonl.gz").read_bytes())
-    raw[raw.index(b"\0", 10) + 1 :][:1] = b"\x07"
+    raw = bytearray(gzip.compress(lines(TEXTS)))
+    # The first byte after the header of ten: 7 announces a last block of a kind that does not exist.
+    raw[10] = 7
     (tmp_path / "damaged.jsonl.gz").write_bytes(raw)
     with pytest.raises(UserError, match=r"damaged\.jsonl\.gz"):
         list(documents([str(tmp_path / "damaged.jsonl.gz")]))

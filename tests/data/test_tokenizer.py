@@ -208,7 +208,6 @@ def test_a_vocabulary_that_the_text_cannot_fill_leaves_nothing(tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]
 
 
-@pytest.mark.xfail(strict=True, reason="the message blames --vocab-size and ends in a C++ stack line")
 def test_a_broken_line_is_named(tmp_path: Path) -> None:
     lines = [json.dumps({"text": f"fine line {i}"}) for i in range(50)]
     (tmp_path / "broken.jsonl").write_text("\n".join([*lines, '{"text":']))

@@ -1,0 +1,40 @@
+"""Places that commands write to: checked before any work, and left as they were when the work fails."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_mea.errors import UserError
+
+
+@contextmanager
+def output_place(path: str | Path, folder: bool) -> Iterator[Path]:
+    """Makes the missing folders above `path`, and removes them again if the block fails.
+
+    Args:
+        folder: whether a folder (which may exist) or a file is to be written at `path`.
+
+    Raises:
+        UserError: something else stands there, or the place cannot be written.
+    """
+    path = Path(path)
+    if path.exists() and path.is_dir() != folder:
+        kinds = ("a file", "a folder") if folder else ("a folder", "a file")
+        raise UserError(str(path), kinds[0], f"{kinds[1]}, or a name that is free")
+    missing = [parent for parent in path.parents if not parent.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(None, "no permission to write there")
+    except OSError as error:
+        raise UserError(str(path), error.strerror, "a place that can be written") from None
+    try:
+        yield path
+    except BaseException:
+        for parent in missing:
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
+        raise

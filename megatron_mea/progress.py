@@ -1,0 +1,13 @@
+"""Progress bars for long commands."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+
+def progress_bar(*arguments: Any, **settings: Any) -> Any:
+    """tqdm on stderr; in a log file a line every half minute rather than every second."""
+    from tqdm import tqdm
+
+    return tqdm(*arguments, mininterval=1.0 if sys.stderr.isatty() else 30.0, **settings)

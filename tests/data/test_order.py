@@ -1,0 +1,219 @@
+"""The order of the samples: each window once an epoch, right shares at every step, and nothing else that matters."""
+
+from __future__ import annotations
+
+import hashlib
+import tracemalloc
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_mea.data.order import PERIOD, Mixture, SampleOrder, permute
+
+WEIGHTS = st.lists(st.floats(1e-6, 1e6) | st.integers(1, 20), min_size=1, max_size=12)
+KEYS = st.text(max_size=8)
+
+
+@cache
+def mixture(weights: tuple[float, ...]) -> Mixture:
+    return Mixture(weights)
+
+
+@given(st.integers(1, 3000), KEYS)
+@settings(max_examples=150, deadline=None)
+def test_permute_is_a_bijection(size: int, key: str) -> None:
+    assert np.array_equal(np.sort(permute(np.arange(size), size, key)), np.arange(size))
+
+
+def test_permute_is_a_bijection_of_every_small_size() -> None:
+    for size in range(1, 130):
+        assert sorted(permute(np.arange(size), size, "key").tolist()) == list(range(size))
+
+
+@given(st.integers(1, 2**40), KEYS, st.data())
+@settings(max_examples=100, deadline=None)
+def test_permute_of_huge_sizes(size: int, key: str, data: st.DataObject) -> None:
+    positions = data.draw(st.lists(st.integers(0, size - 1), unique=True, max_size=50))
+    found = permute(np.asarray(positions, np.int64), size, key)
+    assert len(set(found.tolist())) == len(positions)
+    assert ((found >= 0) & (found < size)).all()
+    # A position goes where it goes whoever its neighbours are.
+    for position, target in zip(positions, found.tolist(), strict=True):
+        assert permute(np.asarray([position]), size, key).tolist() == [target]
+
+
+def scrambled(position: int, size: int, key: str) -> int:
+    """The permutation once more, in Python's own integers: Feistel rounds of splitmix64, and walks of the cycle."""
+    bits = 64
+    half = max(1, -(-(size - 1).bit_length() // 2))
+    digest = hashlib.sha512(key.encode()).digest()
+    while True:
+        left, right = divmod(position, 1 << half)
+        for turn in range(6):
+            mixed = (right + int.from_bytes(digest[8 * turn : 8 * turn + 8], "little")) % 2**bits
+            for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+                mixed = (mixed ^ mixed >> shift) * factor % 2**bits
+            mixed ^= mixed >> 31
+            left, right = right, left ^ mixed % (1 << half)
+        position = left << half | right
+        if position < size:
+            return position
+
+
+@given(st.integers(1, 2**62), KEYS, st.data())
+@settings(max_examples=100, deadline=None)
+def test_permute_equals_its_reference(size: int, key: str, data: st.DataObject) -> None:
+    positions = data.draw(st.lists(st.integers(0, size - 1), max_size=10))
+    expected = [scrambled(position, size, key) for position in positions]
+    assert permute(np.asarray(positions, np.int64), size, key).tolist() == expected
+
+
+def test_permute_looks_random() -> None:
+    size = 100_003
+    found = permute(np.arange(size), size, "1234/0/0")
+    assert abs(np.corrcoef(np.arange(size), found)[0, 1]) < 0.02
+    counts = np.histogram2d(np.arange(size), found, bins=20)[0]
+    expected = size / 400
+    assert 0.7 < ((counts - expected) ** 2 / expected).sum() / 361 < 1.4
+    assert (np.diff(found) == 1).sum() < 10
+
+
+@given(WEIGHTS)
+@settings(max_examples=25, deadline=None)
+def test_quotas_are_the_rounded_weights(weights: list[float]) -> None:
+    quota = mixture(tuple(weights)).quota
+    exact = np.asarray(weights, np.float64) / np.sum(weights) * PERIOD
+    assert quota.sum() == PERIOD
+    assert (quota >= 1).all()
+    # A weight too small for one part gets one all the same, and the others pay for it.
+    raised = np.maximum(1 - exact, 0).sum()
+    assert (np.abs(quota - exact) <= 1 + raised + 1e-6).all()
+    larger = np.asarray(weights)[:, None] > np.asarray(weights)
+    assert (quota[:, None] >= quota)[larger].all()
+
+
+@pytest.mark.parametrize(
+    ("weights", "quota"),
+    [
+        ([1], [10_000]),
+        ([1, 1, 1], [3334, 3333, 3333]),
+        ([2, 1], [6667, 3333]),
+        ([0.7, 0.2, 0.1], [7000, 2000, 1000]),
+        ([0.29, 0.71], [2900, 7100]),
+        ([1e9, 1], [9999, 1]),
+    ],
+)
+def test_quotas_of_known_weights(weights: list[float], quota: list[int]) -> None:
+    assert mixture(tuple(weights)).quota.tolist() == quota
+
+
+def check_shares(weights: Sequence[float]) -> None:
+    """In every prefix of two periods each corpus has its share to within one sample, numbered without a gap."""
+    mixed = mixture(tuple(weights))
+    corpus, number = mixed.locate(np.arange(2 * PERIOD))
+    served = corpus[:, None] == np.arange(len(weights))
+    count = np.cumsum(served, axis=0)
+    due = np.arange(1, 2 * PERIOD + 1)[:, None] * mixed.quota / PERIOD
+    assert np.abs(count - due).max() < 1
+    assert np.array_equal(number, count[np.arange(2 * PERIOD), corpus] - 1)
+
+
+@given(WEIGHTS)
+@settings(max_examples=25, deadline=None)
+def test_shares_are_right_at_every_step(weights: list[float]) -> None:
+    check_shares(weights)
+
+
+MANY = {"equal": [1] * 300, "rising": range(1, 61), "one large": [1000] + [1] * 50, "two large": [5, 5, 1, 1, 1, 1]}
+
+
+@pytest.mark.parametrize("weights", MANY.values(), ids=MANY)
+def test_shares_of_many_corpora(weights: Sequence[float]) -> None:
+    check_shares(weights)
+
+
+WINDOWS = st.lists(st.integers(1, 60), min_size=1, max_size=4)
+
+
+@given(WINDOWS, st.none() | st.integers(0, 2**32), st.integers(0, 3))
+@settings(max_examples=20, deadline=None)
+def test_each_window_once_an_epoch_of_each_corpus(windows: list[int], seed: int | None, shape: int) -> None:
+    weights = [[1, 1, 1, 1], [1, 2, 3, 4], [9, 1, 1, 5], [0.5, 0.25, 0.1, 3]][shape][: len(windows)]
+    order = SampleOrder(windows, weights, seed)
+    corpus, window = order.locate(np.arange(3000))
+    for index, size in enumerate(windows):
+        mine = window[corpus == index]
+        epochs = mine[: mine.size // size * size].reshape(-1, size)
+        assert epochs.shape[0] > 0
+        assert np.array_equal(np.sort(epochs, axis=1), np.broadcast_to(np.arange(size), epochs.shape))
+        # The epoch that has begun repeats nothing either.
+        assert np.unique(mine[epochs.size :]).size == mine.size - epochs.size
+        if seed is None:
+            assert (epochs == np.arange(size)).all()
+        elif size > 20:
+            assert len({tuple(epoch) for epoch in epochs.tolist()}) == len(epochs)
+
+
+def test_an_enumeration_of_the_first_epochs_agrees() -> None:
+    """Sample after sample, with a counter a corpus and a list of windows an epoch, as one would write it first."""
+    windows, weights, seed = [5, 11, 2], [3.0, 2.0, 1.0], 7
+    order = SampleOrder(windows, weights, seed)
+    counts, deal, expected = [0, 0, 0], order.mixture.locate(np.arange(200))[0].tolist(), []
+    for corpus in deal:
+        epoch, position = divmod(counts[corpus], windows[corpus])
+        shuffled = [scrambled(i, windows[corpus], f"{seed}/{corpus}/{epoch}") for i in range(windows[corpus])]
+        expected.append((corpus, shuffled[position]))
+        counts[corpus] += 1
+    corpus, window = order.locate(np.arange(200))
+    assert list(zip(corpus.tolist(), window.tolist(), strict=True)) == expected
+    # Any part, in any order, is the same as in the whole.
+    some = np.random.default_rng(0).permutation(200)[:50]
+    assert np.array_equal(order.locate(some), (corpus[some], window[some]))
+
+
+def test_the_order_is_what_it_was() -> None:
+    # Runs that began with an earlier release resume exactly: a change here breaks them.
+    corpus, window = SampleOrder([7, 13], [1, 2], 1234).locate(np.arange(15))
+    assert corpus.tolist() == [1, 1, 0, 1, 1, 0, 1, 1, 0, 1, 1, 0, 1, 1, 0]
+    assert window.tolist() == [9, 10, 0, 6, 8, 1, 3, 12, 2, 1, 2, 3, 5, 11, 4]
+
+
+def located(windows: Sequence[int], weights: Sequence[float], seed: int) -> list[list[int]]:
+    return [part.tolist() for part in SampleOrder(windows, weights, seed).locate(np.arange(400))]
+
+
+def test_seed_position_and_weights_matter() -> None:
+    base = located([50, 50], [1, 1], 1)
+    assert located([50, 50], [1, 1], 1) == base
+    assert located([50, 50], [4, 4], 1) == base
+    assert located([50, 50], [1, 1], 2)[1] != base[1]
+    assert located([50, 50], [1, 2], 1) != base
+    assert located([50, 51], [1, 1], 1) != base
+    # Two corpora of one size are not read in the same order.
+    corpus, window = np.asarray(base)
+    assert window[corpus == 0].tolist() != window[corpus == 1].tolist()
+
+
+def test_a_billion_windows_cost_nothing() -> None:
+    windows = 10**9
+    samples = np.arange(windows - 512, windows + 512)
+    tracemalloc.start()
+    order = SampleOrder([windows, windows // 3], [1, 1], 1)
+    first = order.locate(np.arange(1024))
+    late = order.locate(samples)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5_000_000
+    for corpus, window in (first, late):
+        assert len(set(zip(corpus.tolist(), window.tolist(), strict=True))) == 1024
+        assert window[corpus == 0].max() > windows // 2
+    # A sample number far beyond 32 bits, and what comes an epoch later in the same corpus.
+    far = np.asarray([10**15, 10**15 + 2 * windows])
+    corpus, window = order.locate(far)
+    assert corpus[0] == corpus[1]
+    assert window[0] != window[1]
+    assert ((window >= 0) & (window < windows)).all()
