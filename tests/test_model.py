@@ -11,13 +11,13 @@ from reference import reference_logits, reference_loss
 
 from megatron_mea.attention.hlc import (
     STARTS,
-    HeadCombination,
+    HeadProjection,
     combine_heads,
     fold_weight,
     folding_is_cheaper,
 )
-from megatron_mea.model.decoder import IGNORE, Decoder
-from megatron_mea.parallel.layers import Linear
+from megatron_mea.model.decoder import Decoder
+from megatron_mea.parallel.layers import IGNORE
 from megatron_mea.parallel.parameter import initialize, named_specs
 
 
@@ -53,8 +53,12 @@ def test_both_forms_of_the_combination_give_the_same(case, monkeypatch):
         pytest.skip("has no head combination")
     ids = tokens(model.vocab_size, 2, 17)
     results = []
-    for form in (HeadCombination.project_combined, HeadCombination.project_folded):
-        monkeypatch.setattr(HeadCombination, "project", form)
+    for form in (HeadProjection.project_combined, HeadProjection.project_folded):
+        monkeypatch.setattr(
+            HeadProjection,
+            "forward",
+            lambda self, x, form=form: (form if self.hlc is not None else HeadProjection.project_plain)(self, x),
+        )
         decoder, _ = decoder_and_tensors(model)
         loss = decoder(ids, positions_of(ids), ids)
         loss.backward()
@@ -90,14 +94,12 @@ def test_combination_and_fold_equal_the_formula(components, composites, dim, bat
     expected = torch.einsum("b n c d, c h -> b h n d", heads, matrix)
     torch.testing.assert_close(combine_heads(heads, matrix), expected, rtol=1e-12, atol=1e-12)
 
-    projection = Linear("p", hidden, components * dim, 1.0, bias).double()
-    projection.weight.data = weight
+    projection = HeadProjection("m", "k", hidden, components, composites, dim, 1.0, bias, "normal").double()
+    projection.weight.data, projection.hlc.data = weight, matrix
     if bias:
         projection.bias.data = offset
-    hlc = HeadCombination("m", components, composites, "normal").double()
-    hlc.weight.data = matrix
-    for form in (hlc.project, hlc.project_combined, hlc.project_folded):
-        torch.testing.assert_close(form(x, projection), expected, rtol=1e-11, atol=1e-11)
+    for form in (projection, projection.project_combined, projection.project_folded):
+        torch.testing.assert_close(form(x), expected, rtol=1e-11, atol=1e-11)
 
 
 def test_fold_rounds_once():
@@ -111,9 +113,14 @@ def test_fold_rounds_once():
 
 
 def test_the_cheaper_form_is_chosen():
-    assert folding_is_cheaper(tokens=2049, hidden_size=2048, num_components=8, num_composites=8)
-    assert not folding_is_cheaper(tokens=2047, hidden_size=2048, num_components=8, num_composites=8)
-    assert not folding_is_cheaper(tokens=10**6, hidden_size=2048, num_components=4, num_composites=8)
+    def cheaper(tokens: int, components: int, size: int) -> bool:
+        return folding_is_cheaper(tokens, 2048, components, 8, size)
+
+    assert cheaper(tokens=2049, components=8, size=1)
+    assert not cheaper(tokens=2047, components=8, size=1)
+    assert not cheaper(tokens=10**6, components=4, size=1)
+    assert cheaper(tokens=2049, components=4, size=2)
+    assert not cheaper(tokens=2047, components=4, size=2)
 
 
 def test_logits_are_causal_and_ignored_targets_leave_the_loss():

@@ -1,7 +1,7 @@
 """Head-level linear combination, HLC (paper section 4.1): composite heads out of component heads.
 
 Two forms, equal by associativity (eq. 18): on activations, `combine_heads`, or on the projection weights,
-`fold_weight`. `HeadCombination` projects a hidden state to composite heads in the cheaper of the two.
+`fold_weight`. `HeadProjection` projects a hidden state to the composite heads of its rank in the cheaper of the two.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megatron_mea.parallel.layers import Linear
-from megatron_mea.parallel.parameter import Initializer, declare
+from megatron_mea.parallel.collectives import gather, shared
+from megatron_mea.parallel.grid import ALONE, TensorGroup
+from megatron_mea.parallel.parameter import Initializer, constant, declare, normal
 
 
 def combine_heads(components: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -49,47 +50,128 @@ def fold_weight(projection: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """
     accurate = torch.promote_types(projection.dtype, torch.float32)
     with torch.autocast(projection.device.type, enabled=False):
-        rows = projection.to(accurate).view(weight.shape[0], -1)
+        rows = projection.to(accurate).reshape(weight.shape[0], -1)
         folded = (weight.to(accurate).t() @ rows).to(projection.dtype)
     return folded.view(-1, *projection.shape[1:])
 
 
-def folding_is_cheaper(tokens: int, hidden_size: int, num_components: int, num_composites: int) -> bool:
-    """Whether folding takes fewer multiplications than combining activations, the projection included.
+def folding_is_cheaper(
+    tokens: int, hidden_size: int, num_components: int, num_composites: int, tensor_parallel_size: int
+) -> bool:
+    """Whether to fold rather than to combine activations.
 
-    Per feature of a head: fold h hidden (h' + tokens) against tokens h' (hidden + h); so with h' = h from
-    `hidden_size` tokens on, and practically never where h' < h, since then activations also shrink the projection.
+    On one rank the multiplications decide, the projection included. Per feature of a head folding takes
+    h hidden (h' + tokens), combining tokens h' (hidden + h): so it pays with h' = h from `hidden_size` tokens on, and
+    practically never where h' < h, since then activations also shrink the projection. On several ranks
+    communication decides: folding gathers hidden h' d numbers, combining tokens h' d.
     """
+    if tensor_parallel_size > 1:
+        return tokens > hidden_size
     fold = num_composites * hidden_size * (num_components + tokens)
     combine = tokens * num_components * (hidden_size + num_composites)
     return fold < combine
 
 
-class HeadCombination(nn.Module):
-    """The matrix (h', h) of one HLC, and the projection through it."""
+class HeadProjection(nn.Module):
+    """From a hidden state to this rank's key or value heads: a component projection and, with `hlc`, its combination.
 
-    def __init__(self, name: str, num_components: int, num_composites: int, start: str) -> None:
+    Over a tensor group of t ranks, which hold the query heads in equal parts (t divides h, or h divides t):
+    the combination is cut by columns with the composite heads where t divides h; otherwise it is whole on every rank,
+    which uses the column of its one composite head. The projection is cut evenly along h' d where t divides
+    that, across heads if need be, and whole otherwise; what is needed of it is gathered as weights or as activations.
+
+    Args:
+        layer: the name of the attention layer; names follow as `LAYER.k_proj` and `LAYER.hlc_k` for `which` = "k".
+        hlc: start of the combination, a key of `STARTS`; None for heads that are used as they are (h' = h).
+    """
+
+    def __init__(
+        self,
+        layer: str,
+        which: str,
+        hidden_size: int,
+        num_components: int,
+        num_composites: int,
+        head_dim: int,
+        std: float,
+        bias: bool,
+        hlc: str | None,
+        tp: TensorGroup = ALONE,
+    ) -> None:
         super().__init__()
-        self.weight = declare(f"{name}.weight", (num_components, num_composites), "hlc", STARTS[start])
+        self.tp, self.head_dim = tp, head_dim
+        self.num_components, self.num_composites = num_components, num_composites
+        rows = num_components * head_dim
+        cut = 0 if rows % tp.size == 0 else None
+        name = f"{layer}.{which}_proj"
+        self.weight = declare(f"{name}.weight", (rows, hidden_size), "matrix", normal(std), tp, cut)
+        self.bias = declare(f"{name}.bias", (rows,), "vector", constant(0.0), tp, cut) if bias else None
+        self.own_columns = num_composites % tp.size == 0
+        self.hlc = None
+        if hlc is not None:
+            shape, cut = (num_components, num_composites), 1 if self.own_columns else None
+            self.hlc = declare(f"{layer}.hlc_{which}.weight", shape, "hlc", STARTS[hlc], tp, cut)
 
-    def project(self, hidden_states: torch.Tensor, projection: Linear) -> torch.Tensor:
-        """(batch, seq, hidden) -> composite heads (batch, h, seq, d)."""
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(batch, seq, hidden), whole on every rank, -> (batch, this rank's heads, seq, d)"""
         batch, seq, hidden = hidden_states.shape
-        components, composites = self.weight.shape
-        if folding_is_cheaper(batch * seq, hidden, components, composites):
-            return self.project_folded(hidden_states, projection)
-        return self.project_combined(hidden_states, projection)
+        if self.hlc is None:
+            return self.project_plain(hidden_states)
+        if folding_is_cheaper(batch * seq, hidden, self.num_components, self.num_composites, self.tp.size):
+            return self.project_folded(hidden_states)
+        return self.project_combined(hidden_states)
 
-    def project_combined(self, hidden_states: torch.Tensor, projection: Linear) -> torch.Tensor:
+    def project_combined(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The combination on activations: component heads are gathered."""
         batch, seq, _ = hidden_states.shape
-        components = projection(hidden_states).view(batch, seq, self.weight.shape[0], -1)
-        return combine_heads(components, self.weight)
+        if self._is_cut:
+            heads = gather(F.linear(hidden_states, self.weight, self.bias), -1, self.tp)
+        else:
+            heads = F.linear(hidden_states, *self._whole())
+        return combine_heads(heads.view(batch, seq, self.num_components, self.head_dim), self._columns())
 
-    def project_folded(self, hidden_states: torch.Tensor, projection: Linear) -> torch.Tensor:
+    def project_folded(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The combination on weights: component projections are gathered."""
+        columns = self._columns()
+        weight, bias = self._whole()
+        return self._heads(
+            hidden_states, fold_weight(weight, columns), None if bias is None else fold_weight(bias, columns)
+        )
+
+    def project_plain(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Without a combination: the projection's own heads."""
+        if self.own_columns:
+            return self._heads(hidden_states, self.weight, self.bias)
+        weight, bias = self._whole()
+        start = self._composite * self.head_dim
+        mine = slice(start, start + self.head_dim)
+        return self._heads(hidden_states, weight[mine], None if bias is None else bias[mine])
+
+    def _heads(self, hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         batch, seq, _ = hidden_states.shape
-        bias = None if projection.bias is None else fold_weight(projection.bias, self.weight)
-        heads = F.linear(hidden_states, fold_weight(projection.weight, self.weight), bias)
-        return heads.view(batch, seq, self.weight.shape[1], -1).transpose(1, 2)
+        return F.linear(hidden_states, weight, bias).view(batch, seq, -1, self.head_dim).transpose(1, 2)
+
+    @property
+    def _is_cut(self) -> bool:
+        return self.tp.size > 1 and self.weight.spec.shard_dim is not None
+
+    @property
+    def _composite(self) -> int:
+        """The composite head of this rank, where there are more ranks than composite heads."""
+        return self.tp.rank * self.num_composites // self.tp.size
+
+    def _columns(self) -> torch.Tensor:
+        """(h', this rank's composite heads) of the combination."""
+        assert self.hlc is not None
+        if self.own_columns:
+            return self.hlc
+        return shared(self.hlc, self.tp)[:, self._composite : self._composite + 1]
+
+    def _whole(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """All rows of weight and bias, for a use that differs by rank."""
+        if self._is_cut:
+            return gather(self.weight, 0, self.tp), None if self.bias is None else gather(self.bias, 0, self.tp)
+        return shared(self.weight, self.tp), None if self.bias is None else shared(self.bias, self.tp)
 
 
 def block_start(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:

@@ -1,44 +1,112 @@
-"""The building blocks that hold parameters: linear map, embedding and RMSNorm."""
+"""The building blocks that hold parameters: linear map, embedding, RMSNorm, and the loss over a cut vocabulary."""
 
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from megatron_mea.parallel.collectives import all_reduce, leave, reduce_sum, shared
+from megatron_mea.parallel.grid import ALONE, TensorGroup
 from megatron_mea.parallel.parameter import constant, declare, normal
+
+IGNORE = -100
+"""A target with this id is left out of the loss, as in torch and Hugging Face."""
 
 
 class Linear(nn.Module):
-    """y = x W^T (+ b), with W (out_features, in_features) as Hugging Face stores it."""
+    """y = x W^T (+ b), with W (out_features, in_features) as Hugging Face stores it.
 
-    def __init__(self, name: str, in_features: int, out_features: int, std: float, bias: bool = False) -> None:
+    Args:
+        shard_dim: 0 cuts the outputs over the tensor group (the bias too), 1 the inputs, so that outputs are
+            partial sums. The caller enters and leaves the tensor-parallel region.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        in_features: int,
+        out_features: int,
+        std: float,
+        bias: bool = False,
+        tp: TensorGroup = ALONE,
+        shard_dim: int | None = None,
+    ) -> None:
         super().__init__()
-        self.weight = declare(f"{name}.weight", (out_features, in_features), "matrix", normal(std))
-        self.bias = declare(f"{name}.bias", (out_features,), "vector", constant(0.0)) if bias else None
+        assert not (bias and shard_dim == 1), "a bias behind partial sums would be added once a rank"
+        self.weight = declare(f"{name}.weight", (out_features, in_features), "matrix", normal(std), tp, shard_dim)
+        self.bias = None
+        if bias:
+            self.bias = declare(f"{name}.bias", (out_features,), "vector", constant(0.0), tp, shard_dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight, self.bias)
 
 
 class Embedding(nn.Module):
-    """Token embedding (vocab_size, hidden_size)."""
+    """Token embedding (vocab_size, hidden_size), its rows cut over the tensor group."""
 
-    def __init__(self, name: str, vocab_size: int, hidden_size: int, std: float) -> None:
+    def __init__(self, name: str, vocab_size: int, hidden_size: int, std: float, tp: TensorGroup = ALONE) -> None:
         super().__init__()
-        self.weight = declare(f"{name}.weight", (vocab_size, hidden_size), "matrix", normal(std))
+        self.tp, self.rows = tp, tp.span(vocab_size)
+        self.weight = declare(f"{name}.weight", (vocab_size, hidden_size), "matrix", normal(std), tp, 0)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return F.embedding(input_ids, self.weight)
+        """(batch, seq) -> (batch, seq, hidden), cut along the sequence with sequence parallelism"""
+        if self.tp.size == 1:
+            return F.embedding(input_ids, self.weight)
+        mine = (input_ids >= self.rows.start) & (input_ids < self.rows.stop)
+        found = F.embedding((input_ids - self.rows.start) * mine, self.weight)
+        return leave(found * mine.unsqueeze(-1), self.tp)
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension; torch sums 16-bit inputs in float32."""
+    """Root-mean-square norm over the last dimension; torch sums 16-bit inputs in float32.
 
-    def __init__(self, name: str, size: int, eps: float, gain: float = 1.0, affine: bool = True) -> None:
+    Args:
+        partial: whether each rank of the tensor group applies it to other features or tokens, so that the
+            gain's gradient must be summed over them.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        size: int,
+        eps: float,
+        gain: float = 1.0,
+        affine: bool = True,
+        tp: TensorGroup = ALONE,
+        partial: bool = False,
+    ) -> None:
         super().__init__()
-        self.size, self.eps = size, eps
-        self.weight = declare(f"{name}.weight", (size,), "vector", constant(gain)) if affine else None
+        self.size, self.eps, self.tp, self.partial = size, eps, tp, partial
+        self.weight = declare(f"{name}.weight", (size,), "vector", constant(gain), tp) if affine else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, (self.size,), self.weight, self.eps)
+        weight = self.weight
+        if weight is not None and self.partial:
+            weight = shared(weight, self.tp)
+        return F.rms_norm(x, (self.size,), weight, self.eps)
+
+
+def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor, vocab_size: int, tp: TensorGroup) -> torch.Tensor:
+    """Sum of the cross-entropies (nats) of all targets that are not `IGNORE`.
+
+    Gathered logits never exist: ranks exchange the largest logit, the sum of exponentials and the target's logit
+    of each token.
+
+    Args:
+        logits: (tokens, this rank's part of the vocabulary), float32 or more.
+        targets: (tokens,)
+    """
+    if tp.size == 1:
+        return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+    rows = tp.span(vocab_size)
+    largest = all_reduce(logits.amax(-1), tp, dist.ReduceOp.MAX)
+    shifted = logits - largest.unsqueeze(-1)
+    total = reduce_sum(shifted.exp().sum(-1), tp)
+    mine = (targets >= rows.start) & (targets < rows.stop)
+    column = ((targets - rows.start) * mine).unsqueeze(-1)
+    target = reduce_sum(shifted.gather(-1, column).squeeze(-1) * mine, tp)
+    return ((total.log() - target) * (targets != IGNORE)).sum()

@@ -1,4 +1,4 @@
-"""Where parameters are declared: one name, one global shape and one initialisation each, read by everybody."""
+"""Where parameters are declared: one name, one shape, one cut and one initialisation each, read by everybody."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import Literal
 
 import torch
 from torch import nn
+
+from megatron_mea.parallel.collectives import all_gather
+from megatron_mea.parallel.grid import ALONE, TensorGroup
 
 Initializer = Callable[[tuple[int, ...], torch.Generator], torch.Tensor]
 
@@ -23,18 +26,46 @@ class ParameterSpec:
         kind: decides on weight decay: matrices are decayed, vectors (norms, biases) and head combinations
             are not, the latter unless `optimizer.decay_hlc`.
         initialize: makes the global tensor in float32 from a generator that is seeded by the name.
+        tp: the tensor group of this rank.
+        shard_dim: the dimension that is cut over the tensor group; None where every rank holds the whole.
     """
 
     name: str
     shape: tuple[int, ...]
     kind: Literal["matrix", "vector", "hlc"]
     initialize: Initializer
+    tp: TensorGroup = ALONE
+    shard_dim: int | None = None
+
+    def local(self, whole: torch.Tensor) -> torch.Tensor:
+        """This rank's part of the global tensor."""
+        if self.shard_dim is None:
+            return whole
+        part = self.tp.span(self.shape[self.shard_dim])
+        return whole.narrow(self.shard_dim, part.start, part.stop - part.start)
+
+    def whole(self, local: torch.Tensor) -> torch.Tensor:
+        """The global tensor from the parts of all ranks; collective over the tensor group."""
+        if self.shard_dim is None or self.tp.size == 1:
+            return local
+        spans = [self.tp.span(self.shape[self.shard_dim], rank) for rank in range(self.tp.size)]
+        return all_gather(local, self.shard_dim, [span.stop - span.start for span in spans], self.tp)
 
 
-def declare(name: str, shape: tuple[int, ...], kind: str, initialize: Initializer) -> nn.Parameter:
-    """An uninitialised float32 parameter with its specification attached."""
-    parameter = nn.Parameter(torch.empty(shape))
-    parameter.spec = ParameterSpec(name, shape, kind, initialize)
+def declare(
+    name: str,
+    shape: tuple[int, ...],
+    kind: str,
+    initialize: Initializer,
+    tp: TensorGroup = ALONE,
+    shard_dim: int | None = None,
+) -> nn.Parameter:
+    """This rank's part of a parameter, uninitialised float32, with its specification attached."""
+    spec = ParameterSpec(name, shape, kind, initialize, tp, shard_dim)
+    parameter = nn.Parameter(torch.empty(spec.local(torch.empty(shape, device="meta")).shape))
+    parameter.spec = spec
+    # What DeepSpeed looks for, so that its gradient norm counts parts on every rank and wholes once.
+    parameter.tensor_model_parallel = shard_dim is not None
     return parameter
 
 
@@ -49,7 +80,8 @@ def initialize(module: nn.Module, seed: int) -> None:
     for name, parameter in named_specs(module).items():
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        parameter.copy_(parameter.spec.initialize(parameter.spec.shape, generator))
+        spec = parameter.spec
+        parameter.copy_(spec.local(spec.initialize(spec.shape, generator)))
 
 
 def normal(std: float) -> Initializer:

@@ -1,0 +1,102 @@
+"""Tensor and sequence parallelism of the model in float64: losses and gradients of one process, to 1e-12."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import run_distributed
+from models import decoder_and_tensors, small_model, variants
+
+from megatron_mea.attention.hlc import HeadProjection
+from megatron_mea.model.decoder import Decoder
+from megatron_mea.parallel.grid import TensorGroup
+from megatron_mea.parallel.layers import IGNORE
+from megatron_mea.parallel.parameter import initialize, named_specs
+
+SEQ = 24
+
+
+def check_all(cases: list[dict], size: int) -> int:
+    """Every case on `size` ranks, in both forms of the combination, with and without sequence parallelism."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    count = 0
+    for case in cases:
+        model = small_model(**case)
+        whole, tensors = decoder_and_tensors(model)
+        ids = torch.randint(0, model.vocab_size, (2, SEQ), generator=torch.Generator().manual_seed(7))
+        positions = torch.arange(SEQ).expand_as(ids)
+        targets = ids.roll(-1, 1)
+        targets[0, 3] = IGNORE
+        expected = whole(ids, positions, targets)
+        expected.backward()
+        gradients = {name: parameter.grad for name, parameter in named_specs(whole).items()}
+        scale = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+        for sequence_parallel in (False, True):
+            for form in (HeadProjection.project_folded, HeadProjection.project_combined) if model.has_hlc else (None,):
+                tp = TensorGroup(size, dist.get_rank(), dist.group.WORLD, sequence_parallel)
+                decoder = Decoder(model, tp=tp).double()
+                for module in decoder.modules():
+                    if isinstance(module, HeadProjection) and module.hlc is not None:
+                        module.forward = form.__get__(module)
+                named = named_specs(decoder)
+                for name, parameter in named.items():
+                    parameter.data.copy_(parameter.spec.local(tensors[name].detach()))
+                loss = decoder(ids, positions, targets)
+                loss.backward()
+                assert abs(loss - expected) <= 1e-12 * abs(expected), (case, sequence_parallel, form)
+                for name, parameter in named.items():
+                    assert parameter.tensor_model_parallel == (parameter.spec.shard_dim is not None)
+                    error = (parameter.spec.whole(parameter.grad) - gradients[name]).norm()
+                    assert error <= 1e-12 * scale, (case, sequence_parallel, form, name, float(error / scale))
+                count += 1
+    dist.destroy_process_group()
+    return count
+
+
+def cases(size: int) -> list[dict]:
+    """Vocabulary 37 and 8 x 6 = 48 component rows: none of 2, 3, 4 and 8 divides the first, some not the second."""
+    fit = [case for case in variants() if size <= 8]
+    if size == 3:
+        # Three ranks: 6 query heads on 3 composite ones; h' = 2 is 12 rows, h' = 1 with d = 8 is 8 rows, replicated.
+        three = {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 42}
+        return [
+            {"attention_variant": "mea", "num_component_heads": 2} | three,
+            {"attention_variant": "mea", "num_component_heads": [1, 2, 3], "head_dim": 8, "qk_norm": True} | three,
+            {"attention_variant": "mea", "num_component_heads": 1, "head_dim": 8, "attention_bias": True} | three,
+            {"attention_variant": "plain", "tie_word_embeddings": True} | three,
+        ]
+    if size == 4:
+        # More ranks than composite heads: two, then one.
+        few = [{"num_key_value_heads": 2, "num_component_heads": n} for n in (1, 2)]
+        few.append({"num_key_value_heads": 1, "num_component_heads": 1})
+        extra = [{"attention_variant": "mea", "qk_norm": True, "attention_bias": True} | heads for heads in few]
+        extra += [{"attention_variant": "plain_norm", "num_key_value_heads": n, "attention_bias": True} for n in (1, 2)]
+        # 2 x 3 = 6 component rows are not divisible by four: replicated.
+        return [*extra, {"attention_variant": "mea", "num_component_heads": 1}, *fit[::4]]
+    return fit
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_losses_and_gradients_equal_one_process(size):
+    counts = run_distributed(check_all, size, cases(size), size)
+    assert counts[0] > 10
+
+
+def test_initialization_does_not_depend_on_the_layout():
+    model = small_model(attention_variant="mea", num_component_heads=2, hlc_init="orthogonal")
+    whole = Decoder(model)
+    initialize(whole, 5)
+    for size in (2, 4):
+        parts: dict[str, list[torch.Tensor]] = {}
+        for rank in range(size):
+            decoder = Decoder(model, tp=TensorGroup(size, rank))
+            initialize(decoder, 5)
+            for name, parameter in named_specs(decoder).items():
+                parts.setdefault(name, []).append(parameter.detach())
+        for name, parameter in named_specs(whole).items():
+            cut = named_specs(decoder)[name].spec.shard_dim
+            found = parts[name][0] if cut is None else torch.cat(parts[name], cut)
+            assert torch.equal(found, parameter), name
+            assert all(torch.equal(part, parts[name][0]) for part in parts[name]) or cut is not None
