@@ -184,8 +184,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 def _generate(arguments: argparse.Namespace) -> None:
     if arguments.max_new_tokens < 1:
         raise UserError("--max-new-tokens", arguments.max_new_tokens, "at least 1")
-    if arguments.temperature < 0:
-        raise UserError("--temperature", arguments.temperature, "0 (the likeliest token) or more")
+    if arguments.temperature != 0 and not 1e-3 <= arguments.temperature < float("inf"):
+        raise UserError("--temperature", arguments.temperature, "0 (the likeliest token), or 0.001 and more")
     from megatron_mea.huggingface.use import generate
 
     print(generate(arguments.model, arguments.prompt, arguments.max_new_tokens, arguments.temperature))

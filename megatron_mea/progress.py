@@ -10,4 +10,5 @@ def progress_bar(*arguments: Any, **settings: Any) -> Any:
     """tqdm on stderr; in a log file a line every half minute rather than every second."""
     from tqdm import tqdm
 
-    return tqdm(*arguments, mininterval=1.0 if sys.stderr.isatty() else 30.0, **settings)
+    pace = {"mininterval": 1.0} if sys.stderr.isatty() else {"mininterval": 30.0, "delay": 30.0}
+    return tqdm(*arguments, **pace, **settings)

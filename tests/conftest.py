@@ -14,6 +14,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import yaml
+from hypothesis import settings
+
+# This machine may be busy: how long an example takes says nothing.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 TEXT = Path(__file__).parents[1] / "launch/quickstart/validation.jsonl.gz"
 

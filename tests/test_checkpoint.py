@@ -20,6 +20,7 @@ def make(run: Path, step: int) -> Path:
     (scratch / "tokenizer").mkdir(parents=True)
     (scratch / "shard").write_bytes(bytes(100) + str(step).encode())
     (scratch / "tokenizer/tokenizer.json").write_text("{}")
+    (scratch / "meta.json").write_text("{}")
     folder.seal(scratch)
     final = run / "checkpoints" / folder.folder_name(step)
     folder.publish(scratch, final)
@@ -47,6 +48,7 @@ DAMAGES = {
     "a file truncated": lambda path: (path / "shard").write_bytes(b""),
     "a file missing": lambda path: (path / "tokenizer/tokenizer.json").unlink(),
     "COMPLETE garbled": lambda path: (path / "COMPLETE").write_text("{"),
+    "COMPLETE lists nothing": lambda path: (path / "COMPLETE").write_text('{"sha256": {}}'),
     "COMPLETE empty": lambda path: (path / "COMPLETE").write_text(""),
 }
 

@@ -53,7 +53,7 @@ def checkpoint_folder(path: str | Path) -> Path:
         return path
     existing = checkpoints_of(path)
     if not existing:
-        found = "no checkpoint" if path.is_dir() else "no such folder"
+        found = "no checkpoint" if path.is_dir() else "a file" if path.exists() else "no such folder"
         raise UserError(str(path), found, "a checkpoint folder, or a run folder with checkpoints")
     return existing[-1][1]
 
@@ -61,9 +61,11 @@ def checkpoint_folder(path: str | Path) -> Path:
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder, read against the checksums in COMPLETE; None where it is whole."""
     try:
-        checksums = json.loads((folder / COMPLETE).read_text())["sha256"]
+        checksums = dict(json.loads((folder / COMPLETE).read_text())["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
         return "COMPLETE is missing or unreadable"
+    if META not in checksums:
+        return f"COMPLETE does not list {META}"
     for name, expected in checksums.items():
         path = folder / name
         if not path.is_file():

@@ -124,7 +124,8 @@ def _problems(error: ValidationError) -> Iterator[Problem]:
         # A union reports each of its members, with the member's name as one more step of the path.
         path = _known_path(item["loc"])
         where = ".".join(path)
-        if where in seen:
+        wrong_member = item["type"] == "int_type" and isinstance(item["input"], list)
+        if where in seen or wrong_member:
             continue
         seen.add(where)
         if item["type"] == "extra_forbidden":

@@ -24,6 +24,7 @@ Int = Annotated[int, BeforeValidator(_as_integer)]
 Float = Annotated[float, BeforeValidator(_as_number)]
 PositiveInt = Annotated[Int, Field(gt=0)]
 PositiveFloat = Annotated[Float, Field(gt=0)]
+Path = Annotated[str, Field(min_length=1)]
 Beta = Annotated[Float, Field(ge=0, lt=1)]
 
 
@@ -92,7 +93,7 @@ class Model(Section):
     @property
     def component_heads(self) -> list[int]:
         """h' of every layer."""
-        heads = self.num_component_heads or self.num_key_value_heads
+        heads = self.num_key_value_heads if self.num_component_heads is None else self.num_component_heads
         return list(heads) if isinstance(heads, list) else [heads] * self.num_hidden_layers
 
     @property
@@ -119,12 +120,12 @@ class Model(Section):
 
 
 class TrainCorpus(Section):
-    path: str
+    path: Path
     weight: PositiveFloat = 1.0
 
 
 class Data(Section):
-    tokenizer: str
+    tokenizer: Path
     train: Annotated[list[TrainCorpus], Field(min_length=1)]
     validation: list[TrainCorpus] = []
     seq_length: PositiveInt = 1024
@@ -156,7 +157,7 @@ class Schedule(Section):
 
 
 class Distillation(Section):
-    teacher: str
+    teacher: Path
     weight: Annotated[Float, Field(ge=0, le=1)] = 0.5
     temperature: PositiveFloat = 1.0
 
@@ -200,8 +201,8 @@ class Logging(Section):
 
 
 class Run(Section):
-    dir: str
-    init_from: str | None = None
+    dir: Path
+    init_from: Path | None = None
     resume_from: Literal["newest"] | Int = "newest"
 
 

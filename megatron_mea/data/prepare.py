@@ -46,7 +46,8 @@ def prepare(
     tokenizer = load_tokenizer(tokenizer_folder, "--tokenizer")
     texts = documents(sources, text_key, split)
     with (
-        output_place(prefix, folder=False),
+        output_place(f"{prefix}.bin", folder=False),
+        output_place(f"{prefix}.idx", folder=False),
         IndexedWriter(prefix, token_dtype(len(tokenizer))) as writer,
         progress_bar(desc="prepare", unit="tok", unit_scale=True) as progress,
     ):

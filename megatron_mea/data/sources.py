@@ -103,8 +103,10 @@ def _from_json_lines(path: Path, text_key: str) -> Iterator[str]:
         where = f"{path}, line {number}"
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(where, f"broken JSON: {error.msg}", "one JSON object a line") from None
+        # Besides broken JSON, numbers and nestings beyond Python's limits.
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", error)
+            raise UserError(where, f"broken JSON: {reason}", "one JSON object a line") from None
         if not isinstance(record, dict):
             raise UserError(where, f"a JSON {type(record).__name__}", "one JSON object a line")
         yield _text_of(record, text_key, where)

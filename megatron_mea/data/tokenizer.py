@@ -69,8 +69,8 @@ def train_tokenizer(sources: Sequence[str], vocab_size: int, out: str | Path, te
     Raises:
         UserError: no text, or a vocabulary that the text cannot fill or that cannot hold its characters.
     """
-    if vocab_size < 261:
-        raise UserError("--vocab-size", vocab_size, "at least 261: 4 special ids, 256 bytes and one piece")
+    if not 261 <= vocab_size <= 10_000_000:
+        raise UserError("--vocab-size", vocab_size, "261 (4 special ids, 256 bytes and one piece) to 10,000,000")
     check_sources(sources)
     import sentencepiece
 

@@ -50,7 +50,8 @@ def export(model: str | Path, out: str | Path, dtype: str = "fp32") -> str:
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(str(out), "a folder that is not empty", "a folder that is empty or does not exist")
+        found = "a folder that is not empty" if out.is_dir() else "a file"
+        raise UserError(str(out), found, "a folder that is empty or does not exist")
     if is_hugging_face(model):
         raise UserError(str(model), "a Hugging Face folder already", "a checkpoint folder or a run folder")
     source = open_checkpoint(model)

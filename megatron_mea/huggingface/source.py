@@ -69,7 +69,10 @@ def load_model(path: str | Path) -> tuple[PreTrainedModel, Path, Config | None]:
         return causal_lm(source), source.tokenizer, source.config
     logging.disable_progress_bar()
     try:
-        kind = json.loads(Path(path, "config.json").read_text()).get("model_type")
+        description = json.loads(Path(path, "config.json").read_text())
+        if not isinstance(description, dict):
+            raise ValueError(f"config.json holds a {type(description).__name__}")
+        kind = description.get("model_type")
         loader = MEAForCausalLM if kind == "mea" else AutoModelForCausalLM
         model = loader.from_pretrained(str(path), dtype=torch.float32, use_safetensors=True, local_files_only=True)
     except (OSError, ValueError) as error:

@@ -76,6 +76,6 @@ def check_inputs(config: Config, ranks: Ranks, data_parallel_size: int) -> Input
 
 def finished_step(run_dir: Path) -> int | None:
     try:
-        return json.loads((run_dir / "FINISHED").read_text())["step"]
-    except (OSError, ValueError, KeyError):
+        return int(json.loads((run_dir / "FINISHED").read_text())["step"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None

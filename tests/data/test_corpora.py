@@ -29,7 +29,7 @@ def write(prefix: Path, tokens: np.ndarray, dtype: str = "u2") -> str:
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Two corpora in which no id comes twice: 41 windows with the most that can be left out, and 20 with nothing left."""
+    """Two corpora in which no id comes twice: 41 windows and the most that can be left out, 20 and nothing left."""
     folder = tmp_path_factory.mktemp("corpora")
     first = np.arange(42 * LENGTH)
     return [write(folder / "a", first), write(folder / "b", 10_000 + np.arange(20 * LENGTH + 1), "i4")]

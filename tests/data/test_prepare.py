@@ -22,11 +22,11 @@ EOS = 2
 
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
-    """More than a worker gets at a time, several times over, of very different lengths."""
+    """Documents of very different lengths, more than wait at once for two workers (8 batches of 128)."""
     with gzip.open(CORPUS, "rt", encoding="utf-8") as stream:
-        whole = [json.loads(line)["text"] for line in stream][:20]
-    short = [line for text in whole for line in text.splitlines() if line.strip()][:600]
-    return [*short[:300], *whole, "</s>", "a </s> b <pad>", "\n x", "\u65e5\U0001f600", *short[300:]]
+        whole = [json.loads(line)["text"] for line in stream]
+    short = [line for text in whole for line in text.splitlines() if line.strip()][:1500]
+    return [*short[:300], *whole[:20], "</s>", "a </s> b <pad>", "\n x", "\u65e5\U0001f600", *short[300:]]
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +109,13 @@ def test_a_failing_source_keeps_what_was_there(tokenizer: Path, texts: list[str]
         prepare([good, bad], tokenizer, tmp_path / "out")
     assert [(tmp_path / f"out.{kind}").read_bytes() for kind in ("bin", "idx")] == before
     assert names(tmp_path) == ["bad.jsonl", "good.jsonl", "out.bin", "out.idx"]
+
+
+def test_a_folder_of_the_same_name_is_no_hindrance(tokenizer: Path, texts: list[str], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    prepare([write(tmp_path / "corpus.jsonl", texts[:2])], tokenizer, tmp_path / "out")
+    assert stored(tmp_path / "out") == encoded(tokenizer, texts[:2])
+    assert names(tmp_path) == ["corpus.jsonl", "out", "out.bin", "out.idx"]
 
 
 def test_sources_without_text_are_refused(tokenizer: Path, tmp_path: Path) -> None:

@@ -222,7 +222,6 @@ def test_the_first_document_costs_little_of_a_large_file(kind: str, tmp_path: Pa
     assert bytes_read() - before < size / 4
 
 
-@pytest.mark.xfail(strict=True, reason="pre_buffer=True, pyarrow's default, keeps every row group it has read")
 def test_parquet_is_read_in_constant_memory(tmp_path: Path) -> None:
     texts = ["x" * 10_000] * 3000
     table = pyarrow.table({"text": texts})
@@ -257,3 +256,15 @@ def test_a_damaged_gzip_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "damaged.jsonl.gz").write_bytes(raw)
     with pytest.raises(UserError, match=r"damaged\.jsonl\.gz"):
         list(documents([str(tmp_path / "damaged.jsonl.gz")]))
+
+
+BROKEN = ['{"text": "cut of', '{"text": "a"} {"text": "b"}', "[1]", '{"x": ' + "9" * 5000 + "}", "[" * 200_000]
+
+
+@pytest.mark.parametrize("line", BROKEN, ids=lambda line: line[:10])
+def test_a_broken_line_is_named_after_the_good_ones(line: str, tmp_path: Path) -> None:
+    (tmp_path / "corpus.jsonl").write_bytes(lines(["a", "b"]) + line.encode() + b"\n" + lines(["c"]))
+    seen: list[str] = []
+    with pytest.raises(UserError, match=r"corpus\.jsonl, line 3"):
+        seen.extend(documents([str(tmp_path / "corpus.jsonl")]))
+    assert seen == ["a", "b"]

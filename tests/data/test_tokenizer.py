@@ -165,7 +165,6 @@ def test_training_is_deterministic(made: Trained, tmp_path: Path) -> None:
         assert again.get_score(piece) == made.piece.get_score(piece)
 
 
-@pytest.mark.xfail(strict=True, reason="sentencepiece records the scratch folder, which is random and local")
 def test_the_model_holds_no_local_path(made: Trained) -> None:
     assert str(made.folder.parent).encode() not in (made.folder / "tokenizer.model").read_bytes()
 
@@ -183,13 +182,13 @@ def test_a_document_cannot_inject_a_special_token(made: Trained) -> None:
         assert tokens[end - length : end - 1].tolist() == made.piece.encode(document)
 
 
-def test_a_long_line_counts(tmp_path: Path) -> None:
+def test_a_long_line_counts_to_its_end(tmp_path: Path) -> None:
     # sentencepiece drops what is longer than its longest sentence; here that would be all of the text.
-    words = " ".join(f"quixotic{'zyx'[i % 3]}" for i in range(30_000))
-    (tmp_path / "line.txt").write_text(words)
-    train_tokenizer([str(tmp_path / "line.txt")], 290, tmp_path / "out")
+    words = ["quixotic"] * 9000 + ["zephyr"] * 9000
+    (tmp_path / "line.txt").write_text(" ".join(words))
+    train_tokenizer([str(tmp_path / "line.txt")], 294, tmp_path / "out")
     piece = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "out/tokenizer.model"))
-    assert "\u2581quixotic" in piece.encode("quixoticz", out_type=str)[0]
+    assert piece.encode("quixotic zephyr", out_type=str) == ["\u2581quixotic", "\u2581zephyr"]
 
 
 def test_text_key_and_several_sources(tmp_path: Path) -> None:
