@@ -126,8 +126,8 @@ class TrainCorpus(Section):
 
 class Data(Section):
     tokenizer: Path
-    train: Annotated[list[TrainCorpus], Field(min_length=1)]
-    validation: list[TrainCorpus] = []
+    train: Annotated[list[TrainCorpus], Field(min_length=1, max_length=1000)]
+    validation: Annotated[list[TrainCorpus], Field(max_length=1000)] = []
     seq_length: PositiveInt = 1024
     document_mask: bool = False
 

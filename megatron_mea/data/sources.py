@@ -173,7 +173,7 @@ def _text_of(record: dict, text_key: str, where: str) -> str:
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Line numbers from 1 and lines; `.gz` and `.zst` are decompressed on the way."""
     try:
-        with _open_binary(path) as raw, io.TextIOWrapper(raw, encoding="utf-8") as stream:
+        with _open_binary(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig") as stream:
             yield from enumerate(stream, start=1)
     except UnicodeDecodeError as error:
         raise UserError(str(path), f"not UTF-8 ({error.reason})", "UTF-8 text") from None

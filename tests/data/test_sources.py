@@ -268,3 +268,9 @@ def test_a_broken_line_is_named_after_the_good_ones(line: str, tmp_path: Path) -
     with pytest.raises(UserError, match=r"corpus\.jsonl, line 3"):
         seen.extend(documents([str(tmp_path / "corpus.jsonl")]))
     assert seen == ["a", "b"]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n')
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbftwo\n")
+    assert list(documents([str(tmp_path / "a.jsonl"), str(tmp_path / "b.txt")])) == ["one", "two"]
