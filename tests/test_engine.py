@@ -17,10 +17,13 @@ from megatron_mea.data.corpora import Batch
 STEPS, BATCH, SEQ = 6, 8, 12
 
 
-def config(precision: str = "fp32", **optimizer) -> Config:
+def config(precision: str = "fp32", parallel: dict | None = None, model: dict | None = None, **optimizer) -> Config:
     return parse_config(
         {
-            "model": SMALL | {"attention_variant": "mea", "num_component_heads": 2, "initializer_range": 0.1},
+            "model": SMALL
+            | {"attention_variant": "mea", "num_component_heads": 2, "initializer_range": 0.1}
+            | (model or {}),
+            "parallel": parallel or {},
             "data": {"tokenizer": "none", "train": [{"path": "none"}], "seq_length": SEQ},
             "optimizer": {"lr": 1e-3, "eps": 1e-6, "grad_clip": 0.5} | optimizer,
             "schedule": {"warmup_steps": 2},
@@ -58,7 +61,7 @@ def plain_training(settings: Config) -> list[tuple[float, float]]:
     named = named_specs(model)
     decayed = [p for n, p in named.items() if n.endswith(("proj.weight", "embed_tokens.weight", "lm_head.weight"))]
     exempt = [p for p in named.values() if not any(p is other for other in decayed)]
-    assert sum("hlc" in name or "norm" in name for name in named) == len(exempt)
+    assert len(exempt) == sum("hlc" in name or "norm" in name or name.endswith("bias") for name in named)
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": exempt, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=settings.optimizer.eps)
     results = []
@@ -78,43 +81,100 @@ def plain_training(settings: Config) -> list[tuple[float, float]]:
 def new_engine(settings: Config, initialized: bool = True):
     from megatron_mea.model.decoder import Decoder
     from megatron_mea.parallel.parameter import initialize
-    from megatron_mea.training.engine import Engine
+    from megatron_mea.training.engine import Engine, build_grid
 
-    model = Decoder(settings.model)
+    grid = build_grid(settings)
+    model = Decoder(settings.model, tp=grid.tensor)
     if initialized:
         initialize(model, settings.training.seed)
-    world = torch.distributed.get_world_size()
-    return Engine(settings, model, torch.device("cpu"), world)
+    return Engine(settings, model, torch.device("cpu"), grid)
 
 
 def train(engine, settings: Config, first: int, last: int) -> list[tuple[float, float]]:
     from megatron_mea.training.schedule import learning_rate
 
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     results = []
     for step in range(first, last + 1):
-        result = engine.train_step(micro_batches(step, rank, world), learning_rate(settings, step), False)
+        result = engine.train_step(batches_of(engine, step), learning_rate(settings, step), False)
         results.append((result.loss, result.grad_norm))
     return results
 
 
+def batches_of(engine, step: int) -> list[Batch]:
+    return micro_batches(step, engine.grid.data_rank, engine.grid.data_size)
+
+
+def check_layouts(layouts: list[dict], model: dict) -> list[list[tuple[float, float]]]:
+    """Trains under every layout; each also goes on from the state of the one before it, and from its own."""
+    from megatron_mea.training.engine import start_distributed, stop_distributed
+    from megatron_mea.training.ranks import Ranks
+
+    torch.set_num_threads(1)
+    start_distributed(Ranks.from_environment())
+    curves, state = [], {}
+    for layout in layouts:
+        settings = config(parallel=layout, model=model)
+        if state:
+            moved = new_engine(settings, initialized=False)
+            moved.load_state(state.__getitem__, updates=3)
+            assert all(torch.equal(tensor, state[name]) for name, tensor in moved.state()), layout
+            np.testing.assert_allclose(train(moved, settings, 4, STEPS), curves[-1][3:], rtol=1e-5, err_msg=str(layout))
+        engine = new_engine(settings)
+        curve = train(engine, settings, 1, 3)
+        state = {name: tensor.clone() for name, tensor in engine.state()}
+        curve += train(engine, settings, 4, STEPS)
+        again = new_engine(settings, initialized=False)
+        again.load_state(state.__getitem__, updates=3)
+        assert train(again, settings, 4, STEPS) == curve[3:], layout
+        curves.append(curve)
+    stop_distributed()
+    return curves
+
+
+def layout(tensor: int = 1, zero: int = 1, sequence: bool = False) -> dict:
+    return {"tensor_model_parallel_size": tensor, "zero_stage": zero, "sequence_parallel": sequence}
+
+
+THREE = {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 42}
+LAYOUTS = {
+    "two ranks": (2, [layout(zero=0), layout(zero=2), layout(zero=3), layout(2), layout(2, 3, True)], {}),
+    "tied": (2, [layout(2), layout(zero=3), layout(2, 2, True)], {"tie_word_embeddings": True, "qk_norm": True}),
+    "three": (3, [layout(3), layout(3, sequence=True)], THREE),
+    "four ranks": (
+        4,
+        [layout(2, 1), layout(2, 2), layout(2, 3, True), layout(4, 1, True), layout(zero=3)],
+        {"attention_bias": True},
+    ),
+    "more ranks than composite heads": (4, [layout(4), layout(2, 3)], {"num_key_value_heads": 2}),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts(name):
+    """Losses and gradient norms of every layout equal those of one process in float64."""
+    world, layouts, model = LAYOUTS[name]
+    expected = plain_training(config(model=model))
+    for curves in run_distributed(check_layouts, world, layouts, model):
+        for found, which in zip(curves, layouts, strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-5, err_msg=str(which))
+
+
 def checks_on_this_rank() -> list[tuple[float, float]]:
-    """Everything that needs a process group, in one launch; returns (loss, gradient norm) of each step."""
+    """Precision, stopping and what is not finite, in one launch; returns (loss, gradient norm) of each step."""
     from megatron_mea.training.engine import NonFiniteError, start_distributed, stop_distributed
     from megatron_mea.training.ranks import Ranks
 
     torch.set_num_threads(1)
     ranks = Ranks.from_environment()
     start_distributed(ranks)
-    settings = config()
-    engine = new_engine(settings)
-    curve = train(engine, settings, 1, STEPS)
+    curve = train(new_engine(config()), config(), 1, STEPS)
 
-    # A state that goes into a fresh engine goes on bit for bit, in float32 and in bfloat16.
-    for precision in ("fp32", "bf16"):
-        settings = config(precision)
+    # A state that goes into a fresh engine goes on bit for bit in bfloat16 too; its masters are float32.
+    for zero in (1, 2, 3):
+        settings = config("bf16", layout(zero=zero))
         engine = new_engine(settings)
-        train(engine, settings, 1, 3)
+        rounded = train(engine, settings, 1, 3)
+        np.testing.assert_allclose(rounded, curve[:3], rtol=0.03)
         state = {name: tensor.clone() for name, tensor in engine.state()}
         assert all(tensor.dtype == torch.float32 for tensor in state.values())
         expected = train(engine, settings, 4, STEPS)
@@ -126,27 +186,25 @@ def checks_on_this_rank() -> list[tuple[float, float]]:
         assert not all(torch.equal(tensor, after[name]) for name, tensor in state.items())
 
     # One rank that asks to stop is heard on all.
-    result = fresh.train_step(
-        micro_batches(9, ranks.rank, ranks.world_size), 1e-3, stop=ranks.rank == ranks.world_size - 1
-    )
-    assert result.stop
+    assert fresh.train_step(batches_of(fresh, 9), 1e-3, stop=ranks.rank == ranks.world_size - 1).stop
 
     # A loss and a gradient that are not finite stop the step before the update, on all ranks.
-    settings = config()
-    batches = micro_batches(1, ranks.rank, ranks.world_size)
     for kind in ("loss", "gradient"):
-        engine = new_engine(settings)
-        before = {name: tensor.clone() for name, tensor in engine.state()}
-        if kind == "loss":
-            hook = engine.model.layers[1].register_forward_hook(lambda m, i, o: o * math.inf)
-        else:
-            parameter = engine.model.layers[1].mlp.up_proj.weight
-            hook = parameter.register_hook(lambda g: g * math.nan if ranks.rank == ranks.world_size - 1 else g)
-        with pytest.raises(NonFiniteError, match="the loss is") as error:
-            engine.train_step(batches, 1e-3, False)
-        assert error.value.micro_batches == (list(range(len(batches))) if kind == "loss" else [])
-        hook.remove()
-        assert all(torch.equal(tensor, before[name]) for name, tensor in engine.state())
+        for zero in (1, 3):
+            engine = new_engine(config(parallel=layout(zero=zero)))
+            batches = batches_of(engine, 1)
+            before = {name: tensor.clone() for name, tensor in engine.state()}
+            if kind == "loss":
+                hook = engine.model.layers[1].register_forward_hook(lambda m, i, o: o * math.inf)
+            else:
+                last = ranks.rank == ranks.world_size - 1
+                parameter = engine.model.layers[1].mlp.up_proj.weight
+                hook = parameter.register_hook(lambda g, last=last: g * math.nan if last else g)
+            with pytest.raises(NonFiniteError, match="the loss is") as error:
+                engine.train_step(batches, 1e-3, False)
+            assert error.value.micro_batches == (list(range(len(batches))) if kind == "loss" else [])
+            hook.remove()
+            assert all(torch.equal(tensor, before[name]) for name, tensor in engine.state())
     stop_distributed()
     return curve
 

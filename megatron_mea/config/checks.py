@@ -16,6 +16,7 @@ def cross_checks(config: Config) -> Iterator[Problem]:
     yield from _rope(config)
     yield from _components(config)
     yield from _lengths(config)
+    yield from _tensor_parallel(config)
 
 
 def check_world(config: Config, world_size: int) -> int:
@@ -71,10 +72,7 @@ def _not_yet(config: Config) -> Iterator[Problem]:
             config.model.attention_variant,
             ("plain", "plain_norm", "mea", "mea_no_norm"),
         ),
-        ("parallel.tensor_model_parallel_size", parallel.tensor_model_parallel_size, (1,)),
         ("parallel.pipeline_model_parallel_size", parallel.pipeline_model_parallel_size, (1,)),
-        ("parallel.sequence_parallel", parallel.sequence_parallel, (False,)),
-        ("parallel.zero_stage", parallel.zero_stage, (0, 1)),
         ("data.document_mask", config.data.document_mask, (False,)),
         ("training.activation_checkpointing", training.activation_checkpointing, ("none", "full")),
         ("training.compile", training.compile, (False,)),
@@ -154,6 +152,26 @@ def _components(config: Config) -> Iterator[Problem]:
                     getattr(model, key),
                     f"nothing: `{model.attention_variant}` has no head combination",
                 )
+
+
+def _tensor_parallel(config: Config) -> Iterator[Problem]:
+    """What the ranks of a tensor group must be able to share (docs/architecture.md)."""
+    model, size = config.model, config.parallel.tensor_model_parallel_size
+    where = "parallel.tensor_model_parallel_size"
+    for key, of in (("num_attention_heads", "query heads"), ("intermediate_size", "features")):
+        value = getattr(model, key)
+        if value % size:
+            yield Problem(where, size, f"a divisor of model.{key} = {value}: ranks hold equal parts of the {of}")
+    composites = model.num_key_value_heads
+    if composites % size and size % composites:
+        yield Problem(where, size, f"a divisor or a multiple of model.num_key_value_heads = {composites}")
+    if model.vocab_size < size * size:
+        yield Problem("model.vocab_size", model.vocab_size, f"at least {size * size} on {size} ranks")
+    if config.parallel.sequence_parallel:
+        if size == 1:
+            yield Problem("parallel.sequence_parallel", True, "false where parallel.tensor_model_parallel_size is 1")
+        elif config.data.seq_length % size:
+            yield Problem("data.seq_length", config.data.seq_length, f"a multiple of {where} = {size}")
 
 
 def _lengths(config: Config) -> Iterator[Problem]:

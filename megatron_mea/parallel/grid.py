@@ -29,3 +29,19 @@ class TensorGroup:
 
 
 ALONE = TensorGroup()
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where this rank stands: rank = data_rank * tensor size + tensor rank.
+
+    Args:
+        tensor: the ranks that share its matrices.
+        data_rank, data_size: which samples of a batch it sees, of how many parts.
+        mpu: the object that tells DeepSpeed the same.
+    """
+
+    tensor: TensorGroup
+    data_rank: int
+    data_size: int
+    mpu: Any

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import warnings
@@ -16,6 +18,7 @@ from megatron_mea.config.schema import Config
 from megatron_mea.data.corpora import Batch
 from megatron_mea.errors import RunError
 from megatron_mea.model.decoder import Decoder
+from megatron_mea.parallel.grid import Grid, TensorGroup
 from megatron_mea.parallel.parameter import named_specs
 from megatron_mea.training.ranks import Ranks
 
@@ -71,6 +74,22 @@ def start_distributed(ranks: Ranks) -> torch.device:
     return device
 
 
+def build_grid(config: Config) -> Grid:
+    """The tensor and data groups of this rank; collective. Tensor ranks are neighbours, so they share a node."""
+    from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
+
+    parallel = config.parallel
+    size = parallel.tensor_model_parallel_size
+    topology = PipeModelDataParallelTopology(num_pp=1, num_mp=size, num_dp=dist.get_world_size() // size)
+    # It prints its topology.
+    with contextlib.redirect_stdout(io.StringIO()):
+        mpu = PipelineParallelGrid(topology)
+    tensor = TensorGroup(
+        size, mpu.get_slice_parallel_rank(), mpu.get_slice_parallel_group(), parallel.sequence_parallel
+    )
+    return Grid(tensor, mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size(), mpu)
+
+
 def shorten_timeouts(minutes: float) -> None:
     """Sets the time after which a collective gives up; long only until the first step has warmed everything."""
     from torch.distributed.distributed_c10d import _set_pg_timeout, _world
@@ -91,14 +110,14 @@ class Engine:
         config: the whole configuration.
         model: initialised, on the CPU.
         device: of this rank.
-        data_parallel_size: ranks that see different samples.
+        grid: where this rank stands.
     """
 
-    def __init__(self, config: Config, model: Decoder, device: torch.device, data_parallel_size: int) -> None:
+    def __init__(self, config: Config, model: Decoder, device: torch.device, grid: Grid) -> None:
         import deepspeed
 
-        self.config, self.device, self.data_parallel_size = config, device, data_parallel_size
-        self.accumulation = config.training.global_batch_size // (config.training.micro_batch_size * data_parallel_size)
+        self.config, self.device, self.grid = config, device, grid
+        self.accumulation = config.training.global_batch_size // (config.training.micro_batch_size * grid.data_size)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
             model_parameters=_parameter_groups(config, model),
@@ -111,6 +130,7 @@ class Engine:
             ),
             config=_deepspeed_config(config, self.accumulation),
             dist_init_required=False,
+            mpu=grid.mpu,
         )
         self.model: Decoder = self.engine.module
         self._make_moments()
@@ -135,12 +155,13 @@ class Engine:
             losses.append(loss.detach().double())
             # DeepSpeed divides by the micro-batches and averages over data parallelism: undo both, so that
             # the gradient is that of the sum over all targets divided by their number.
-            self.engine.backward(loss * (self.accumulation * self.data_parallel_size / targets))
+            self.engine.backward(loss * (self.accumulation * self.grid.data_size / targets))
             if index + 1 < len(batches):
                 self.engine.step()
         total = torch.stack([torch.stack(losses).sum(), torch.tensor(float(stop), device=self.device).double()])
         dist.all_reduce(total)
         loss_sum, stops = total.tolist()
+        loss_sum /= self.grid.tensor.size  # every rank of a tensor group has the loss of the same samples
         if not _is_finite(loss_sum):
             bad = [index for index, loss in enumerate(losses) if not torch.isfinite(loss)]
             raise NonFiniteError(f"the loss is {loss_sum / targets}", bad)
@@ -165,30 +186,59 @@ class Engine:
         return loss / count
 
     def state(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, float32 tensor) of master weights and moments; collective, the same order on all ranks.
+        """(name, whole float32 tensor) of master weights and moments; collective, the same order on all ranks.
 
         A moment of parameter `name` is called `exp_avg.name` and `exp_avg_sq.name`.
         """
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+        from deepspeed.utils import safe_get_full_optimizer_state
 
         for name, parameter in named_specs(self.model).items():
-            yield name, safe_get_full_fp32_param(parameter)
+            yield name, self.weight(name)
             for moment in MOMENTS:
-                yield f"{moment}.{name}", safe_get_full_optimizer_state(parameter, moment)
+                yield f"{moment}.{name}", parameter.spec.whole(safe_get_full_optimizer_state(parameter, moment))
+
+    def weight(self, name: str) -> torch.Tensor:
+        """The whole float32 master of one parameter; collective."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        parameter = named_specs(self.model)[name]
+        return parameter.spec.whole(safe_get_full_fp32_param(parameter))
 
     def load_state(self, read: Callable[[str], torch.Tensor], updates: int) -> None:
         """Sets master weights, moments and the number of updates; `read` gives a tensor by its `state` name."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
         for moments in self.optimizer.optimizer.state.values():
             moments["step"].fill_(updates)
         for name, parameter in named_specs(self.model).items():
-            master = read(name).to(parameter.device)
-            safe_set_full_fp32_param(parameter, master)
+            master = parameter.spec.local(read(name)).to(self.device)
+            self._set(parameter, None, master)
             for moment in MOMENTS:
-                safe_set_full_optimizer_state(parameter, read(f"{moment}.{name}").to(parameter.device), moment)
+                self._set(parameter, moment, parameter.spec.local(read(f"{moment}.{name}")).to(self.device))
             # The working copy does not follow the master by itself.
-            parameter.data.copy_(master)
+            if not self._partitions_parameters:
+                parameter.data.copy_(master)
+
+    @property
+    def _partitions_parameters(self) -> bool:
+        return self.config.parallel.zero_stage == 3
+
+    def _set(self, parameter: torch.nn.Parameter, moment: str | None, value: torch.Tensor) -> None:
+        """Sets the master (moment None) or a moment of a parameter to this rank's part of the global tensor."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        if not self._partitions_parameters:
+            if moment is None:
+                safe_set_full_fp32_param(parameter, value)
+            else:
+                safe_set_full_optimizer_state(parameter, value, moment)
+            return
+        # DeepSpeed's own way for stage 3 fails where a parameter does not divide into equal partitions.
+        size, rank = parameter.ds_tensor.numel(), self.optimizer._get_param_partition_rank(parameter)
+        mine = value.flatten()[rank * size : (rank + 1) * size]
+        partition, _ = self.optimizer._get_fp32_opt_state_partition(parameter, False, moment)
+        partition.data.zero_()
+        partition.data[: mine.numel()].copy_(mine)
+        if moment is None:
+            parameter.ds_tensor.data[: mine.numel()].copy_(mine)
 
     def _make_moments(self) -> None:
         """Makes Adam's state before its first update, and links DeepSpeed's per-parameter view to it.
@@ -197,11 +247,16 @@ class Engine:
         their moments would never be found again.
         """
         inner = self.optimizer.optimizer
-        for group in inner.param_groups:
-            for partition in group["params"]:
-                step = torch.zeros((), device=partition.device if group["fused"] else "cpu")
-                inner.state[partition] = {"step": step} | {m: torch.zeros_like(partition) for m in MOMENTS}
-        self.optimizer._lazy_init_hp_params_optimizer_state()
+        if self._partitions_parameters:
+            partitions = self.optimizer.fp32_partitioned_groups_flat
+        else:
+            partitions = [partition for group in inner.param_groups for partition in group["params"]]
+        fused = any(group["fused"] for group in inner.param_groups)
+        for partition in partitions:
+            step = torch.zeros((), device=partition.device if fused else "cpu")
+            inner.state[partition] = {"step": step} | {m: torch.zeros_like(partition) for m in MOMENTS}
+        if not self._partitions_parameters:
+            self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _to_device(self, batch: Batch) -> tuple[torch.Tensor, ...]:
         arrays = (batch.input_ids, batch.position_ids, batch.targets)
@@ -234,7 +289,8 @@ def _deepspeed_config(config: Config, accumulation: int) -> dict:
     }
     if training.precision == "bf16":
         settings["bf16"] = {"enabled": True}
-        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        if config.parallel.zero_stage < 3:
+            settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return settings
 
 

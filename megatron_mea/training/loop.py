@@ -63,10 +63,11 @@ class _Run:
         self.progress = records.Progress(config, self.rank, self.step)
         self._say_start(device, source, notes)
 
-        model = Decoder(config.model, config.training.activation_checkpointing == "full")
+        self.grid = engines.build_grid(config)
+        model = Decoder(config.model, config.training.activation_checkpointing == "full", self.grid.tensor)
         if source is None:
             initialize(model, config.training.seed)
-        self.engine = engines.Engine(config, model, device, inputs.data_parallel_size)
+        self.engine = engines.Engine(config, model, device, self.grid)
         if source is not None:
             self._load(source)
         if self.rank == 0:
@@ -83,7 +84,7 @@ class _Run:
         self.progress.start()
         while self.step < config.steps:
             step = self.step + 1
-            samples = rank_samples(step, config, self.rank, self.inputs.data_parallel_size)
+            samples = rank_samples(step, config, self.grid.data_rank, self.grid.data_size)
             lr = learning_rate(config, step)
             try:
                 batches = [self.inputs.train.batch(micro) for micro in samples]
@@ -150,8 +151,14 @@ class _Run:
 
     def _record(self, row: dict) -> None:
         self.progress.report(row)
+        more = None
+        if "validation_loss" in row and self.config.logging.tensorboard:
+            # Every rank takes part in collecting them; rank 0 writes.
+            named = named_specs(self.engine.model).items()
+            names = [name for name, parameter in named if parameter.spec.kind == "hlc"]
+            more = records.hlc_statistics({name: self.engine.weight(name).cpu() for name in names})
         if self.metrics is not None:
-            self.metrics.write(row, records.hlc_statistics(self.engine.model) if "validation_loss" in row else None)
+            self.metrics.write(row, more)
 
     def _validate(self) -> float:
         """Mean cross-entropy over the first `evaluation.batches` global batches of the validation corpora."""
@@ -160,7 +167,7 @@ class _Run:
 
         def batches() -> Iterator[Batch]:
             for step in range(1, self.config.evaluation.batches + 1):
-                for micro in rank_samples(step, self.config, self.rank, self.inputs.data_parallel_size):
+                for micro in rank_samples(step, self.config, self.grid.data_rank, self.grid.data_size):
                     yield corpora.batch(micro)
 
         self.validation_loss = self.engine.evaluate(batches())
@@ -221,11 +228,11 @@ class _Run:
         last = first + self.config.training.global_batch_size - 1
         lines = [f"step {step} stopped before its update: {error}", f"  samples {first} to {last}"]
         if error.micro_batches:
-            samples = rank_samples(step, self.config, self.rank, self.inputs.data_parallel_size)
+            samples = rank_samples(step, self.config, self.grid.data_rank, self.grid.data_size)
             for index in error.micro_batches:
                 where = self.inputs.train.describe(samples[index])
                 lines.append(f"  not finite on rank {self.rank}: samples {samples[index].tolist()} ({where})")
-        bad = [n for n, p in named_specs(self.engine.model).items() if not torch.isfinite(p).all()]
+        bad = [n for n, p in named_specs(self.engine.model).items() if not getattr(p, "ds_tensor", p).isfinite().all()]
         lines.append(f"  parameters that are not finite: {', '.join(bad) or 'none'}")
         lines.append("  lower optimizer.lr or training data's outliers, and run the same command to go on")
         return "\n".join(lines)

@@ -16,8 +16,6 @@ import torch
 from megatron_mea import __version__
 from megatron_mea.checkpoint.folder import flush
 from megatron_mea.config import Config, dump_config
-from megatron_mea.model.decoder import Decoder
-from megatron_mea.parallel.parameter import named_specs
 
 FINISHED = "FINISHED"
 
@@ -115,17 +113,14 @@ class Progress:
         self.say(" | ".join(parts))
 
 
-@torch.no_grad()
-def hlc_statistics(model: Decoder) -> dict[str, float]:
-    """Root mean square and condition number of every head combination matrix, by its exported name."""
+def hlc_statistics(combinations: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Root mean square and condition number of every head combination (h', h), by its exported name."""
     statistics = {}
-    for name, parameter in named_specs(model).items():
-        if parameter.spec.kind == "hlc":
-            matrix = parameter.detach().float().cpu()
-            values = torch.linalg.svdvals(matrix)
-            short = name.removesuffix(".weight").removeprefix("model.")
-            statistics[f"hlc_rms/{short}"] = matrix.pow(2).mean().sqrt().item()
-            statistics[f"hlc_condition/{short}"] = (values[0] / values[-1].clamp_min(1e-12)).item()
+    for name, matrix in combinations.items():
+        values = torch.linalg.svdvals(matrix)
+        short = name.removesuffix(".weight").removeprefix("model.")
+        statistics[f"hlc_rms/{short}"] = matrix.pow(2).mean().sqrt().item()
+        statistics[f"hlc_condition/{short}"] = (values[0] / values[-1].clamp_min(1e-12)).item()
     return statistics
 
 
