@@ -28,6 +28,8 @@ def config(tiny, tmp_path_factory) -> Path:
         path,
         **{
             "training.steps": STEPS,
+            "model.num_attention_heads": 4,
+            "model.num_component_heads": 1,
             "training.global_batch_size": 8,
             "schedule.warmup_steps": 5,
             "evaluation.interval": 20,
@@ -172,6 +174,18 @@ def test_two_processes_equal_one_to_rounding(config, whole):
     assert "changed since then: training.micro_batch_size: 2 -> 4" in output
     assert [row["step"] for row in rows(config, "two")] == list(range(65))
     assert json.loads((config.parent / "two/FINISHED").read_text())["step"] == 64
+
+
+def test_a_layout_changes_rounding_only(config, whole):
+    """Tensor x data parallel with sequence parallelism and ZeRO 2, stopped, then on with ZeRO 3 on two ranks."""
+    parallel = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
+    status, _ = interrupt(config, "layout", 12, signal.SIGTERM, *parallel, "parallel.zero_stage=2", processes=4)
+    assert status == 0
+    output = train(config, "layout", "parallel.zero_stage=3", processes=2)
+    assert "changed since then: parallel.tensor_model_parallel_size: 2 -> 1" in output
+    for ours, theirs in zip(rows(config, "layout"), rows(config, "whole"), strict=True):
+        assert ours.get("loss", 0) == pytest.approx(theirs.get("loss", 0), rel=1e-4)
+        assert ours.get("validation_loss", 0) == pytest.approx(theirs.get("validation_loss", 0), rel=1e-4)
 
 
 def test_a_damaged_checkpoint_is_set_aside(config, whole):
