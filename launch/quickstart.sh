@@ -30,7 +30,12 @@ for split in train validation; do
 done
 
 say "training on 2 processes"
-bash launch/local.sh 2 configs/quickstart.yaml "$@"
+# On the CPU, also where there is a GPU: two processes cannot share one.
+CUDA_VISIBLE_DEVICES='' bash launch/local.sh 2 configs/quickstart.yaml "$@"
+if [ ! -e "$work/run/FINISHED" ]; then
+  say "training was stopped and saved; the same command goes on from there"
+  exit 0
+fi
 
 say "validation loss in nats a token (lower is better)"
 "$PYTHON" tools/unigram.py "$work/data/train" "$work/data/validation"

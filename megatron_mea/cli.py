@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +19,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status: 0 done, 2 the user's input was wrong."""
     arguments = _parser().parse_args(argv)
     try:
+        # `train` saves and stops instead. Elsewhere what was begun is taken back, as on Ctrl-C.
+        signal.signal(signal.SIGTERM, _leave)
         arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("megatron-mea: interrupted", file=sys.stderr)
+        return 130
     except UserError as error:
         if _rank() > 0:
             # Every rank finds the same mistake. Rank 0 says it, and the launcher ends the others meanwhile;
@@ -30,6 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(error)
         return 1
     return 0
+
+
+def _leave(number: int, frame: object) -> None:
+    sys.exit(128 + number)
 
 
 def _rank() -> int:
@@ -98,10 +108,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("config", metavar="CONFIG", help="a YAML file")
     sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted keys of the YAML and new values")
 
-    sub = verb("inspect", _inspect, "show a checkpoint and verify it", "runs/quickstart/checkpoints/step_00000400")
+    sub = verb("inspect", _inspect, "show a checkpoint and verify it", "runs/quickstart/run/checkpoints/step_00000500")
     sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint folder, or a run folder (its newest)")
 
-    sub = verb("export", _export, "write a Hugging Face folder, and check its logits", "runs/quickstart exported")
+    sub = verb("export", _export, "write a Hugging Face folder, and check its logits", "runs/quickstart/run exported")
     sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     sub.add_argument("out", metavar="OUT_DIR", help="a folder that does not exist or is empty")
     sub.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="default fp32: the master weights")
@@ -111,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         "evaluate",
         _evaluate,
         "cross-entropy and perplexity of a model on prepared data",
-        "runs/quickstart --data runs/quickstart-data/validation",
+        "runs/quickstart/run --data runs/quickstart/data/validation",
     )
     sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     sub.add_argument("--data", metavar="PREFIX", help="prepared data (default: a checkpoint's data.validation)")
@@ -148,10 +158,11 @@ def _prepare(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from megatron_mea.config import load_config
     from megatron_mea.training.signals import StopSignal
 
     stop = StopSignal()
+    from megatron_mea.config import load_config
+
     config = load_config(arguments.config, arguments.overrides)
 
     from megatron_mea.training.run import train

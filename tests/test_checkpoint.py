@@ -75,7 +75,17 @@ def test_what_is_half_written_is_no_checkpoint(tmp_path):
     (unsealed / folder.COMPLETE).unlink()
     shutil.copytree(final, tmp_path / "checkpoints/.tmp-step_00000010")
     assert [step for step, _ in folder.checkpoints_of(tmp_path)] == [7]
-    assert newest_whole(tmp_path) == (final, [])
+    found, notes = newest_whole(tmp_path)
+    assert found == final
+    assert "step_00000009 is damaged (COMPLETE is missing or unreadable)" in notes[0]
+    assert (tmp_path / "checkpoints/damaged-step_00000009").is_dir()
+
+
+def test_nothing_whole_is_left(tmp_path):
+    (make(tmp_path, 3) / "shard").unlink()
+    found, notes = newest_whole(tmp_path)
+    assert found is None
+    assert notes[-1] == "no whole checkpoint is left: the run begins anew"
 
 
 def test_numbers_beyond_eight_digits_sort_as_numbers(tmp_path):

@@ -157,6 +157,53 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(config, whole, number):
     assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
 
 
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(config, whole):
+    interrupt(config, "early", 12, signal.SIGKILL)
+    assert checkpoints_of(config.parent / "early") == []
+    train(config, "early")
+    assert rows(config, "early") == rows(config, "whole")
+
+
+def test_ctrl_c_in_a_terminal_saves_and_goes_on(config):
+    """A terminal signals local.sh and every rank, and local.sh passes it on: each rank hears it twice."""
+    arguments = command(config, "terminal", "training.steps=100000", processes=2)
+    process = subprocess.Popen(arguments, env=environment(), stdout=subprocess.PIPE, text=True, start_new_session=True)
+    metrics = config.parent / "terminal/metrics.jsonl"
+    while not (metrics.exists() and '"step": 5,' in metrics.read_text()):
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "asked to stop: saved step" in output
+    assert checkpoints_of(config.parent / "terminal")
+
+
+def test_options_that_change_how_but_not_what(tiny, config, tmp_path, capsys):
+    """No validation, a whole model's folder as the tokenizer, bf16, recomputation, determinism; then an export."""
+    from megatron_mea.cli import main
+
+    model = tmp_path / "model"
+    shutil.copytree(tiny.tokenizer, model)
+    (model / "config.json").write_text('{"model_type": "llama"}')
+    (model / "model.safetensors").write_bytes(b"other weights")
+    (model / ".cache").mkdir()
+    output = train(
+        config,
+        "options",
+        *("training.steps=6", "training.precision=bf16", "training.activation_checkpointing=full"),
+        *("training.deterministic=true", "data.validation=[]", f"data.tokenizer={model}", "checkpoint.keep_every=5"),
+        *("checkpoint.interval=1", "checkpoint.keep=1", "logging.interval=4"),
+    )
+    run = config.parent / "options"
+    assert [row["step"] for row in rows(config, "options")] == [4, 6]
+    assert [step for step, _ in checkpoints_of(run)] == [5, 6]
+    assert not any("bf16_optimizer" in line or line.startswith("MA ") for line in output.splitlines())
+    assert main(["export", str(run), str(tmp_path / "export")]) == 0
+    assert json.loads((tmp_path / "export/config.json").read_text())["model_type"] == "mea"
+    assert not (tmp_path / "export/.cache").exists()
+
+
 def test_two_processes_equal_one_to_rounding(config, whole):
     """Interrupted by a signal to local.sh, resumed on two; then longer, with another layout, on one."""
     status, output = interrupt(config, "two", 25, signal.SIGUSR2, processes=2)
@@ -335,6 +382,29 @@ class TestExport:
         tensors = load_file(tmp_path / "model.safetensors")
         assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
         assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+
+    def test_a_folder_that_lacks_a_tensor_is_refused(self, exported, tmp_path, capsys):
+        from safetensors.torch import load_file, save_file
+
+        from megatron_mea.cli import main
+
+        folder = tmp_path / "model"
+        shutil.copytree(exported, folder)
+        tensors = load_file(folder / "model.safetensors")
+        name = "model.layers.0.self_attn.hlc_k.weight"
+        save_file({n: t for n, t in tensors.items() if n != name}, folder / "model.safetensors", {"format": "pt"})
+        assert main(["generate", str(folder), "--prompt", "a"]) == 2
+        assert f"missing keys: {name}" in capsys.readouterr().err
+        save_file(tensors | {name: tensors[name][:, :1].clone()}, folder / "model.safetensors", {"format": "pt"})
+        assert main(["generate", str(folder), "--prompt", "a"]) == 2
+        assert name in capsys.readouterr().err
+        (folder / "model.safetensors").write_bytes((exported / "model.safetensors").read_bytes()[:-9])
+        assert main(["generate", str(folder), "--prompt", "a"]) == 2
+        config = json.loads((exported / "config.json").read_text()) | {"attention_variant": "foo"}
+        (folder / "config.json").write_text(json.dumps(config))
+        capsys.readouterr()
+        assert main(["generate", str(folder), "--prompt", "a"]) == 2
+        assert "'foo'" in capsys.readouterr().err
 
     def test_a_wrong_export_is_noticed(self, whole, tmp_path, monkeypatch, capsys):
         from megatron_mea.cli import main

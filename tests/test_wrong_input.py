@@ -460,6 +460,11 @@ def test_resume_with_other_values(run, refused, changes):
     check(problems, *sorted(expected))
 
 
+def test_a_finished_run_with_another_model(run, refused):
+    problems = refused("train", "tiny.yaml", "training.steps=2", "model.hidden_size=32")
+    assert [problem.where for problem in problems] == ["model.hidden_size"]
+
+
 @pytest.mark.parametrize(
     ("corpora", "where", "found", "old"),
     [

@@ -34,10 +34,14 @@ def folder_name(step: int) -> str:
 
 def checkpoints_of(run_dir: str | Path) -> list[tuple[int, Path]]:
     """(step, folder) of the checkpoints of a run that carry COMPLETE, oldest first; not verified."""
+    return [(step, folder) for step, folder in all_checkpoints(run_dir) if (folder / COMPLETE).is_file()]
+
+
+def all_checkpoints(run_dir: str | Path) -> list[tuple[int, Path]]:
+    """(step, folder) of everything that is named as a checkpoint, oldest first; it may be damaged."""
     found = []
     for path in Path(run_dir, "checkpoints").glob("step_*"):
-        match = _NAME.fullmatch(path.name)
-        if match and (path / COMPLETE).is_file():
+        if match := _NAME.fullmatch(path.name):
             found.append((int(match[1]), path))
     return sorted(found)
 
@@ -118,9 +122,15 @@ def retain(run_dir: str | Path, keep: int, keep_every: int | None) -> None:
     """Removes the oldest checkpoints beyond `keep`, sparing multiples of `keep_every`."""
     for step, folder in checkpoints_of(run_dir)[:-keep]:
         if not (keep_every and step % keep_every == 0):
-            # COMPLETE goes first: a removal that is cut short must not leave something that looks whole.
-            (folder / COMPLETE).unlink()
-            shutil.rmtree(folder)
+            remove(folder)
+
+
+def remove(folder: Path) -> None:
+    """Removes a checkpoint if it is there; cut short, it leaves a scratch folder that the next save removes."""
+    if folder.exists():
+        scratch = folder.with_name(f".tmp-{folder.name}-removed")
+        folder.rename(scratch)
+        shutil.rmtree(scratch)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_mea.checkpoint.folder import Meta, checkpoints_of, damage, set_aside
+from megatron_mea.checkpoint.folder import Meta, all_checkpoints, damage, set_aside
 from megatron_mea.config import Config
 from megatron_mea.errors import Problem, UserError
 
@@ -24,16 +24,21 @@ _FIXED = (
 def newest_whole(run_dir: str | Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose checksums hold, and a line for each damaged one that was set aside."""
     notes = []
-    for _, folder in reversed(checkpoints_of(run_dir)):
+    for _, folder in reversed(all_checkpoints(run_dir)):
         problem = damage(folder)
         if problem is None:
             return folder, notes
-        notes.append(f"{folder} is damaged ({problem}); renamed to {set_aside(folder).name}, using an older one")
+        notes.append(f"{folder} is damaged ({problem}); renamed to {set_aside(folder).name}")
+    if notes:
+        notes.append("no whole checkpoint is left: the run begins anew")
     return None, notes
 
 
-def check_resume(meta: Meta, config: Config, fingerprint: list[dict[str, Any]]) -> list[str]:
+def check_resume(meta: Meta, config: Config, fingerprint: list[dict[str, Any]] | None) -> list[str]:
     """Whether `config` may go on from a checkpoint; returns the allowed changes as lines to print.
+
+    Args:
+        fingerprint: of the training data; None leaves the data out of the comparison.
 
     Raises:
         UserError: a key that must not change has changed, or the data has; names old and new values.
@@ -42,17 +47,18 @@ def check_resume(meta: Meta, config: Config, fingerprint: list[dict[str, Any]]) 
     fixed, changed = [], []
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
-        if before == after or key.startswith(("data.train", "run.")):
+        if before == after:
             continue
         if any(key == name or key.startswith(f"{name}.") for name in _FIXED):
             mend = "restore the old value, or start a new run with another run.dir"
             fixed.append(Problem(key, after, f"{before}, as in the checkpoint of step {meta.step}", mend))
         else:
             changed.append(f"{key}: {before} -> {after}")
-    fixed += _data_changes(meta, fingerprint)
+    if fingerprint is not None:
+        fixed += _data_changes(meta, fingerprint)
     if fixed:
         raise UserError.of(fixed)
-    if config.steps < meta.step:
+    if fingerprint is not None and config.steps < meta.step:
         raise UserError("training.steps", config.steps, f"at least {meta.step}, which the run has reached already")
     return changed
 

@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from megatron_mea.config.schema import Config
 from megatron_mea.errors import Problem, UserError
 
+VARIANTS = ("plain", "plain_norm", "mea", "mea_no_norm")
+"""The attention variants of this release."""
+
 
 def cross_checks(config: Config) -> Iterator[Problem]:
     """The contradictions inside one configuration."""
@@ -70,7 +73,7 @@ def _not_yet(config: Config) -> Iterator[Problem]:
         (
             "model.attention_variant",
             config.model.attention_variant,
-            ("plain", "plain_norm", "mea", "mea_no_norm"),
+            VARIANTS,
         ),
         ("parallel.pipeline_model_parallel_size", parallel.pipeline_model_parallel_size, (1,)),
         ("data.document_mask", config.data.document_mask, (False,)),
@@ -121,6 +124,8 @@ def _rope(config: Config) -> Iterator[Problem]:
 def _components(config: Config) -> Iterator[Problem]:
     model = config.model
     where, composite = "model.num_component_heads", model.num_key_value_heads
+    if model.attention_variant not in VARIANTS:
+        return
     heads = model.component_heads
     if len(heads) != model.num_hidden_layers:
         yield Problem(
@@ -144,14 +149,18 @@ def _components(config: Config) -> Iterator[Problem]:
                 f"{model.hlc_mixes} with {min(heads)} component heads",
                 f"`both` where component heads are fewer than model.num_key_value_heads = {composite}",
             )
-    if not model.has_hlc:
-        for key in ("hlc_mixes", "hlc_init"):
-            if getattr(model, key) != type(model).model_fields[key].default:
-                yield Problem(
-                    f"model.{key}",
-                    getattr(model, key),
-                    f"nothing: `{model.attention_variant}` has no head combination",
-                )
+    without_effect = {
+        "no head combination": () if model.has_hlc else ("hlc_mixes", "hlc_init"),
+        "no head norm": () if model.has_head_norm else ("head_norm_affine", "head_norm_init", "head_norm_eps"),
+    }
+    for reason, keys in without_effect.items():
+        for key in keys:
+            default = type(model).model_fields[key].default
+            if getattr(model, key) != default:
+                allowed = f"{default}: `{model.attention_variant}` has {reason}"
+                yield Problem(f"model.{key}", getattr(model, key), allowed)
+    if model.has_head_norm and not model.head_norm_affine and model.head_norm_init != 1:
+        yield Problem("model.head_norm_init", model.head_norm_init, "1.0 where model.head_norm_affine is false")
 
 
 def _tensor_parallel(config: Config) -> Iterator[Problem]:

@@ -26,7 +26,8 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, str) and key in seen:
                 where = f"{node.start_mark.name}, line {key_node.start_mark.line + 1}"
                 raise UserError(where, f"the key {key!r} twice", "each key once", "remove one of the two")
-            seen.add(key) if isinstance(key, str) else None
+            if isinstance(key, str):
+                seen.add(key)
         return super().construct_mapping(node, deep)
 
 
@@ -103,7 +104,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _resolve(config: Config) -> Config:
-    """Fills in what follows from other keys: the steps, so that a later reader need not derive them."""
+    """Fills in what follows from other keys, so that equal configurations compare equal."""
     training = config.training
     if training.steps is not None and training.tokens is not None:
         raise UserError(
@@ -115,7 +116,17 @@ def _resolve(config: Config) -> Config:
     steps = training.steps or 1000
     if training.tokens is not None:
         steps = math.ceil(training.tokens / config.tokens_per_step)
-    return config.model_copy(update={"training": training.model_copy(update={"steps": steps, "tokens": None})})
+    model = config.model
+    heads = model.component_heads
+    uniform = len(set(heads)) == 1 and len(heads) == model.num_hidden_layers
+    resolved = {
+        "num_component_heads": heads[0] if uniform else heads,
+        "embedding_initializer_range": model.embedding_initializer_range or model.initializer_range,
+    }
+    model = model.model_copy(update=resolved)
+    return config.model_copy(
+        update={"model": model, "training": training.model_copy(update={"steps": steps, "tokens": None})}
+    )
 
 
 def _problems(error: ValidationError) -> Iterator[Problem]:
@@ -148,7 +159,6 @@ def _nearest(path: list[str]) -> str:
     keys = known_keys()
     for candidates, cutoff in (
         ({key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == section}, 0.6),
-        ({key.rpartition(".")[2]: key for key in keys}, 0.6),
         ({key.rpartition(".")[2]: key for key in keys}, 0.0),
     ):
         matches = difflib.get_close_matches(path[-1], list(candidates), n=1, cutoff=cutoff)
@@ -160,8 +170,7 @@ def _nearest(path: list[str]) -> str:
 def _known_path(loc: tuple[int | str, ...]) -> list[str]:
     """The dotted path of a pydantic location, without the union members that pydantic adds."""
     tags = {"linear", "dynamic", "yarn", "llama3", "int", "float", "newest"}
-    keep = [str(part) for part in loc if not (isinstance(part, str) and (part in tags or "[" in part))]
-    return keep
+    return [str(part) for part in loc if not (isinstance(part, str) and (part in tags or "[" in part))]
 
 
 def known_keys() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -76,15 +77,18 @@ def _encoded(
         pending: deque[Future] = deque()
         try:
             for batch in batches:
+                # A worker that is started here inherits the block: it is this process that answers Ctrl-C.
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
                 pending.append(pool.submit(_encode_in_worker, batch))
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
                 # Only so many batches wait, so that a fast reader does not fill the memory.
                 if len(pending) >= 4 * workers:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:

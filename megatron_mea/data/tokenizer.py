@@ -18,7 +18,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+_FILES = (
+    *_VOCABULARIES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+)
 
 
 def load_tokenizer(folder: str | Path, where: str = "data.tokenizer") -> PreTrainedTokenizerBase:
@@ -47,6 +56,14 @@ def load_tokenizer(folder: str | Path, where: str = "data.tokenizer") -> PreTrai
         mend = "set `eos_token` in its tokenizer_config.json"
         raise UserError(where, f"{folder}, without an eos token", "a tokenizer with an end-of-document token", mend)
     return tokenizer
+
+
+def copy_tokenizer(folder: str | Path, target: Path) -> None:
+    """Copies the tokenizer's files alone: the folder may be that of a whole model."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in _FILES:
+        if Path(folder, name).is_file():
+            shutil.copy(Path(folder, name), target)
 
 
 def check_tokenizer_folder(folder: str | Path, where: str) -> None:

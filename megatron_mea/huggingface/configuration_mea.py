@@ -43,6 +43,12 @@ class MEAConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
+        for name, allowed in (
+            ("attention_variant", ("plain", "plain_norm", "mea", "mea_no_norm")),
+            ("hlc_mixes", ("both", "keys", "values")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r} (allowed: {', '.join(allowed)})")
         heads = self.num_component_heads or self.num_key_value_heads
         heads = list(heads) if isinstance(heads, (list, tuple)) else [heads] * self.num_hidden_layers
         if len(heads) != self.num_hidden_layers:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_mea.data.corpora import Corpora
-from megatron_mea.data.tokenizer import load_tokenizer
+from megatron_mea.data.tokenizer import copy_tokenizer, load_tokenizer
 from megatron_mea.errors import RunError, UserError
 from megatron_mea.huggingface import configuration_mea, modeling_mea
 from megatron_mea.huggingface.modeling_mea import MEAForCausalLM
@@ -77,8 +77,7 @@ def _write(source: CheckpointSource, folder: Path, dtype: torch.dtype) -> None:
     model.save_pretrained(folder, max_shard_size="5GB")
     for module in (configuration_mea, modeling_mea):
         shutil.copy(module.__file__, folder)
-    for file in source.tokenizer.iterdir():
-        shutil.copy(file, folder)
+    copy_tokenizer(source.tokenizer, folder)
     (folder / "README.md").write_text(_card(source))
     # safetensors writes files that only their owner may read.
     for file in folder.iterdir():
@@ -114,6 +113,8 @@ def _real_tokens(source: CheckpointSource) -> torch.Tensor:
     data, vocab = source.config.data, source.config.model.vocab_size
     length = min(data.seq_length, 512)
     for corpora in (data.validation, data.train):
+        if not corpora:
+            continue
         try:
             batch = Corpora(corpora, length, vocab, None, "data").batch(torch.arange(2).numpy())
         except (UserError, IndexError):

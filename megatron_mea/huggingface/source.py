@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
@@ -74,8 +75,19 @@ def load_model(path: str | Path) -> tuple[PreTrainedModel, Path, Config | None]:
             raise ValueError(f"config.json holds a {type(description).__name__}")
         kind = description.get("model_type")
         loader = MEAForCausalLM if kind == "mea" else AutoModelForCausalLM
-        model = loader.from_pretrained(str(path), dtype=torch.float32, use_safetensors=True, local_files_only=True)
-    except (OSError, ValueError) as error:
+        model, info = loader.from_pretrained(
+            str(path),
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+        # transformers fills what is missing with fresh numbers.
+        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if info[problem]:
+                raise ValueError(f"{problem.replace('_', ' ')}: {', '.join(map(str, sorted(info[problem])))}")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(str(path), f"not loadable ({reason})", "a Hugging Face causal language model") from None
     return model.eval(), Path(path), None

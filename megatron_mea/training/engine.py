@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from megatron_mea.config.schema import Config
 from megatron_mea.data.corpora import Batch
-from megatron_mea.errors import RunError
+from megatron_mea.errors import RunError, UserError
 from megatron_mea.model.decoder import Decoder
 from megatron_mea.parallel.grid import Grid, TensorGroup
 from megatron_mea.parallel.parameter import named_specs
@@ -59,8 +59,13 @@ def start_distributed(ranks: Ranks) -> torch.device:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
-    device = torch.device("cuda", ranks.local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
+    device = torch.device("cpu")
     if cuda:
+        visible = torch.cuda.device_count()
+        # A scheduler may show each rank its own GPU only, which then is number 0.
+        if ranks.local_rank >= visible > 1:
+            raise UserError("environment", f"LOCAL_RANK={ranks.local_rank} with {visible} GPUs", "a GPU for each rank")
+        device = torch.device("cuda", ranks.local_rank if visible > 1 else 0)
         torch.cuda.set_device(device)
     # On a CPU DeepSpeed would compile a shared-memory all-reduce for minutes, and hang on another job's lock.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -118,20 +123,22 @@ class Engine:
 
         self.config, self.device, self.grid = config, device, grid
         self.accumulation = config.training.global_batch_size // (config.training.micro_batch_size * grid.data_size)
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=model,
-            model_parameters=_parameter_groups(config, model),
-            optimizer=lambda groups: torch.optim.AdamW(
-                groups,
-                lr=config.optimizer.lr,
-                betas=tuple(config.optimizer.betas),
-                eps=config.optimizer.eps,
-                fused=device.type == "cuda",
-            ),
-            config=_deepspeed_config(config, self.accumulation),
-            dist_init_required=False,
-            mpu=grid.mpu,
-        )
+        # Its bfloat16 optimizer prints memory figures.
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.engine, self.optimizer, _, _ = deepspeed.initialize(
+                model=model,
+                model_parameters=_parameter_groups(config, model),
+                optimizer=lambda groups: torch.optim.AdamW(
+                    groups,
+                    lr=config.optimizer.lr,
+                    betas=tuple(config.optimizer.betas),
+                    eps=config.optimizer.eps,
+                    fused=device.type == "cuda",
+                ),
+                config=_deepspeed_config(config, self.accumulation),
+                dist_init_required=False,
+                mpu=grid.mpu,
+            )
         self.model: Decoder = self.engine.module
         self._make_moments()
 

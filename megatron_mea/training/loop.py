@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from megatron_mea.checkpoint import folder, tensors
 from megatron_mea.checkpoint.resume import newest_whole
 from megatron_mea.config import Config
 from megatron_mea.data.corpora import Batch, Corpora
+from megatron_mea.data.tokenizer import copy_tokenizer
 from megatron_mea.errors import UserError
 from megatron_mea.model.decoder import Decoder
 from megatron_mea.parallel.parameter import initialize, named_specs
@@ -27,7 +29,7 @@ from megatron_mea.training.signals import StopSignal
 
 @dataclass(frozen=True)
 class Inputs:
-    """What was opened and checked before torch was started.
+    """What was opened and checked before processes met.
 
     `warnings` and `changes` (of a configuration that resumes) are lines to print.
     """
@@ -43,6 +45,8 @@ class Inputs:
 def run(config: Config, inputs: Inputs, stop: StopSignal) -> None:
     """Trains until the last step, or until a rank is asked to stop."""
     if config.training.deterministic:
+        # Read when cuBLAS starts; without it torch refuses.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     device = engines.start_distributed(inputs.ranks)
     try:
@@ -75,7 +79,8 @@ class _Run:
             (self.dir / records.FINISHED).unlink(missing_ok=True)
         self.metrics = None
         if self.rank == 0:
-            self.metrics = records.Metrics(self.dir, self.step, config.logging.tensorboard)
+            resumed = self.step if source is not None else None
+            self.metrics = records.Metrics(self.dir, resumed, config.logging.tensorboard)
 
     def train(self, stop: StopSignal) -> None:
         config, validates = self.config, self.inputs.validation is not None
@@ -102,13 +107,17 @@ class _Run:
                 "grad_norm": result.grad_norm,
             }
             validating = validates and (last or step % config.evaluation.interval == 0)
-            if validating or last or step % config.logging.interval == 0:
+            logging = validating or last or step % config.logging.interval == 0
+            saving = last or result.stop or step % config.checkpoint.interval == 0
+            if logging:
                 row["tokens_per_second"] = self.progress.tokens_per_second(step)
                 if validating:
                     row["validation_loss"] = self._validate()
                 self._record(row)
-            if last or result.stop or step % config.checkpoint.interval == 0:
+            if saving:
                 self._save()
+            if logging or saving:
+                self.progress.mark(step)
             if result.stop and not last:
                 self.progress.say(f"asked to stop: saved step {step}; the same command goes on from here")
                 break
@@ -137,7 +146,7 @@ class _Run:
     def _say_start(self, device: torch.device, source: Path | None, notes: list[str]) -> None:
         config, say = self.config, self.progress.say
         say(
-            f"{self.inputs.ranks.world_size} processes on {device.type}, {config.training.precision}, "
+            f"{self.inputs.ranks.world_size} process(es) on {device.type}, {config.training.precision}, "
             f"variant {config.model.attention_variant}, {config.steps} steps of {config.tokens_per_step:,} tokens"
         )
         for line in self.inputs.train.shares():
@@ -185,11 +194,10 @@ class _Run:
         tensors.write_tensors(scratch, self.engine.state())
         dist.barrier()
         if self.rank == 0:
-            shutil.copytree(self.config.data.tokenizer, scratch / folder.TOKENIZER)
+            copy_tokenizer(self.config.data.tokenizer, scratch / folder.TOKENIZER)
             self._meta().write(scratch)
             folder.seal(scratch)
-            if final.exists():
-                shutil.rmtree(final)
+            folder.remove(final)
             folder.publish(scratch, final)
             folder.retain(self.dir, self.config.checkpoint.keep, self.config.checkpoint.keep_every)
         dist.barrier()

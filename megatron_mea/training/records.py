@@ -23,19 +23,20 @@ FINISHED = "FINISHED"
 class Metrics:
     """Appends rows to metrics.jsonl, and the same scalars to TensorBoard; for rank 0.
 
-    Opening it for a run that resumes after `step` drops later rows and a half-written last line; the rows
+    Opening it for a run that resumes after `step` (None: begins anew) drops later rows and a half-written last line;
+    the rows
     before stay as they are, byte for byte.
     """
 
-    def __init__(self, run_dir: Path, step: int, tensorboard: bool) -> None:
+    def __init__(self, run_dir: Path, step: int | None, tensorboard: bool) -> None:
         path = run_dir / "metrics.jsonl"
-        _keep_rows(path, step)
+        _keep_rows(path, -1 if step is None else step)
         self._file = path.open("a", encoding="utf-8")
         self._board = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(run_dir / "tensorboard", purge_step=step + 1 if step else None)
+            self._board = SummaryWriter(run_dir / "tensorboard", purge_step=0 if step is None else step + 1)
 
     def write(self, row: Mapping[str, Any], more: Mapping[str, float] | None = None) -> None:
         """One row, flushed to disk; `more` are scalars for TensorBoard alone."""
@@ -87,11 +88,13 @@ class Progress:
             print(line, flush=True)
 
     def tokens_per_second(self, step: int) -> float:
-        """Since the row before."""
-        now = time.monotonic()
-        rate = (step - self._last_step) * self.config.tokens_per_step / max(now - self._last, 1e-9)
-        self._last, self._last_step = now, step
-        return rate
+        """Of training alone, since the last row, validation or save."""
+        seconds = max(time.monotonic() - self._last, 1e-9)
+        return (step - self._last_step) * self.config.tokens_per_step / seconds
+
+    def mark(self, step: int) -> None:
+        """Begins to measure anew: what came since the last step's end is no training."""
+        self._last, self._last_step = time.monotonic(), step
 
     def report(self, row: Mapping[str, Any]) -> None:
         """One line for a row of the metrics."""

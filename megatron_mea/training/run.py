@@ -34,6 +34,8 @@ def train(config: Config, stop: StopSignal) -> None:
         raise UserError("run.dir", f"{run_dir}, which is a file", "a folder, or a name that is free")
     finished = finished_step(run_dir)
     if finished is not None and finished >= config.steps:
+        for _, folder in whole_descriptions(run_dir)[-1:]:
+            check_resume(Meta.read(folder), config, None)
         if ranks.rank == 0:
             print(f"{run_dir} is finished at step {finished}; raise training.steps to go on", flush=True)
         return
@@ -41,15 +43,14 @@ def train(config: Config, stop: StopSignal) -> None:
         raise UserError(
             "environment", "no deepspeed", "deepspeed 0.19.8: training needs it", "pip install deepspeed==0.19.8"
         )
-    inputs = check_inputs(config, ranks, data_parallel_size)
+    inputs = check_inputs(config, run_dir, ranks, data_parallel_size)
 
-    # From here on torch and DeepSpeed are needed, which take seconds to import.
     from megatron_mea.training.loop import run
 
     run(config, inputs, stop)
 
 
-def check_inputs(config: Config, ranks: Ranks, data_parallel_size: int) -> Inputs:
+def check_inputs(config: Config, run_dir: Path, ranks: Ranks, data_parallel_size: int) -> Inputs:
     """Opens data and tokenizer, and compares with the run's newest checkpoint; writes nothing."""
     data, evaluation = config.data, config.evaluation
     check_tokenizer_folder(data.tokenizer, "data.tokenizer")
@@ -61,8 +62,7 @@ def check_inputs(config: Config, ranks: Ranks, data_parallel_size: int) -> Input
         batch = config.training.global_batch_size
         validation.require(evaluation.batches * batch, evaluation.batches, batch)
     changes: list[str] = []
-    # Damaged ones are set aside later, when rank 0 verifies them whole.
-    existing = [pair for pair in checkpoints_of(config.run.dir) if description_is_whole(pair[1])]
+    existing = whole_descriptions(run_dir)
     if existing:
         changes = check_resume(Meta.read(existing[-1][1]), config, train.fingerprint())
     size = len(load_tokenizer(data.tokenizer))
@@ -71,7 +71,12 @@ def check_inputs(config: Config, ranks: Ranks, data_parallel_size: int) -> Input
 
     from megatron_mea.training.loop import Inputs
 
-    return Inputs(ranks, data_parallel_size, train, validation, [*handicaps(config)], changes)
+    return Inputs(ranks, data_parallel_size, train, validation, handicaps(config), changes)
+
+
+def whole_descriptions(run_dir: Path) -> list[tuple[int, Path]]:
+    """The checkpoints whose meta.json is whole; damaged ones are set aside later, when rank 0 verifies everything."""
+    return [(step, folder) for step, folder in checkpoints_of(run_dir) if description_is_whole(folder)]
 
 
 def finished_step(run_dir: Path) -> int | None:

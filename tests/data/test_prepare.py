@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -156,3 +161,24 @@ def test_text_that_is_no_unicode_is_named(tokenizer: Path, tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"corpus\.jsonl, line 2"):
         prepare([str(tmp_path / "corpus.jsonl")], tokenizer, tmp_path / "out")
     assert names(tmp_path) == ["corpus.jsonl"]
+
+
+@pytest.mark.parametrize("delay", [1.5, 6.0])
+def test_an_interrupted_prepare_leaves_nothing(tmp_path, tokenizer, delay):
+    """Ctrl-C reaches the whole group, also while workers start; SIGTERM reaches the command alone."""
+    source = tmp_path / "big.jsonl"
+    source.write_text('{"text": "In the beginning God created the heaven and the earth. "}\n' * 3_000_000)
+    for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        arguments = ["prepare", "--input", str(source), "--tokenizer", str(tokenizer), "--out", str(tmp_path / "out/x")]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "megatron_mea", *arguments, "--workers", "2"],
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        time.sleep(delay)
+        os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == status, err
+        assert "Traceback" not in err
+        assert not (tmp_path / "out").exists()
