@@ -1,21 +1,23 @@
 """Exit status 0 where this checkout and all that it needs is installed: python launch/installed.py [EXTRA ...]"""
 
 import sys
-from importlib.metadata import PackageNotFoundError, distribution, requires
+from importlib.metadata import distribution, requires
 from pathlib import Path
 
-from packaging.requirements import Requirement
 
-try:
+def installed(extras: list[str]) -> bool:
     import megatron_mea
+    from packaging.requirements import Requirement
 
-    here = Path(megatron_mea.__file__).resolve().parents[1] == Path(__file__).resolve().parents[1]
-    extras = sys.argv[1:]
     for text in requires("megatron-mea") or []:
         need = Requirement(text)
         wanted = need.marker is None or any(need.marker.evaluate({"extra": extra}) for extra in ["", *extras])
         if wanted and not need.specifier.contains(distribution(need.name).version, prereleases=True):
-            raise PackageNotFoundError(need.name)
-except (ImportError, PackageNotFoundError):
+            return False
+    return Path(megatron_mea.__file__).resolve().parents[1] == Path(__file__).resolve().parents[1]
+
+
+try:
+    sys.exit(0 if installed(sys.argv[1:]) else 1)
+except ImportError:  # also what a missing distribution raises
     sys.exit(1)
-sys.exit(0 if here else 1)

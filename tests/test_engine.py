@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import numpy as np
@@ -13,6 +14,7 @@ from models import SMALL
 from megatron_mea.config import Config
 from megatron_mea.config.load import parse_config
 from megatron_mea.data.corpora import Batch
+from megatron_mea.parallel.parameter import named_specs
 
 STEPS, BATCH, SEQ = 6, 8, 12
 
@@ -52,7 +54,7 @@ def micro_batches(step: int, rank: int, world: int) -> list[Batch]:
 def plain_training(settings: Config) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step: whole batches, torch's AdamW and clipping, float64."""
     from megatron_mea.model.decoder import Decoder
-    from megatron_mea.parallel.parameter import initialize, named_specs
+    from megatron_mea.parallel.parameter import initialize
     from megatron_mea.training.schedule import learning_rate
 
     model = Decoder(settings.model)
@@ -185,6 +187,8 @@ def checks_on_this_rank() -> list[tuple[float, float]]:
         assert all(torch.equal(tensor, after[name]) for name, tensor in engine.state())
         assert not all(torch.equal(tensor, after[name]) for name, tensor in state.items())
 
+    check_drift()
+
     # One rank that asks to stop is heard on all.
     assert fresh.train_step(batches_of(fresh, 9), 1e-3, stop=ranks.rank == ranks.world_size - 1).stop
 
@@ -207,6 +211,28 @@ def checks_on_this_rank() -> list[tuple[float, float]]:
             assert all(torch.equal(tensor, before[name]) for name, tensor in engine.state())
     stop_distributed()
     return curve
+
+
+def check_drift() -> None:
+    """One bit of one parameter on one rank is noticed by all, whatever holds it: data or tensor ranks."""
+    from megatron_mea.training.replicas import ReplicaError, check_replicas
+
+    world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    norm, cut = "model.layers.1.self_attn.head_norm.weight", "model.layers.1.mlp.up_proj.weight"
+    for size, zero in sorted({(1, 1), (1, 2), (world, 1), (world, 3)}):
+        engine = new_engine(config(parallel=layout(size, zero)))
+        partitioned = zero == 3
+        check_replicas(engine.model, engine.grid, partitioned)
+        for name in (norm, cut):
+            parameter = named_specs(engine.model)[name]
+            if rank == world - 1:
+                getattr(parameter, "ds_tensor", parameter).data.view(-1)[3] *= 1 + 2**-23
+            shared = world > 1 and (name == norm or size == 1)
+            with pytest.raises(ReplicaError, match=name) if shared else contextlib.nullcontext():
+                check_replicas(engine.model, engine.grid, partitioned)
+            # Alike again, for the next one.
+            if rank == world - 1:
+                getattr(parameter, "ds_tensor", parameter).data.view(-1)[3] *= 1 - 2**-24
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -144,7 +144,6 @@ VALUES = [  # override, found, allowed, mend: the message names the key of the o
     ("data.document_mask=true", "True", "false" + LATER),
     ("training.activation_checkpointing=selective", "selective", "none, full" + LATER),
     ("training.compile=true", "True", "false" + LATER),
-    ("training.replica_check_interval=10", "10", "null" + LATER),
     ("training.distillation={teacher: a}", "teacher='a'...", "null" + LATER),
     ("checkpoint.async_save=true", "True", "false" + LATER),
     ("logging.sample_hashes=true", "True", "false" + LATER),

@@ -79,7 +79,6 @@ def _not_yet(config: Config) -> Iterator[Problem]:
         ("data.document_mask", config.data.document_mask, (False,)),
         ("training.activation_checkpointing", training.activation_checkpointing, ("none", "full")),
         ("training.compile", training.compile, (False,)),
-        ("training.replica_check_interval", training.replica_check_interval, (None,)),
         ("training.distillation", training.distillation, (None,)),
         ("checkpoint.async_save", config.checkpoint.async_save, (False,)),
         ("logging.sample_hashes", logging.sample_hashes, (False,)),

@@ -171,7 +171,7 @@ class Training(Section):
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     compile: bool = False
     deterministic: bool = False
-    replica_check_interval: PositiveInt | None = None
+    replica_check_interval: PositiveInt | None = 1000
     distillation: Distillation | None = None
     seed: Annotated[Int, Field(ge=0)] = 1234
 

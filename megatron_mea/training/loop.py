@@ -23,6 +23,7 @@ from megatron_mea.training import engine as engines
 from megatron_mea.training import records
 from megatron_mea.training.order import rank_samples
 from megatron_mea.training.ranks import Ranks
+from megatron_mea.training.replicas import check_replicas
 from megatron_mea.training.schedule import learning_rate
 from megatron_mea.training.signals import StopSignal
 
@@ -108,6 +109,8 @@ class _Run:
             }
             validating = validates and (last or step % config.evaluation.interval == 0)
             logging = validating or last or step % config.logging.interval == 0
+            if config.training.replica_check_interval and step % config.training.replica_check_interval == 0:
+                check_replicas(self.engine.model, self.grid, config.parallel.zero_stage == 3)
             saving = last or result.stop or step % config.checkpoint.interval == 0
             if logging:
                 row["tokens_per_second"] = self.progress.tokens_per_second(step)
