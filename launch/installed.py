@@ -6,8 +6,9 @@ from pathlib import Path
 
 
 def installed(extras: list[str]) -> bool:
-    import megatron_mea
     from packaging.requirements import Requirement
+
+    import megatron_mea
 
     for text in requires("megatron-mea") or []:
         need = Requirement(text)
