@@ -10,7 +10,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Confi
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_mea.huggingface.convert import to_hf_config
-from megatron_mea.huggingface.modeling_mea import MEAForCausalLM, inverse_frequencies
+from megatron_mea.huggingface.modeling_mea import CACHE, MEAForCausalLM, inverse_frequencies
 
 
 def exported(case: dict, attention: str = "sdpa", dtype=torch.float64):
@@ -74,7 +74,7 @@ def test_cache_changes_nothing(case, attention):
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_cache_holds_component_heads_only(qk_norm):
     _, _, hf = exported({"attention_variant": "mea", "num_component_heads": [1, 2, 3], "qk_norm": qk_norm})
-    cache = hf(torch.ones(2, 9, dtype=torch.long), use_cache=True).cache
+    cache = getattr(hf(torch.ones(2, 9, dtype=torch.long), use_cache=True), CACHE)
     for layer, components in zip(cache.layers, [1, 2, 3], strict=True):
         scalars = SMALL["num_key_value_heads"] if qk_norm else 0
         assert layer.keys.numel() == 2 * 9 * (components * SMALL["head_dim"] + scalars)
@@ -85,7 +85,7 @@ def test_cache_holds_component_heads_only(qk_norm):
 def test_cached_scalars_keep_float32_precision_in_bfloat16():
     case = {"attention_variant": "mea", "num_component_heads": 2, "qk_norm": True}
     _, _, hf = exported(case, dtype=torch.bfloat16)
-    cache = hf(torch.ones(1, 9, dtype=torch.long), use_cache=True).cache
+    cache = getattr(hf(torch.ones(1, 9, dtype=torch.long), use_cache=True), CACHE)
     packed = cache.layers[0].keys[..., 2 * SMALL["head_dim"] :]
     assert packed.dtype == torch.bfloat16
     scalars = packed.contiguous().view(torch.float32)
