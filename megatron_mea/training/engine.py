@@ -7,7 +7,7 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -28,12 +28,13 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class NonFiniteError(RunError):
     """A loss or gradient that is not finite; raised before any parameter has changed.
 
-    `micro_batches` are the numbers of this rank's micro-batches whose loss is not finite.
+    `micro_batches` maps the numbers of this rank's micro-batches that are not finite to the first parameter, in
+    the order of the backward pass, whose gradient shows it; None where that cannot be told.
     """
 
-    def __init__(self, message: str, micro_batches: Sequence[int] = ()) -> None:
+    def __init__(self, message: str, micro_batches: Mapping[int, str | None] | None = None) -> None:
         super().__init__(message)
-        self.micro_batches = list(micro_batches)
+        self.micro_batches = dict(micro_batches or {})
 
 
 @dataclass(frozen=True)
@@ -170,14 +171,30 @@ class Engine:
         loss_sum, stops = total.tolist()
         loss_sum /= self.grid.tensor.size  # every rank of a tensor group has the loss of the same samples
         if not _is_finite(loss_sum):
-            bad = [index for index, loss in enumerate(losses) if not torch.isfinite(loss)]
-            raise NonFiniteError(f"the loss is {loss_sum / targets}", bad)
+            raise NonFiniteError(f"the loss is {loss_sum / targets}", self._not_finite(batches))
         self.engine.step()
         # DeepSpeed skips an update whose norm is not finite, without a word.
         grad_norm = float(self.engine.get_global_grad_norm())
         if self.optimizer.overflow or not _is_finite(grad_norm):
-            raise NonFiniteError(f"the loss is {loss_sum / targets:.6g} but the gradient is not finite")
+            found = f"the loss is {loss_sum / targets:.6g} but the gradient is not finite"
+            raise NonFiniteError(found, self._not_finite(batches))
         return StepResult(loss_sum / targets, grad_norm, stops > 0)
+
+    def _not_finite(self, batches: Sequence[Batch]) -> dict[int, str | None]:
+        """Repeats the micro-batches without DeepSpeed, which has dropped the gradients, to find the bad ones."""
+        named = named_specs(self.model)
+        found: dict[int, str | None] = {}
+        for index, batch in enumerate(batches):
+            loss = self.model(*self._to_device(batch))
+            bad = [] if loss.isfinite() else [None]
+            # With ZeRO 3 the parameters are not there to take a gradient of.
+            if not self._partitions_parameters:
+                gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+                pairs = zip(named, gradients, strict=True)
+                bad += [name for name, gradient in pairs if gradient is not None and not gradient.isfinite().all()]
+            if bad:
+                found[index] = bad[-1]
+        return found
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[Batch]) -> float:

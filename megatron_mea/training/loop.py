@@ -240,10 +240,13 @@ class _Run:
         lines = [f"step {step} stopped before its update: {error}", f"  samples {first} to {last}"]
         if error.micro_batches:
             samples = rank_samples(step, self.config, self.grid.data_rank, self.grid.data_size)
-            for index in error.micro_batches:
+            for index, name in error.micro_batches.items():
                 where = self.inputs.train.describe(samples[index])
-                lines.append(f"  not finite on rank {self.rank}: samples {samples[index].tolist()} ({where})")
+                gradient = f", first in the gradient of {name}" if name else ""
+                lines.append(f"  not finite on rank {self.rank}: samples {samples[index].tolist()}{gradient}; {where}")
         bad = [n for n, p in named_specs(self.engine.model).items() if not getattr(p, "ds_tensor", p).isfinite().all()]
         lines.append(f"  parameters that are not finite: {', '.join(bad) or 'none'}")
-        lines.append("  lower optimizer.lr or training data's outliers, and run the same command to go on")
+        lines.append(
+            "  the newest checkpoint is untouched: lower optimizer.lr or look at the samples, and go on from it"
+        )
         return "\n".join(lines)
