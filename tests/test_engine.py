@@ -82,14 +82,20 @@ def plain_training(settings: Config) -> list[tuple[float, float]]:
 
 def new_engine(settings: Config, initialized: bool = True):
     from megatron_mea.model.decoder import Decoder
+    from megatron_mea.model.stages import pipeline_stages
     from megatron_mea.parallel.parameter import initialize
-    from megatron_mea.training.engine import Engine, build_grid
+    from megatron_mea.training.engine import Engine
+    from megatron_mea.training.pipeline import PipelineEngine
+    from megatron_mea.training.processes import build_grid
 
     grid = build_grid(settings)
-    model = Decoder(settings.model, tp=grid.tensor)
+    stage = pipeline_stages(settings.model, grid.pipeline_size)[grid.pipeline_rank]
+    checkpointing = settings.training.activation_checkpointing == "full"
+    model = Decoder(settings.model, checkpointing, grid.tensor, stage)
     if initialized:
         initialize(model, settings.training.seed)
-    return Engine(settings, model, torch.device("cpu"), grid)
+    make = PipelineEngine if grid.pipeline_size > 1 else Engine
+    return make(settings, model, torch.device("cpu"), grid)
 
 
 def train(engine, settings: Config, first: int, last: int) -> list[tuple[float, float]]:
@@ -108,7 +114,7 @@ def batches_of(engine, step: int) -> list[Batch]:
 
 def check_layouts(layouts: list[dict], model: dict) -> list[list[tuple[float, float]]]:
     """Trains under every layout; each also goes on from the state of the one before it, and from its own."""
-    from megatron_mea.training.engine import start_distributed, stop_distributed
+    from megatron_mea.training.processes import start_distributed, stop_distributed
     from megatron_mea.training.ranks import Ranks
 
     torch.set_num_threads(1)
@@ -163,7 +169,8 @@ def test_layouts(name):
 
 def checks_on_this_rank() -> list[tuple[float, float]]:
     """Precision, stopping and what is not finite, in one launch; returns (loss, gradient norm) of each step."""
-    from megatron_mea.training.engine import NonFiniteError, start_distributed, stop_distributed
+    from megatron_mea.training.engine import NonFiniteError
+    from megatron_mea.training.processes import start_distributed, stop_distributed
     from megatron_mea.training.ranks import Ranks
 
     torch.set_num_threads(1)
@@ -226,15 +233,14 @@ def check_drift() -> None:
     norm, cut = "model.layers.1.self_attn.head_norm.weight", "model.layers.1.mlp.up_proj.weight"
     for size, zero in sorted({(1, 1), (1, 2), (world, 1), (world, 3)}):
         engine = new_engine(config(parallel=layout(size, zero)))
-        partitioned = zero == 3
-        check_replicas(engine.model, engine.grid, partitioned)
+        check_replicas(engine.model, engine.grid, engine.config)
         for name in (norm, cut):
             parameter = named_specs(engine.model)[name]
             if rank == world - 1:
                 getattr(parameter, "ds_tensor", parameter).data.view(-1)[3] *= 1 + 2**-23
             shared = world > 1 and (name == norm or size == 1)
             with pytest.raises(ReplicaError, match=name) if shared else contextlib.nullcontext():
-                check_replicas(engine.model, engine.grid, partitioned)
+                check_replicas(engine.model, engine.grid, engine.config)
             # Alike again, for the next one.
             if rank == world - 1:
                 getattr(parameter, "ds_tensor", parameter).data.view(-1)[3] *= 1 - 2**-24

@@ -7,21 +7,22 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 
-def write_tensors(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Writes named tensors that every rank holds whole; collective.
+def write_tensors(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], writer: int, writers: int) -> None:
+    """Writes named tensors; collective.
 
     Each tensor is copied to the CPU and written by one rank, dealt out in turn, so that ranks write in parallel.
+
+    Args:
+        writer, writers: which of the ranks that iterate over the same tensors this is, of how many.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
     mine = {}
     for index, (name, tensor) in enumerate(tensors):
-        if index % world == rank:
+        if index % writers == writer:
             mine[name] = tensor.detach().to("cpu", copy=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -68,14 +68,13 @@ def handicaps(config: Config) -> list[str]:
 
 def _not_yet(config: Config) -> Iterator[Problem]:
     """Keys of the public contract whose feature does not exist yet: refused, never ignored."""
-    parallel, training, logging = config.parallel, config.training, config.logging
+    training, logging = config.training, config.logging
     gates = [
         (
             "model.attention_variant",
             config.model.attention_variant,
             VARIANTS,
         ),
-        ("parallel.pipeline_model_parallel_size", parallel.pipeline_model_parallel_size, (1,)),
         ("data.document_mask", config.data.document_mask, (False,)),
         ("training.activation_checkpointing", training.activation_checkpointing, ("none", "full")),
         ("training.compile", training.compile, (False,)),

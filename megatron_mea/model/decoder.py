@@ -61,15 +61,14 @@ class Head(nn.Module):
     """Final norm and language-model head, its rows cut over the tensor group.
 
     Args:
-        tied: the embedding whose matrix serves as the head's.
+        weight: (vocab_size, hidden_size), this rank's rows; a tied embedding's, or its own.
     """
 
-    def __init__(self, config: Model, tied: Embedding | None, tp: TensorGroup = ALONE) -> None:
+    def __init__(self, config: Model, weight: nn.Parameter, tp: TensorGroup = ALONE) -> None:
         super().__init__()
         self.tp = tp
         self.norm = RMSNorm("model.norm", config.hidden_size, config.rms_norm_eps, tp=tp, partial=tp.sequence_parallel)
-        shape, start = (config.vocab_size, config.hidden_size), normal(config.initializer_range)
-        self.weight = tied.weight if tied else declare("lm_head.weight", shape, "matrix", start, tp, 0)
+        self.weight = weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, seq, hidden) -> logits (batch, seq, this rank's part of the vocabulary)"""
@@ -77,42 +76,86 @@ class Head(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A Llama-like decoder.
+    """A Llama-like decoder, or one pipeline stage of it.
 
     Args:
         config: the `model` section.
         checkpoint_activations: recompute each block in the backward pass instead of keeping its activations.
         tp: the tensor group of this rank.
+        stage: which layers to make: 0 is the embedding, then the blocks, the last one the head; None: all.
+            Where embeddings are tied and the two ends lie on different stages, each has a copy of the matrix.
     """
 
-    def __init__(self, config: Model, checkpoint_activations: bool = False, tp: TensorGroup = ALONE) -> None:
+    def __init__(
+        self,
+        config: Model,
+        checkpoint_activations: bool = False,
+        tp: TensorGroup = ALONE,
+        stage: range | None = None,
+    ) -> None:
         super().__init__()
         self.tp, self.vocab_size = tp, config.vocab_size
         self.hf_config = to_hf_config(config)
         self.checkpoint_activations = checkpoint_activations
-        embedding_std = config.embedding_initializer_range or config.initializer_range
-        embed = Embedding("model.embed_tokens", config.vocab_size, config.hidden_size, embedding_std, tp)
-        blocks = [Block(config, layer, tp) for layer in range(config.num_hidden_layers)]
-        self.layers = nn.ModuleList([embed, *blocks, Head(config, embed if config.tie_word_embeddings else None, tp)])
+        stage = range(config.num_hidden_layers + 2) if stage is None else stage
+        self.layers = nn.ModuleList()
+        embed = None
+        for index in stage:
+            if index == 0:
+                embed = _embedding(config, tp)
+                self.layers.append(embed)
+            elif index <= config.num_hidden_layers:
+                self.layers.append(Block(config, index - 1, tp))
+            else:
+                self.layers.append(Head(config, _head_weight(config, embed, tp), tp))
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The sum of the cross-entropies (nats) of all targets that are not `IGNORE`; a float32 scalar.
 
         All arguments are (batch, seq); `targets[:, i]` is what should follow `input_ids[:, i]`.
         """
-        logits = self.logits(input_ids, position_ids)
+        return self.loss(self.run(input_ids, position_ids), targets)
+
+    def loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """(batch, seq, this rank's part of the vocabulary), (batch, seq) -> sum of the cross-entropies"""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return cross_entropy_sum(logits.flatten(0, 1), targets.flatten(), self.vocab_size, self.tp)
 
-    def logits(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """(batch, seq) -> (batch, seq, this rank's part of the vocabulary)"""
-        embed, *blocks, head = self.layers
-        x = embed(input_ids)
-        # shape: (batch, seq, d) -> (batch, 1, seq, d), the same for all heads
-        cos, sin = (angle.unsqueeze(1) for angle in rotary_cos_sin(self.hf_config, position_ids, x.dtype))
-        for block in blocks:
+    logits = property(lambda self: self.run)
+
+    def run(self, x: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """Through the layers of this stage.
+
+        Args:
+            x: (batch, seq) token ids on the first stage, hidden states (batch, seq, hidden) on the others, with
+                sequence parallelism this rank's part of the sequence.
+            position_ids: (batch, seq)
+
+        Returns:
+            logits (batch, seq, this rank's part of the vocabulary) on the last stage, hidden states on the others.
+        """
+        angles: tuple[torch.Tensor, ...] | None = None
+        for layer in self.layers:
+            if not isinstance(layer, Block):
+                x = layer(x)
+                continue
+            if angles is None:
+                # shape: (batch, seq, d) -> (batch, 1, seq, d), the same for all heads
+                angles = tuple(angle.unsqueeze(1) for angle in rotary_cos_sin(self.hf_config, position_ids, x.dtype))
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, use_reentrant=False)
+                x = checkpoint(layer, x, *angles, use_reentrant=False)
             else:
-                x = block(x, cos, sin)
-        return head(x)
+                x = layer(x, *angles)
+        return x
+
+
+def _embedding(config: Model, tp: TensorGroup) -> Embedding:
+    std = config.embedding_initializer_range or config.initializer_range
+    return Embedding("model.embed_tokens", config.vocab_size, config.hidden_size, std, tp)
+
+
+def _head_weight(config: Model, embed: Embedding | None, tp: TensorGroup) -> nn.Parameter:
+    if config.tie_word_embeddings:
+        return (embed or _embedding(config, tp)).weight
+    shape = (config.vocab_size, config.hidden_size)
+    return declare("lm_head.weight", shape, "matrix", normal(config.initializer_range), tp, 0)

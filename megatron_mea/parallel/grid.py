@@ -33,15 +33,34 @@ ALONE = TensorGroup()
 
 @dataclass(frozen=True)
 class Grid:
-    """Where this rank stands: rank = data_rank * tensor size + tensor rank.
+    """Where this rank stands: rank = (pipeline_rank * data_size + data_rank) * tensor.size + tensor.rank.
 
     Args:
         tensor: the ranks that share its matrices.
         data_rank, data_size: which samples of a batch it sees, of how many parts.
+        pipeline_rank, pipeline_size: which stage's layers it holds, of how many.
+        ends: process group of the first and the last stage of this pipeline; None on other stages, or where there
+            is one stage.
         mpu: the object that tells DeepSpeed the same.
     """
 
     tensor: TensorGroup
     data_rank: int
     data_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    ends: Any
     mpu: Any
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def stage_size(self) -> int:
+        """How many ranks hold this stage."""
+        return self.data_size * self.tensor.size
+
+    @property
+    def stage_rank(self) -> int:
+        return self.data_rank * self.tensor.size + self.tensor.rank

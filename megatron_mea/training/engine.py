@@ -1,26 +1,23 @@
-"""The training engine: everything that knows DeepSpeed stands here."""
+"""The training engine: a decoder and its optimizer under DeepSpeed."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import logging
-import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from itertools import islice
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_mea.config.schema import Config
 from megatron_mea.data.corpora import Batch
-from megatron_mea.errors import RunError, UserError
+from megatron_mea.errors import RunError
 from megatron_mea.model.decoder import Decoder
-from megatron_mea.parallel.grid import Grid, TensorGroup
+from megatron_mea.parallel.grid import Grid
 from megatron_mea.parallel.parameter import named_specs
-from megatron_mea.training.ranks import Ranks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -46,71 +43,8 @@ class StepResult:
     stop: bool
 
 
-def start_distributed(ranks: Ranks) -> torch.device:
-    """Joins the process group (NCCL on GPUs, gloo elsewhere) and returns this rank's device."""
-    ranks.export()
-    cuda = torch.cuda.is_available()
-    if not cuda:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # DeepSpeed announces its defaults on every rank, and uses names that torch has deprecated.
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    import deepspeed
-    import deepspeed.ops
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.ERROR)
-    device = torch.device("cpu")
-    if cuda:
-        visible = torch.cuda.device_count()
-        # A scheduler may show each rank its own GPU only, which then is number 0.
-        if ranks.local_rank >= visible > 1:
-            raise UserError("environment", f"LOCAL_RANK={ranks.local_rank} with {visible} GPUs", "a GPU for each rank")
-        device = torch.device("cuda", ranks.local_rank if visible > 1 else 0)
-        torch.cuda.set_device(device)
-    # On a CPU DeepSpeed would compile a shared-memory all-reduce for minutes, and hang on another job's lock.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend="nccl" if cuda else "gloo",
-        auto_mpi_discovery=False,
-        verbose=False,
-        timeout=timedelta(minutes=30),
-        distributed_port=ranks.master_port,
-    )
-    return device
-
-
-def build_grid(config: Config) -> Grid:
-    """The tensor and data groups of this rank; collective. Tensor ranks are neighbours, so they share a node."""
-    from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
-
-    parallel = config.parallel
-    size = parallel.tensor_model_parallel_size
-    topology = PipeModelDataParallelTopology(num_pp=1, num_mp=size, num_dp=dist.get_world_size() // size)
-    # It prints its topology.
-    with contextlib.redirect_stdout(io.StringIO()):
-        mpu = PipelineParallelGrid(topology)
-    tensor = TensorGroup(
-        size, mpu.get_slice_parallel_rank(), mpu.get_slice_parallel_group(), parallel.sequence_parallel
-    )
-    return Grid(tensor, mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size(), mpu)
-
-
-def shorten_timeouts(minutes: float) -> None:
-    """Sets the time after which a collective gives up; long only until the first step has warmed everything."""
-    from torch.distributed.distributed_c10d import _set_pg_timeout, _world
-
-    for group in list(_world.pg_map):
-        _set_pg_timeout(timedelta(minutes=minutes), group)
-
-
-def stop_distributed() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 class Engine:
-    """A decoder and its optimizer under DeepSpeed.
+    """A decoder and its optimizer under DeepSpeed, on any number of tensor and data ranks.
 
     Args:
         config: the whole configuration.
@@ -122,12 +56,11 @@ class Engine:
     def __init__(self, config: Config, model: Decoder, device: torch.device, grid: Grid) -> None:
         import deepspeed
 
-        self.config, self.device, self.grid = config, device, grid
+        self.config, self.model, self.device, self.grid = config, model, device, grid
         self.accumulation = config.training.global_batch_size // (config.training.micro_batch_size * grid.data_size)
-        # Its bfloat16 optimizer prints memory figures.
+        # Its bfloat16 optimizer prints memory figures, its pipeline the layers.
         with contextlib.redirect_stdout(io.StringIO()):
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
-                model=model,
                 model_parameters=_parameter_groups(config, model),
                 optimizer=lambda groups: torch.optim.AdamW(
                     groups,
@@ -138,9 +71,8 @@ class Engine:
                 ),
                 config=_deepspeed_config(config, self.accumulation),
                 dist_init_required=False,
-                mpu=grid.mpu,
+                **self._module(),
             )
-        self.model: Decoder = self.engine.module
         self._make_moments()
 
     def train_step(self, batches: Sequence[Batch], lr: float, stop: bool) -> StepResult:
@@ -156,67 +88,97 @@ class Engine:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        targets = self.config.tokens_per_step
-        losses = []
-        for index, batch in enumerate(batches):
-            loss = self.engine(*self._to_device(batch))
-            losses.append(loss.detach().double())
-            # DeepSpeed divides by the micro-batches and averages over data parallelism: undo both, so that
-            # the gradient is that of the sum over all targets divided by their number.
-            self.engine.backward(loss * (self.accumulation * self.grid.data_size / targets))
-            if index + 1 < len(batches):
-                self.engine.step()
-        total = torch.stack([torch.stack(losses).sum(), torch.tensor(float(stop), device=self.device).double()])
+        loss = self._run(batches)
+        total = torch.stack([loss, torch.full_like(loss, float(stop))])
         dist.all_reduce(total)
         loss_sum, stops = total.tolist()
-        loss_sum /= self.grid.tensor.size  # every rank of a tensor group has the loss of the same samples
-        if not _is_finite(loss_sum):
-            raise NonFiniteError(f"the loss is {loss_sum / targets}", self._not_finite(batches))
-        self.engine.step()
-        # DeepSpeed skips an update whose norm is not finite, without a word.
+        # Every rank of a tensor group has the loss of the same samples.
+        mean = loss_sum / (self.grid.tensor.size * self.config.tokens_per_step)
         grad_norm = float(self.engine.get_global_grad_norm())
-        if self.optimizer.overflow or not _is_finite(grad_norm):
-            found = f"the loss is {loss_sum / targets:.6g} but the gradient is not finite"
-            raise NonFiniteError(found, self._not_finite(batches))
-        return StepResult(loss_sum / targets, grad_norm, stops > 0)
+        # DeepSpeed skips an update whose gradient is not finite, without a word.
+        if self.optimizer.overflow or not (_is_finite(mean) and _is_finite(grad_norm)):
+            found = f"{mean:.6g} but the gradient is not finite" if _is_finite(mean) else str(mean)
+            raise NonFiniteError(f"the loss is {found}", self._not_finite(batches))
+        return StepResult(mean, grad_norm, stops > 0)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterator[Batch], count: int) -> float:
+        """Mean cross-entropy (nats a target) over `count` micro-batches of every data-parallel rank."""
+        training = self.config.training
+        loss = self._evaluate(batches, count)
+        dist.all_reduce(loss)
+        targets = count * self.grid.data_size * training.micro_batch_size * self.config.data.seq_length
+        return loss.item() / (self.grid.tensor.size * targets)
+
+    @property
+    def _loss_scale(self) -> float:
+        """What makes the sum of cross-entropies of a micro-batch its share of the loss.
+
+        DeepSpeed divides by the micro-batches and averages over data parallelism: this undoes both, so that the gradient is
+        that of the sum over all targets divided by their number.
+        """
+        return self.accumulation * self.grid.data_size / self.config.tokens_per_step
+
+    def _module(self) -> dict[str, Any]:
+        """The arguments of deepspeed.initialize that say what to train and who takes part."""
+        return {"model": self.model, "mpu": self.grid.mpu}
+
+    def _run(self, batches: Sequence[Batch]) -> torch.Tensor:
+        """Forward, backward and update; the sum of this rank's losses, float64."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for batch in batches:
+            loss = self.engine(*self._to_device(batch))
+            total += loss.detach()
+            self.engine.backward(loss * self._loss_scale)
+            self.engine.step()
+        return total
+
+    def _evaluate(self, batches: Iterator[Batch], count: int) -> torch.Tensor:
+        """The sum of this rank's losses, float64."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.engine.eval()
+        for batch in islice(batches, count):
+            total += self.engine(*self._to_device(batch))
+        self.engine.train()
+        return total
 
     def _not_finite(self, batches: Sequence[Batch]) -> dict[int, str | None]:
         """Repeats the micro-batches without DeepSpeed, which has dropped the gradients, to find the bad ones."""
-        named = named_specs(self.model)
         found: dict[int, str | None] = {}
         for index, batch in enumerate(batches):
-            loss = self.model(*self._to_device(batch))
-            bad = [] if loss.isfinite() else [None]
-            # With ZeRO 3 the parameters are not there to take a gradient of.
-            if not self._partitions_parameters:
-                gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-                pairs = zip(named, gradients, strict=True)
-                bad += [name for name, gradient in pairs if gradient is not None and not gradient.isfinite().all()]
+            loss, gradients = self._repeat(batch)
+            bad: list[str | None] = [] if loss.isfinite() else [None]
+            bad += [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
             if bad:
                 found[index] = bad[-1]
         return found
 
-    @torch.no_grad()
-    def evaluate(self, batches: Iterator[Batch]) -> float:
-        """Mean cross-entropy (nats a target) over the micro-batches of all ranks."""
-        self.engine.eval()
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for batch in batches:
-            total[0] += self.engine(*self._to_device(batch)).double()
-            total[1] += batch.targets.size
-        self.engine.train()
-        dist.all_reduce(total)
-        loss, count = total.tolist()
-        return loss / count
+    def _repeat(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss and gradients, by name, of a micro-batch."""
+        loss = self.model(*self._to_device(batch))
+        # With ZeRO 3 the parameters are not there to take a gradient of.
+        return loss, {} if self._partitions_parameters else self._gradients(loss)[0]
+
+    def _gradients(
+        self, output: torch.Tensor, gradient: torch.Tensor | None = None, inputs: Sequence[torch.Tensor] = ()
+    ) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+        """Gradients with respect to the parameters, by name, and to the inputs."""
+        named = named_specs(self.model)
+        found = torch.autograd.grad(output, [*named.values(), *inputs], gradient, allow_unused=True)
+        by_name = {name: each for name, each in zip(named, found, strict=False) if each is not None}
+        return by_name, list(found[len(named) :])
 
     def state(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, whole float32 tensor) of master weights and moments; collective, the same order on all ranks.
+        """(name, whole float32 tensor) of master weights and moments; collective, the same order on all ranks of a stage.
 
         A moment of parameter `name` is called `exp_avg.name` and `exp_avg_sq.name`.
         """
         from deepspeed.utils import safe_get_full_optimizer_state
 
         for name, parameter in named_specs(self.model).items():
+            # The copy of a tied matrix on another pipeline stage.
+            if getattr(parameter, "ds_pipe_replicated", False):
+                continue
             yield name, self.weight(name)
             for moment in MOMENTS:
                 yield f"{moment}.{name}", parameter.spec.whole(safe_get_full_optimizer_state(parameter, moment))
@@ -310,6 +272,8 @@ def _deepspeed_config(config: Config, accumulation: int) -> dict:
         "zero_optimization": {"stage": max(config.parallel.zero_stage, 1)},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
+        # Between stages every tensor rank hands on what it has, which sequence parallelism has cut already.
+        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
     }
     if training.precision == "bf16":
         settings["bf16"] = {"enabled": True}

@@ -18,10 +18,12 @@ from megatron_mea.data.corpora import Batch, Corpora
 from megatron_mea.data.tokenizer import copy_tokenizer
 from megatron_mea.errors import UserError
 from megatron_mea.model.decoder import Decoder
+from megatron_mea.model.stages import pipeline_stages
 from megatron_mea.parallel.parameter import initialize, named_specs
-from megatron_mea.training import engine as engines
-from megatron_mea.training import records
+from megatron_mea.training import processes, records
+from megatron_mea.training.engine import Engine, NonFiniteError
 from megatron_mea.training.order import rank_samples
+from megatron_mea.training.pipeline import PipelineEngine
 from megatron_mea.training.ranks import Ranks
 from megatron_mea.training.replicas import check_replicas
 from megatron_mea.training.schedule import learning_rate
@@ -49,11 +51,11 @@ def run(config: Config, inputs: Inputs, stop: StopSignal) -> None:
         # Read when cuBLAS starts; without it torch refuses.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    device = engines.start_distributed(inputs.ranks)
+    device = processes.start_distributed(inputs.ranks)
     try:
         _Run(config, inputs, device).train(stop)
     finally:
-        engines.stop_distributed()
+        processes.stop_distributed()
 
 
 class _Run:
@@ -68,11 +70,13 @@ class _Run:
         self.progress = records.Progress(config, self.rank, self.step)
         self._say_start(device, source, notes)
 
-        self.grid = engines.build_grid(config)
-        model = Decoder(config.model, config.training.activation_checkpointing == "full", self.grid.tensor)
+        self.grid = processes.build_grid(config)
+        stage = pipeline_stages(config.model, self.grid.pipeline_size)[self.grid.pipeline_rank]
+        model = Decoder(config.model, config.training.activation_checkpointing == "full", self.grid.tensor, stage)
         if source is None:
             initialize(model, config.training.seed)
-        self.engine = engines.Engine(config, model, device, self.grid)
+        make_engine = PipelineEngine if self.grid.pipeline_size > 1 else Engine
+        self.engine = make_engine(config, model, device, self.grid)
         if source is not None:
             self._load(source)
         if self.rank == 0:
@@ -95,10 +99,10 @@ class _Run:
             try:
                 batches = [self.inputs.train.batch(micro) for micro in samples]
                 result = self.engine.train_step(batches, lr, stop.received is not None)
-            except engines.NonFiniteError as error:
-                raise engines.NonFiniteError(self._explain(error, step)) from None
+            except NonFiniteError as error:
+                raise NonFiniteError(self._explain(error, step)) from None
             if step == self.progress.first_step + 1:
-                engines.shorten_timeouts(config.parallel.timeout_minutes)
+                processes.shorten_timeouts(config.parallel.timeout_minutes)
             self.step, last = step, step == config.steps
             row = {
                 "step": step,
@@ -110,7 +114,7 @@ class _Run:
             validating = validates and (last or step % config.evaluation.interval == 0)
             logging = validating or last or step % config.logging.interval == 0
             if config.training.replica_check_interval and step % config.training.replica_check_interval == 0:
-                check_replicas(self.engine.model, self.grid, config.parallel.zero_stage == 3)
+                check_replicas(self.engine.model, self.grid, config)
             saving = last or result.stop or step % config.checkpoint.interval == 0
             if logging:
                 row["tokens_per_second"] = self.progress.tokens_per_second(step)
@@ -169,8 +173,17 @@ class _Run:
             named = named_specs(self.engine.model).items()
             names = [name for name, parameter in named if parameter.spec.kind == "hlc"]
             more = records.hlc_statistics({name: self.engine.weight(name).cpu() for name in names})
+            more = self._of_all_stages(more)
         if self.metrics is not None:
             self.metrics.write(row, more)
+
+    def _of_all_stages(self, statistics: dict[str, float]) -> dict[str, float]:
+        """The union over the pipeline's stages, on rank 0."""
+        if self.grid.pipeline_size == 1:
+            return statistics
+        stages: list[dict[str, float]] = [{}] * self.grid.pipeline_size
+        dist.all_gather_object(stages, statistics, group=self.grid.mpu.get_pipe_parallel_group())
+        return {name: value for stage in stages for name, value in stage.items()}
 
     def _validate(self) -> float:
         """Mean cross-entropy over the first `evaluation.batches` global batches of the validation corpora."""
@@ -182,7 +195,8 @@ class _Run:
                 for micro in rank_samples(step, self.config, self.grid.data_rank, self.grid.data_size):
                     yield corpora.batch(micro)
 
-        self.validation_loss = self.engine.evaluate(batches())
+        count = self.config.evaluation.batches * self.engine.accumulation
+        self.validation_loss = self.engine.evaluate(batches(), count)
         return self.validation_loss
 
     def _save(self) -> None:
@@ -194,7 +208,7 @@ class _Run:
                 shutil.rmtree(leftover)
             scratch.mkdir(parents=True)
         dist.barrier()
-        tensors.write_tensors(scratch, self.engine.state())
+        tensors.write_tensors(scratch, self.engine.state(), self.grid.stage_rank, self.grid.stage_size)
         dist.barrier()
         if self.rank == 0:
             copy_tokenizer(self.config.data.tokenizer, scratch / folder.TOKENIZER)
@@ -233,7 +247,7 @@ class _Run:
 
         self.engine.load_state(read, updates=self.step)
 
-    def _explain(self, error: engines.NonFiniteError, step: int) -> str:
+    def _explain(self, error: NonFiniteError, step: int) -> str:
         """Names step and samples; nothing was updated, so the newest checkpoint is as good as it was."""
         first = (step - 1) * self.config.training.global_batch_size
         last = first + self.config.training.global_batch_size - 1

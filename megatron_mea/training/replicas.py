@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from megatron_mea.config.schema import Config
 from megatron_mea.errors import RunError
 from megatron_mea.model.decoder import Decoder
 from megatron_mea.parallel.grid import Grid
@@ -16,11 +17,11 @@ class ReplicaError(RunError):
 
 
 @torch.no_grad()
-def check_replicas(model: Decoder, grid: Grid, partitioned: bool) -> None:
-    """Compares checksums of the parameters' bits over data-parallel and tensor-parallel ranks; collective.
+def check_replicas(model: Decoder, grid: Grid, config: Config) -> None:
+    """Compares checksums of the parameters' bits over the ranks that hold the same; collective.
 
-    Args:
-        partitioned: ZeRO 3, where data-parallel ranks hold different parts, so that only tensor ranks compare.
+    These are tensor ranks, data ranks but for ZeRO 3, which partitions parameters, and of tied embeddings the first and
+    the last pipeline stage.
 
     Raises:
         ReplicaError: on every rank; names the parameters where this rank takes part in the difference.
@@ -29,10 +30,13 @@ def check_replicas(model: Decoder, grid: Grid, partitioned: bool) -> None:
     sums = torch.stack([_checksum(getattr(parameter, "ds_tensor", parameter)) for parameter in named.values()])
     whole = torch.tensor([parameter.spec.shard_dim is None for parameter in named.values()], device=sums.device)
     differs = torch.zeros(len(named), dtype=torch.bool, device=sums.device)
-    if not partitioned:
+    if config.parallel.zero_stage < 3:
         differs |= _differ(sums, grid.mpu.get_data_parallel_group())
     if grid.tensor.size > 1:
         differs |= _differ(sums, grid.tensor.group) & whole
+    if grid.ends is not None and config.model.tie_word_embeddings:
+        tied = list(named).index("model.embed_tokens.weight")
+        differs[tied] |= _differ(sums[tied : tied + 1], grid.ends)[0]
     anywhere = differs.any().to(torch.int64)
     dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
     if anywhere:

@@ -1,0 +1,90 @@
+"""Processes that train together: joining, the grid they form, timeouts, leaving."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_mea.config.schema import Config
+from megatron_mea.errors import UserError
+from megatron_mea.parallel.grid import Grid, TensorGroup
+from megatron_mea.training.ranks import Ranks
+
+
+def start_distributed(ranks: Ranks) -> torch.device:
+    """Joins the process group (NCCL on GPUs, gloo elsewhere) and returns this rank's device."""
+    ranks.export()
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed announces its defaults on every rank, and uses names that torch has deprecated.
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    device = torch.device("cpu")
+    if cuda:
+        visible = torch.cuda.device_count()
+        # A scheduler may show each rank its own GPU only, which then is number 0.
+        if ranks.local_rank >= visible > 1:
+            raise UserError("environment", f"LOCAL_RANK={ranks.local_rank} with {visible} GPUs", "a GPU for each rank")
+        device = torch.device("cuda", ranks.local_rank if visible > 1 else 0)
+        torch.cuda.set_device(device)
+        # DeepSpeed takes it for the number of the device.
+        os.environ["LOCAL_RANK"] = str(device.index)
+    # On a CPU DeepSpeed would compile a shared-memory all-reduce for minutes, and hang on another job's lock.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="nccl" if cuda else "gloo",
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=timedelta(minutes=30),
+        distributed_port=ranks.master_port,
+    )
+    return device
+
+
+def build_grid(config: Config) -> Grid:
+    """Where this rank stands, and its process groups; collective. Tensor ranks are neighbours, to share a node."""
+    from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
+
+    parallel = config.parallel
+    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    data = dist.get_world_size() // (tensor * stages)
+    topology = PipeModelDataParallelTopology(num_pp=stages, num_mp=tensor, num_dp=data)
+    # It prints its topology.
+    with contextlib.redirect_stdout(io.StringIO()):
+        mpu = PipelineParallelGrid(topology)
+    group = TensorGroup(
+        tensor, mpu.get_slice_parallel_rank(), mpu.get_slice_parallel_group(), parallel.sequence_parallel
+    )
+    ends = None
+    if stages > 1:
+        last = (stages - 1) * data * tensor
+        # Every rank takes part in making every group.
+        pairs = [(first, dist.new_group([first, first + last])) for first in range(data * tensor)]
+        ends = next((made for first, made in pairs if dist.get_rank() in (first, first + last)), None)
+    return Grid(group, mpu.get_data_parallel_rank(), data, mpu.get_pipe_parallel_rank(), stages, ends, mpu)
+
+
+def shorten_timeouts(minutes: float) -> None:
+    """Sets the time after which a collective gives up; long only until the first step has warmed everything."""
+    from torch.distributed.distributed_c10d import _set_pg_timeout, _world
+
+    for group in list(_world.pg_map):
+        _set_pg_timeout(timedelta(minutes=minutes), group)
+
+
+def stop_distributed() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
