@@ -39,10 +39,10 @@ class UserError(Exception):
         super().__init__(str(self.problems[0]))
 
     @classmethod
-    def of(cls, problems: Iterable[Problem]) -> UserError:
-        """One error out of several problems, which the user then mends in one go."""
+    def of(cls, problems: Iterable[Problem], footer: str = "") -> UserError:
+        """One error out of several problems, which the user then mends in one go; `footer` ends the message."""
         problems = list(problems)
         error = cls(problems[0].where, problems[0].found, problems[0].allowed, problems[0].mend)
         error.problems = problems
-        error.args = ("\n".join(map(str, problems)),)
+        error.args = ("\n".join([*map(str, problems), *([footer] if footer else [])]),)
         return error

@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 
 from megatron_mea.config import dump_config, load_config
 from megatron_mea.config.checks import handicaps
+from megatron_mea.config.layout import Layout
 from megatron_mea.config.load import known_keys, parse_config
 from megatron_mea.config.schema import Config
 from megatron_mea.errors import UserError
 from megatron_mea.training.schedule import learning_rate
 
 ROOT = Path(__file__).parents[1]
+ALONE = Layout(1, 1, 1, 1)
 MINIMAL = {"data": {"tokenizer": "t", "train": [{"path": "p"}]}, "run": {"dir": "r"}}
 
 
@@ -38,7 +40,7 @@ def test_the_documentation_lists_every_key_with_its_default():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_configuration_that_ships_is_valid_and_not_handicapped(path):
-    assert handicaps(load_config(path)) == []
+    assert handicaps(load_config(path), ALONE) == []
 
 
 @given(
@@ -144,7 +146,7 @@ class TestSchedule:
 
 def test_the_handicap_of_small_embeddings_beside_a_head_norm():
     wide = {"hidden_size": 128, "num_hidden_layers": 4, "head_dim": 16, "num_attention_heads": 8}
-    (warning,) = handicaps(parse(model=wide | {"initializer_range": 0.06, "embedding_initializer_range": 0.02}))
+    (warning,) = handicaps(parse(model=wide | {"initializer_range": 0.06, "embedding_initializer_range": 0.02}), ALONE)
     assert "model.embedding_initializer_range" in warning
     assert "0.24" in warning  # 0.06 / sqrt(8) * sqrt(128)
     for cure in (
@@ -152,4 +154,4 @@ def test_the_handicap_of_small_embeddings_beside_a_head_norm():
         {"head_norm_init": 0.1, "embedding_initializer_range": 0.02},
         {"attention_variant": "plain"},
     ):
-        assert handicaps(parse(model=wide | {"initializer_range": 0.06} | cure)) == []
+        assert handicaps(parse(model=wide | {"initializer_range": 0.06} | cure), ALONE) == []

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from megatron_mea.config.layout import Layout
 from megatron_mea.config.schema import Config
-from megatron_mea.errors import Problem, UserError
+from megatron_mea.errors import Problem
 
 VARIANTS = ("plain", "plain_norm", "mea", "mea_no_norm")
 """The attention variants of this release."""
@@ -19,51 +20,36 @@ def cross_checks(config: Config) -> Iterator[Problem]:
     yield from _rope(config)
     yield from _components(config)
     yield from _lengths(config)
-    yield from _tensor_parallel(config)
 
 
-def check_world(config: Config, world_size: int) -> int:
-    """The data-parallel size of a run on `world_size` processes.
+def handicaps(config: Config, layout: Layout) -> list[str]:
+    """Warnings about settings that are allowed and known to train badly or slowly."""
+    return [*_small_embeddings(config), *_idle_pipeline(layout)]
 
-    Raises:
-        UserError: the layout does not divide the processes, or the batch does not divide.
-    """
-    parallel, training = config.parallel, config.training
-    if world_size % config.model_parallel_size:
-        sizes = f"{parallel.tensor_model_parallel_size} x {parallel.pipeline_model_parallel_size}"
-        raise UserError(
-            "parallel.tensor_model_parallel_size x parallel.pipeline_model_parallel_size",
-            f"{sizes} on {world_size} processes",
-            "a product that divides the number of processes",
+
+def _idle_pipeline(layout: Layout) -> Iterator[str]:
+    if layout.micro_batches < 2 * layout.pipeline and layout.pipeline > 1:
+        yield (
+            f"{layout.micro_batches} micro-batches in a pipeline of {layout.pipeline} stages leave each idle for "
+            f"{layout.pipeline_bubble:.0%} of a step. Twice as many micro-batches as stages would be better: raise "
+            "training.global_batch_size, or lower training.micro_batch_size or the number of processes."
         )
-    data_parallel = world_size // config.model_parallel_size
-    share = training.micro_batch_size * data_parallel
-    if training.global_batch_size % share:
-        raise UserError(
-            "training.global_batch_size",
-            training.global_batch_size,
-            f"a multiple of training.micro_batch_size x data-parallel size = "
-            f"{training.micro_batch_size} x {data_parallel} = {share}",
-        )
-    return data_parallel
 
 
-def handicaps(config: Config) -> list[str]:
-    """Warnings about settings that are allowed and known to train badly."""
+def _small_embeddings(config: Config) -> Iterator[str]:
     model = config.model
     if not model.has_head_norm:
-        return []
+        return
     embedding = model.embedding_initializer_range or model.initializer_range
     output_std = model.initializer_range / math.sqrt(2 * model.num_hidden_layers)
     gain = model.head_norm_init if model.head_norm_affine else 1.0
     branch = output_std * math.sqrt(model.num_attention_heads * model.head_dim) * gain
-    if embedding >= branch / 2:
-        return []
-    return [
-        f"the head norm makes each attention branch add RMS {branch:.3g} at the start, and the embeddings have "
-        f"only {embedding:.3g}: that start was measured to cost 0.2 to 0.4 nats early on (docs/initialisation.md). "
-        f"Raise model.embedding_initializer_range to about {branch:.2g} or lower model.head_norm_init."
-    ]
+    if embedding < branch / 2:
+        yield (
+            f"the head norm makes each attention branch add RMS {branch:.3g} at the start, and the embeddings have "
+            f"only {embedding:.3g}: that start was measured to cost 0.2 to 0.4 nats early on (docs/initialisation.md). "
+            f"Raise model.embedding_initializer_range to about {branch:.2g} or lower model.head_norm_init."
+        )
 
 
 def _not_yet(config: Config) -> Iterator[Problem]:
@@ -159,26 +145,6 @@ def _components(config: Config) -> Iterator[Problem]:
                 yield Problem(f"model.{key}", getattr(model, key), allowed)
     if model.has_head_norm and not model.head_norm_affine and model.head_norm_init != 1:
         yield Problem("model.head_norm_init", model.head_norm_init, "1.0 where model.head_norm_affine is false")
-
-
-def _tensor_parallel(config: Config) -> Iterator[Problem]:
-    """What the ranks of a tensor group must be able to share (docs/architecture.md)."""
-    model, size = config.model, config.parallel.tensor_model_parallel_size
-    where = "parallel.tensor_model_parallel_size"
-    for key, of in (("num_attention_heads", "query heads"), ("intermediate_size", "features")):
-        value = getattr(model, key)
-        if value % size:
-            yield Problem(where, size, f"a divisor of model.{key} = {value}: ranks hold equal parts of the {of}")
-    composites = model.num_key_value_heads
-    if composites % size and size % composites:
-        yield Problem(where, size, f"a divisor or a multiple of model.num_key_value_heads = {composites}")
-    if model.vocab_size < size * size:
-        yield Problem("model.vocab_size", model.vocab_size, f"at least {size * size} on {size} ranks")
-    if config.parallel.sequence_parallel:
-        if size == 1:
-            yield Problem("parallel.sequence_parallel", True, "false where parallel.tensor_model_parallel_size is 1")
-        elif config.data.seq_length % size:
-            yield Problem("data.seq_length", config.data.seq_length, f"a multiple of {where} = {size}")
 
 
 def _lengths(config: Config) -> Iterator[Problem]:

@@ -227,7 +227,3 @@ class Config(Section):
     @property
     def tokens_per_step(self) -> int:
         return self.training.global_batch_size * self.data.seq_length
-
-    @property
-    def model_parallel_size(self) -> int:
-        return self.parallel.tensor_model_parallel_size * self.parallel.pipeline_model_parallel_size

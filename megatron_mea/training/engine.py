@@ -114,8 +114,8 @@ class Engine:
     def _loss_scale(self) -> float:
         """What makes the sum of cross-entropies of a micro-batch its share of the loss.
 
-        DeepSpeed divides by the micro-batches and averages over data parallelism: this undoes both, so that the gradient is
-        that of the sum over all targets divided by their number.
+        DeepSpeed divides by the micro-batches and averages over data parallelism: this undoes both, so that the
+        gradient is that of the sum over all targets divided by their number.
         """
         return self.accumulation * self.grid.data_size / self.config.tokens_per_step
 
@@ -169,7 +169,7 @@ class Engine:
         return by_name, list(found[len(named) :])
 
     def state(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, whole float32 tensor) of master weights and moments; collective, the same order on all ranks of a stage.
+        """(name, whole float32 tensor) of master weights and moments, alike on all ranks of a stage; collective.
 
         A moment of parameter `name` is called `exp_avg.name` and `exp_avg_sq.name`.
         """

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron_mea.checkpoint import folder, tensors
 from megatron_mea.checkpoint.resume import newest_whole
 from megatron_mea.config import Config
+from megatron_mea.config.layout import Layout
 from megatron_mea.data.corpora import Batch, Corpora
 from megatron_mea.data.tokenizer import copy_tokenizer
 from megatron_mea.errors import UserError
@@ -38,7 +39,7 @@ class Inputs:
     """
 
     ranks: Ranks
-    data_parallel_size: int
+    layout: Layout
     train: Corpora
     validation: Corpora | None
     warnings: list[str]
@@ -220,7 +221,7 @@ class _Run:
         dist.barrier()
 
     def _meta(self) -> folder.Meta:
-        parallel = self.config.parallel
+        layout = self.inputs.layout
         return folder.Meta(
             step=self.step,
             samples=self.step * self.config.training.global_batch_size,
@@ -228,10 +229,10 @@ class _Run:
             config=self.config.model_dump(mode="json"),
             data=self.inputs.train.fingerprint(),
             layout={
-                "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
-                "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
-                "data_parallel_size": self.inputs.data_parallel_size,
-                "zero_stage": parallel.zero_stage,
+                "tensor_model_parallel_size": layout.tensor,
+                "pipeline_model_parallel_size": layout.pipeline,
+                "data_parallel_size": layout.data,
+                "zero_stage": self.config.parallel.zero_stage,
             },
             versions=self.versions,
             validation_loss=self.validation_loss,

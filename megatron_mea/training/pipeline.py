@@ -1,4 +1,4 @@
-"""The training engine where the decoder's layers lie on several ranks: DeepSpeed's pipeline, one forward one backward."""
+"""The training engine where the layers lie on several ranks: DeepSpeed's pipeline, one forward one backward."""
 
 from __future__ import annotations
 

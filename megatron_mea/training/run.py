@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from megatron_mea.checkpoint.folder import Meta, checkpoints_of, description_is_whole
 from megatron_mea.checkpoint.resume import check_resume
 from megatron_mea.config import Config
-from megatron_mea.config.checks import check_world, handicaps
+from megatron_mea.config.checks import handicaps
+from megatron_mea.config.layout import Layout, check_layout
 from megatron_mea.data.corpora import Corpora
 from megatron_mea.data.tokenizer import check_tokenizer_folder, load_tokenizer
 from megatron_mea.errors import UserError
@@ -28,7 +29,7 @@ def train(config: Config, stop: StopSignal) -> None:
         UserError: anything that can be checked before processes meet and memory is taken.
     """
     ranks = Ranks.from_environment()
-    data_parallel_size = check_world(config, ranks.world_size)
+    layout = check_layout(config, ranks.world_size)
     run_dir = Path(config.run.dir)
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError("run.dir", f"{run_dir}, which is a file", "a folder, or a name that is free")
@@ -43,14 +44,14 @@ def train(config: Config, stop: StopSignal) -> None:
         raise UserError(
             "environment", "no deepspeed", "deepspeed 0.19.8: training needs it", "pip install deepspeed==0.19.8"
         )
-    inputs = check_inputs(config, run_dir, ranks, data_parallel_size)
+    inputs = check_inputs(config, run_dir, ranks, layout)
 
     from megatron_mea.training.loop import run
 
     run(config, inputs, stop)
 
 
-def check_inputs(config: Config, run_dir: Path, ranks: Ranks, data_parallel_size: int) -> Inputs:
+def check_inputs(config: Config, run_dir: Path, ranks: Ranks, layout: Layout) -> Inputs:
     """Opens data and tokenizer, and compares with the run's newest checkpoint; writes nothing."""
     data, evaluation = config.data, config.evaluation
     check_tokenizer_folder(data.tokenizer, "data.tokenizer")
@@ -71,7 +72,7 @@ def check_inputs(config: Config, run_dir: Path, ranks: Ranks, data_parallel_size
 
     from megatron_mea.training.loop import Inputs
 
-    return Inputs(ranks, data_parallel_size, train, validation, handicaps(config), changes)
+    return Inputs(ranks, layout, train, validation, handicaps(config, layout), changes)
 
 
 def whole_descriptions(run_dir: Path) -> list[tuple[int, Path]]:

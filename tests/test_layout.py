@@ -1,0 +1,144 @@
+"""Which layouts are refused, with what table, and how layers are dealt to pipeline stages."""
+
+from __future__ import annotations
+
+import re
+from itertools import combinations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from models import SMALL, small_model
+
+from megatron_mea.config import Config
+from megatron_mea.config.checks import handicaps
+from megatron_mea.config.layout import Layout, check_layout, possible_layouts
+from megatron_mea.config.load import parse_config
+from megatron_mea.errors import UserError
+from megatron_mea.model.decoder import Decoder
+from megatron_mea.model.stages import balance, layer_sizes, pipeline_stages
+
+
+def config(parallel: dict | None = None, batch: int = 8, micro: int = 2, **model) -> Config:
+    return parse_config(
+        {
+            "model": SMALL | {"attention_variant": "mea", "num_component_heads": 2} | model,
+            "parallel": parallel or {},
+            "data": {"tokenizer": "none", "train": [{"path": "none"}], "seq_length": 12},
+            "schedule": {"warmup_steps": 2},
+            "training": {"steps": 6, "global_batch_size": batch, "micro_batch_size": micro},
+            "run": {"dir": "none"},
+        }
+    )
+
+
+def sizes(tensor: int, pipeline: int = 1, zero: int = 1) -> dict:
+    return {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline, "zero_stage": zero}
+
+
+def refusal(settings: Config, world: int) -> tuple[list[str], str]:
+    """The keys that a refusal names, and what follows after them."""
+    with pytest.raises(UserError) as error:
+        check_layout(settings, world)
+    text = str(error.value)
+    return [problem.where for problem in error.value.problems], text[text.rindex("allowed:") :].partition("\n")[2]
+
+
+TENSOR, PIPELINE = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
+REFUSED = {
+    "heads": (config(sizes(3)), 3, TENSOR),
+    "composite heads": (config(sizes(4), num_attention_heads=24, num_key_value_heads=6), 4, TENSOR),
+    "layers": (config(sizes(1, 4)), 4, PIPELINE),
+    "ZeRO with a pipeline": (config(sizes(1, 2, 2)), 2, "parallel.zero_stage"),
+    "processes": (config(sizes(2)), 3, f"{TENSOR} x {PIPELINE}"),
+    "batch": (config(), 3, "training.global_batch_size"),
+    "sequence": (config({"sequence_parallel": True}), 1, "parallel.sequence_parallel"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_work_is_refused_with_a_table_of_what_can(name):
+    settings, world, key = REFUSED[name]
+    keys, rest = refusal(settings, world)
+    assert key in keys
+    assert f"of {world} processes" in rest
+    numbers = re.findall(r"^ +(\d+) +(\d+) +(\d+) +(\d+)  (.*)$", rest, re.MULTILINE)
+    rows = [tuple(map(int, row[:4])) for row in numbers]
+    assert rows == [
+        (each.tensor, each.pipeline, each.data, each.micro_batches) for each in possible_layouts(settings, world)
+    ]
+    assert all(row[4] == ("0, 1" if row[1] != "1" else "0, 1, 2, 3") for row in numbers)
+    if not rows:
+        works = [int(size) for size in re.search(r"^  ([\d, ]+)$", rest, re.MULTILINE).group(1).split(", ")]
+        assert works == [size for size in range(1, 2 * world + 1) if possible_layouts(settings, size)]
+
+
+def test_every_row_of_the_table_works_and_nothing_else():
+    """Against an enumeration of all sizes."""
+    for world in range(1, 17):
+        found = {(each.tensor, each.pipeline) for each in possible_layouts(config(), world)}
+        for tensor in range(1, 17):
+            for pipeline in range(1, 17):
+                works = True
+                try:
+                    layout = check_layout(config(sizes(tensor, pipeline)), world)
+                except UserError:
+                    works = False
+                assert works == ((tensor, pipeline) in found)
+                if works:
+                    assert layout.tensor * layout.pipeline * layout.data == world
+                    assert layout.micro_batches * layout.data * 2 == 8
+                # 8 query heads, 4 composite heads and 40 features in 3 layers, 4 micro-batches
+                data = world // (tensor * pipeline)
+                expected = tensor in (1, 2, 4, 8) and 40 % tensor == 0 and pipeline <= 3
+                expected = expected and world == data * tensor * pipeline and 4 % max(data, 1) == 0
+                # a vocabulary of 37 in parts of equal size leaves the last of 8 ranks some
+                assert works == (expected and tensor * tensor <= 37)
+
+
+def test_a_pipeline_with_few_micro_batches_is_warned_of():
+    (warning,) = handicaps(config(head_norm_init=0.1), Layout(1, 4, 1, 4))
+    assert "4 micro-batches in a pipeline of 4 stages" in warning
+    assert "43%" in warning
+    assert not handicaps(config(head_norm_init=0.1), Layout(1, 4, 1, 8))
+    assert not handicaps(config(head_norm_init=0.1), Layout(1, 1, 1, 1))
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=9), st.data())
+def test_stages_are_contiguous_and_the_largest_is_as_small_as_can_be(layers, data):
+    count = data.draw(st.integers(1, len(layers)))
+    parts = balance(layers, count)
+    assert [index for part in parts for index in part] == list(range(len(layers)))
+    assert len(parts) == count
+    assert all(parts)
+
+    def largest(cuts: tuple[int, ...]) -> int:
+        ends = (0, *cuts, len(layers))
+        return max(sum(layers[a:b]) for a, b in zip(ends[:-1], ends[1:], strict=True))
+
+    best = min(largest(cuts) for cuts in combinations(range(1, len(layers)), count - 1))
+    assert max(sum(layers[index] for index in part) for part in parts) == best
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_layer_sizes_count_embedding_and_head(tied):
+    model = small_model(tie_word_embeddings=tied, num_component_heads=[1, 2, 3])
+    found = layer_sizes(model)
+    vocabulary = 37 * 24
+    assert (found[0], found[-1]) == (vocabulary, vocabulary + 24)
+    whole = sum(parameter.numel() for parameter in Decoder(model).parameters())
+    assert sum(found) == whole + (vocabulary if tied else 0)
+    # A component head of keys and of values has 6 x 24 weights and 4 combination entries each.
+    assert found[2] - found[1] == found[3] - found[2] == 2 * (6 * 24 + 4)
+
+
+def test_stages_hold_what_the_whole_has():
+    model = small_model(tie_word_embeddings=True)
+    names = [
+        [parameter.spec.name for parameter in Decoder(model, stage=stage).parameters()]
+        for stage in pipeline_stages(model, 3)
+    ]
+    tied = "model.embed_tokens.weight"
+    assert names[0][0] == names[-1][-1] == tied
+    joined = [name for stage in names for name in stage][:-1]
+    assert joined == [parameter.spec.name for parameter in Decoder(model).parameters()]
