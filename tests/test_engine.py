@@ -139,8 +139,13 @@ def check_layouts(layouts: list[dict], model: dict) -> list[list[tuple[float, fl
     return curves
 
 
-def layout(tensor: int = 1, zero: int = 1, sequence: bool = False) -> dict:
-    return {"tensor_model_parallel_size": tensor, "zero_stage": zero, "sequence_parallel": sequence}
+def layout(tensor: int = 1, zero: int = 1, sequence: bool = False, pipeline: int = 1) -> dict:
+    return {
+        "tensor_model_parallel_size": tensor,
+        "pipeline_model_parallel_size": pipeline,
+        "zero_stage": zero,
+        "sequence_parallel": sequence,
+    }
 
 
 THREE = {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 42}
