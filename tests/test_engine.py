@@ -1,4 +1,4 @@
-"""DeepSpeed's engine as we drive it, on one and two processes, against a plain training loop in float64."""
+"""DeepSpeed's engine as we drive it: precision, stopping, drift, what is not finite, and the state that goes on."""
 
 from __future__ import annotations
 
@@ -9,167 +9,11 @@ import numpy as np
 import pytest
 import torch
 from distributed import run_distributed
-from models import SMALL
+from engines import batches_of, config, layout, new_engine, plain_training, train
 
-from megatron_mea.config import Config
-from megatron_mea.config.load import parse_config
-from megatron_mea.data.corpora import Batch
 from megatron_mea.parallel.parameter import named_specs
 
-STEPS, BATCH, SEQ = 6, 8, 12
-
-
-def config(precision: str = "fp32", parallel: dict | None = None, model: dict | None = None, **optimizer) -> Config:
-    return parse_config(
-        {
-            "model": SMALL
-            | {"attention_variant": "mea", "num_component_heads": 2, "initializer_range": 0.1}
-            | (model or {}),
-            "parallel": parallel or {},
-            "data": {"tokenizer": "none", "train": [{"path": "none"}], "seq_length": SEQ},
-            "optimizer": {"lr": 1e-3, "eps": 1e-6, "grad_clip": 0.5} | optimizer,
-            "schedule": {"warmup_steps": 2},
-            "training": {
-                "steps": STEPS,
-                "global_batch_size": BATCH,
-                "micro_batch_size": 2,
-                "precision": precision,
-                "seed": 3,
-            },
-            "run": {"dir": "none"},
-        }
-    )
-
-
-def global_batch(step: int) -> np.ndarray:
-    return np.random.default_rng(step).integers(0, SMALL["vocab_size"], (BATCH, SEQ + 1))
-
-
-def micro_batches(step: int, rank: int, world: int) -> list[Batch]:
-    tokens = global_batch(step).reshape(-1, world, 2, SEQ + 1)[:, rank]
-    positions = np.broadcast_to(np.arange(SEQ), (2, SEQ))
-    return [Batch(micro[:, :-1], positions, micro[:, 1:]) for micro in tokens]
-
-
-def plain_training(settings: Config) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of each step: whole batches, torch's AdamW and clipping, float64."""
-    from megatron_mea.model.decoder import Decoder
-    from megatron_mea.parallel.parameter import initialize
-    from megatron_mea.training.schedule import learning_rate
-
-    model = Decoder(settings.model)
-    initialize(model, settings.training.seed)
-    model.double()
-    named = named_specs(model)
-    decayed = [p for n, p in named.items() if n.endswith(("proj.weight", "embed_tokens.weight", "lm_head.weight"))]
-    exempt = [p for p in named.values() if not any(p is other for other in decayed)]
-    assert len(exempt) == sum("hlc" in name or "norm" in name or name.endswith("bias") for name in named)
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": exempt, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=settings.optimizer.eps)
-    results = []
-    for step in range(1, STEPS + 1):
-        tokens = torch.from_numpy(global_batch(step))
-        loss = model(tokens[:, :-1], torch.arange(SEQ).expand(BATCH, SEQ), tokens[:, 1:]) / (BATCH * SEQ)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optimizer.grad_clip)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(settings, step)
-        optimizer.step()
-        optimizer.zero_grad()
-        results.append((loss.item(), norm.item()))
-    return results
-
-
-def new_engine(settings: Config, initialized: bool = True):
-    from megatron_mea.model.decoder import Decoder
-    from megatron_mea.model.stages import pipeline_stages
-    from megatron_mea.parallel.parameter import initialize
-    from megatron_mea.training.engine import Engine
-    from megatron_mea.training.pipeline import PipelineEngine
-    from megatron_mea.training.processes import build_grid
-
-    grid = build_grid(settings)
-    stage = pipeline_stages(settings.model, grid.pipeline_size)[grid.pipeline_rank]
-    checkpointing = settings.training.activation_checkpointing == "full"
-    model = Decoder(settings.model, checkpointing, grid.tensor, stage)
-    if initialized:
-        initialize(model, settings.training.seed)
-    make = PipelineEngine if grid.pipeline_size > 1 else Engine
-    return make(settings, model, torch.device("cpu"), grid)
-
-
-def train(engine, settings: Config, first: int, last: int) -> list[tuple[float, float]]:
-    from megatron_mea.training.schedule import learning_rate
-
-    results = []
-    for step in range(first, last + 1):
-        result = engine.train_step(batches_of(engine, step), learning_rate(settings, step), False)
-        results.append((result.loss, result.grad_norm))
-    return results
-
-
-def batches_of(engine, step: int) -> list[Batch]:
-    return micro_batches(step, engine.grid.data_rank, engine.grid.data_size)
-
-
-def check_layouts(layouts: list[dict], model: dict) -> list[list[tuple[float, float]]]:
-    """Trains under every layout; each also goes on from the state of the one before it, and from its own."""
-    from megatron_mea.training.processes import start_distributed, stop_distributed
-    from megatron_mea.training.ranks import Ranks
-
-    torch.set_num_threads(1)
-    start_distributed(Ranks.from_environment())
-    curves, state = [], {}
-    for layout in layouts:
-        settings = config(parallel=layout, model=model)
-        if state:
-            moved = new_engine(settings, initialized=False)
-            moved.load_state(state.__getitem__, updates=3)
-            assert all(torch.equal(tensor, state[name]) for name, tensor in moved.state()), layout
-            np.testing.assert_allclose(train(moved, settings, 4, STEPS), curves[-1][3:], rtol=1e-5, err_msg=str(layout))
-        engine = new_engine(settings)
-        curve = train(engine, settings, 1, 3)
-        state = {name: tensor.clone() for name, tensor in engine.state()}
-        curve += train(engine, settings, 4, STEPS)
-        again = new_engine(settings, initialized=False)
-        again.load_state(state.__getitem__, updates=3)
-        assert train(again, settings, 4, STEPS) == curve[3:], layout
-        curves.append(curve)
-    stop_distributed()
-    return curves
-
-
-def layout(tensor: int = 1, zero: int = 1, sequence: bool = False, pipeline: int = 1) -> dict:
-    return {
-        "tensor_model_parallel_size": tensor,
-        "pipeline_model_parallel_size": pipeline,
-        "zero_stage": zero,
-        "sequence_parallel": sequence,
-    }
-
-
-THREE = {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 42}
-LAYOUTS = {
-    "two ranks": (2, [layout(zero=0), layout(zero=2), layout(zero=3), layout(2), layout(2, 3, True)], {}),
-    "tied": (2, [layout(2), layout(zero=3), layout(2, 2, True)], {"tie_word_embeddings": True, "qk_norm": True}),
-    "three": (3, [layout(3), layout(3, sequence=True)], THREE),
-    "four ranks": (
-        4,
-        [layout(2, 1), layout(2, 2), layout(2, 3, True), layout(4, 1, True), layout(zero=3)],
-        {"attention_bias": True},
-    ),
-    "more ranks than composite heads": (4, [layout(4), layout(2, 3)], {"num_key_value_heads": 2}),
-}
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_layouts(name):
-    """Losses and gradient norms of every layout equal those of one process in float64."""
-    world, layouts, model = LAYOUTS[name]
-    expected = plain_training(config(model=model))
-    for curves in run_distributed(check_layouts, world, layouts, model):
-        for found, which in zip(curves, layouts, strict=True):
-            np.testing.assert_allclose(found, expected, rtol=1e-5, err_msg=str(which))
+STEPS = 6
 
 
 def checks_on_this_rank() -> list[tuple[float, float]]:
@@ -181,25 +25,27 @@ def checks_on_this_rank() -> list[tuple[float, float]]:
     torch.set_num_threads(1)
     ranks = Ranks.from_environment()
     start_distributed(ranks)
-    curve = train(new_engine(config()), config(), 1, STEPS)
+    curve = train(new_engine(config()), 1, STEPS)
 
     # A state that goes into a fresh engine goes on bit for bit in bfloat16 too; its masters are float32.
     for zero in (1, 2, 3):
-        settings = config("bf16", layout(zero=zero))
+        settings = config(layout(zero=zero), training={"precision": "bf16"})
         engine = new_engine(settings)
-        rounded = train(engine, settings, 1, 3)
+        rounded = train(engine, 1, 3)
         np.testing.assert_allclose(rounded, curve[:3], rtol=0.03)
         state = {name: tensor.clone() for name, tensor in engine.state()}
         assert all(tensor.dtype == torch.float32 for tensor in state.values())
-        expected = train(engine, settings, 4, STEPS)
+        expected = train(engine, 4, STEPS)
         fresh = new_engine(settings, initialized=False)
         fresh.load_state(state.__getitem__, updates=3)
-        assert train(fresh, settings, 4, STEPS) == expected
+        assert train(fresh, 4, STEPS) == expected
         after = dict(fresh.state())
         assert all(torch.equal(tensor, after[name]) for name, tensor in engine.state())
         assert not all(torch.equal(tensor, after[name]) for name, tensor in state.items())
 
     check_drift()
+    if ranks.world_size == 2:
+        check_pipeline(curve)
 
     # One rank that asks to stop is heard on all.
     assert fresh.train_step(batches_of(fresh, 9), 1e-3, stop=ranks.rank == ranks.world_size - 1).stop
@@ -230,6 +76,63 @@ def checks_on_this_rank() -> list[tuple[float, float]]:
     return curve
 
 
+def check_pipeline(curve: list[tuple[float, float]]) -> None:
+    """The same for two stages: the state in bfloat16, tied embeddings, what is not finite on one stage."""
+    from megatron_mea.training.engine import NonFiniteError
+    from megatron_mea.training.replicas import ReplicaError, check_replicas
+
+    rank = torch.distributed.get_rank()
+    tied = {"tie_word_embeddings": True}
+    settings = config(layout(pipeline=2), tied, training={"precision": "bf16"})
+    engine = new_engine(settings)
+    rounded = train(engine, 1, 3)
+    np.testing.assert_allclose(rounded, plain_training(config(model=tied))[0][:3], rtol=0.03)
+    state = whole_state(engine)
+    expected = train(engine, 4, STEPS)
+    fresh = new_engine(settings, initialized=False)
+    fresh.load_state(state.__getitem__, updates=3)
+    assert train(fresh, 4, STEPS) == expected
+    after = whole_state(fresh)
+    assert all(torch.equal(tensor, after[name]) for name, tensor in whole_state(engine).items())
+    assert not all(torch.equal(tensor, after[name]) for name, tensor in state.items())
+
+    check_replicas(fresh.model, fresh.grid, settings)
+    name = "model.embed_tokens.weight"
+    if rank == 1:
+        named_specs(fresh.model)[name].data[5, 3] *= 1.5
+    with pytest.raises(ReplicaError, match=name):
+        check_replicas(fresh.model, fresh.grid, settings)
+
+    for wrong in ("model.layers.0.mlp.up_proj.weight", "model.layers.2.mlp.up_proj.weight", None):
+        engine = new_engine(config(layout(pipeline=2)))
+        before = whole_state(engine)
+        hooks = []
+        if wrong in named_specs(engine.model):
+            hooks.append(named_specs(engine.model)[wrong].register_hook(lambda g: g * math.nan))
+        if wrong is None and rank == 1:
+            hooks.append(engine.model.layers[-1].register_forward_hook(lambda m, i, o: o * math.inf))
+        with pytest.raises(NonFiniteError, match="the loss is") as error:
+            engine.train_step(batches_of(engine, 1), 1e-3, False)
+        found = error.value.micro_batches
+        assert list(found) == [0, 1, 2, 3]
+        # All gradients are bad where the loss is; the head's comes first in the backward pass.
+        assert set(found.values()) == {wrong or "model.norm.weight"}
+        for hook in hooks:
+            hook.remove()
+        after = whole_state(engine)
+        assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+        # What was wrong once does no harm afterwards.
+        np.testing.assert_allclose(train(engine, 1, 2), curve[:2], rtol=1e-5)
+
+
+def whole_state(engine) -> dict[str, torch.Tensor]:
+    """The state of all stages, on all ranks."""
+    stages: list[dict[str, torch.Tensor]] = [{}] * torch.distributed.get_world_size()
+    mine = {name: tensor.clone() for name, tensor in engine.state()}
+    torch.distributed.all_gather_object(stages, mine)
+    return {name: tensor for stage in stages for name, tensor in stage.items()}
+
+
 def check_drift() -> None:
     """One bit of one parameter on one rank is noticed by all, whatever holds it: data or tensor ranks."""
     from megatron_mea.training.replicas import ReplicaError, check_replicas
@@ -254,7 +157,7 @@ def check_drift() -> None:
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_engine(world_size):
     curves = run_distributed(checks_on_this_rank, world_size)
-    expected = plain_training(config())
+    expected, _, _ = plain_training(config())
     for curve in curves:
         np.testing.assert_allclose(curve, expected, rtol=1e-5)
 

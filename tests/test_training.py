@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from megatron_mea.checkpoint.folder import checkpoints_of, damage
 from megatron_mea.checkpoint.tensors import read_tensors, tensor_shapes
@@ -82,6 +83,13 @@ def rows(config: Path, name: str) -> list[dict]:
     for row in found:
         row.pop("tokens_per_second", None)
     return found
+
+
+def scalars(config: Path, name: str) -> set[str]:
+    """The names of what TensorBoard shows."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return set(EventAccumulator(str(config.parent / name / "tensorboard")).Reload().Tags()["scalars"])
 
 
 def newest(config: Path, name: str) -> dict[str, torch.Tensor]:
@@ -223,16 +231,32 @@ def test_two_processes_equal_one_to_rounding(config, whole):
     assert json.loads((config.parent / "two/FINISHED").read_text())["step"] == 64
 
 
-def test_a_layout_changes_rounding_only(config, whole):
-    """Tensor x data parallel with sequence parallelism and ZeRO 2, stopped, then on with ZeRO 3 on two ranks."""
-    parallel = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
-    status, _ = interrupt(config, "layout", 12, signal.SIGTERM, *parallel, "parallel.zero_stage=2", processes=4)
+def test_a_layout_changes_rounding_only(config, whole, tmp_path):
+    """Three layouts, one after the other: what each saved the next one takes up, and the export is the same."""
+    from megatron_mea.cli import main
+
+    cut = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
+    status, _ = interrupt(config, "layout", 12, signal.SIGTERM, *cut, "parallel.zero_stage=2", processes=4)
     assert status == 0
+    staged = "parallel.pipeline_model_parallel_size=2"
+    status, output = interrupt(config, "layout", 32, signal.SIGUSR2, *cut, staged, processes=4)
+    assert status == 0
+    assert "changed since then: parallel.pipeline_model_parallel_size: 1 -> 2" in output
+    assert scalars(config, "layout") == scalars(config, "whole")
     output = train(config, "layout", "parallel.zero_stage=3", processes=2)
     assert "changed since then: parallel.tensor_model_parallel_size: 2 -> 1" in output
     for ours, theirs in zip(rows(config, "layout"), rows(config, "whole"), strict=True):
         assert ours.get("loss", 0) == pytest.approx(theirs.get("loss", 0), rel=1e-4)
         assert ours.get("validation_loss", 0) == pytest.approx(theirs.get("validation_loss", 0), rel=1e-4)
+
+    exported = []
+    for name in ("layout", "whole"):
+        out = tmp_path / name
+        assert main(["export", str(config.parent / name), str(out)]) == 0
+        exported.append(load_file(out / "model.safetensors"))
+    assert exported[0].keys() == exported[1].keys()
+    for name, expected in exported[1].items():
+        torch.testing.assert_close(exported[0][name], expected, rtol=0, atol=2e-3, msg=name)
 
 
 def test_a_damaged_checkpoint_is_set_aside(config, whole):

@@ -1,0 +1,137 @@
+"""Training engines on small models, and the plain float64 loop that they are compared with."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from models import SMALL
+
+from megatron_mea.config import Config
+from megatron_mea.config.load import parse_config
+from megatron_mea.data.corpora import Batch
+from megatron_mea.parallel.parameter import named_specs
+
+BATCH, MICRO = 8, 2
+
+
+def layout(tensor: int = 1, zero: int = 1, sequence: bool = False, pipeline: int = 1) -> dict:
+    """The `parallel` section."""
+    return {
+        "tensor_model_parallel_size": tensor,
+        "pipeline_model_parallel_size": pipeline,
+        "zero_stage": zero,
+        "sequence_parallel": sequence,
+    }
+
+
+def config(
+    parallel: dict | None = None,
+    model: dict | None = None,
+    steps: int = 6,
+    seq_length: int = 12,
+    training: dict | None = None,
+    **optimizer,
+) -> Config:
+    """A few steps of a small MEA model in fp32, eps large enough that rounding does not flip signs in Adam."""
+    return parse_config(
+        {
+            "model": SMALL
+            | {"attention_variant": "mea", "num_component_heads": 2, "initializer_range": 0.1}
+            | (model or {}),
+            "parallel": parallel or {},
+            "data": {"tokenizer": "none", "train": [{"path": "none"}], "seq_length": seq_length},
+            "optimizer": {"lr": 1e-3, "eps": 1e-6, "grad_clip": 0.5} | optimizer,
+            "schedule": {"warmup_steps": 2},
+            "training": {
+                "steps": steps,
+                "global_batch_size": BATCH,
+                "micro_batch_size": MICRO,
+                "precision": "fp32",
+                "seed": 3,
+            }
+            | (training or {}),
+            "run": {"dir": "none"},
+        }
+    )
+
+
+def global_batch(settings: Config, step: int) -> np.ndarray:
+    """(batch, seq + 1) token ids"""
+    shape = (BATCH, settings.data.seq_length + 1)
+    return np.random.default_rng(step).integers(0, settings.model.vocab_size, shape)
+
+
+def batches_of(engine, step: int) -> list[Batch]:
+    """The micro-batches of this engine's data rank."""
+    settings, grid = engine.config, engine.grid
+    seq = settings.data.seq_length
+    tokens = global_batch(settings, step).reshape(-1, grid.data_size, MICRO, seq + 1)[:, grid.data_rank]
+    positions = np.broadcast_to(np.arange(seq), (MICRO, seq))
+    return [Batch(micro[:, :-1], positions, micro[:, 1:]) for micro in tokens]
+
+
+def plain_training(settings: Config) -> tuple[list[tuple[float, float]], float, dict[str, np.ndarray]]:
+    """Whole batches, one process, torch's AdamW and clipping, float64.
+
+    Returns:
+        (loss, gradient norm) of each step, the loss on one more batch, and the parameters by name.
+    """
+    from megatron_mea.model.decoder import Decoder
+    from megatron_mea.parallel.parameter import initialize
+    from megatron_mea.training.schedule import learning_rate
+
+    seq = settings.data.seq_length
+    model = Decoder(settings.model)
+    initialize(model, settings.training.seed)
+    model.double()
+    named = named_specs(model)
+    decayed = [p for n, p in named.items() if n.endswith(("proj.weight", "embed_tokens.weight", "lm_head.weight"))]
+    exempt = [p for p in named.values() if not any(p is other for other in decayed)]
+    assert len(exempt) == sum("hlc" in name or "norm" in name or name.endswith("bias") for name in named)
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": exempt, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=settings.optimizer.eps)
+
+    def loss_of(step: int) -> torch.Tensor:
+        tokens = torch.from_numpy(global_batch(settings, step))
+        return model(tokens[:, :-1], torch.arange(seq).expand(BATCH, seq), tokens[:, 1:]) / (BATCH * seq)
+
+    results = []
+    for step in range(1, settings.steps + 1):
+        loss = loss_of(step)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optimizer.grad_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(settings, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        results.append((loss.item(), norm.item()))
+    return results, loss_of(settings.steps + 1).item(), {n: p.detach().numpy() for n, p in named.items()}
+
+
+def new_engine(settings: Config, initialized: bool = True):
+    """The engine of this rank; collective."""
+    from megatron_mea.model.decoder import Decoder
+    from megatron_mea.model.stages import pipeline_stages
+    from megatron_mea.parallel.parameter import initialize
+    from megatron_mea.training.engine import Engine
+    from megatron_mea.training.pipeline import PipelineEngine
+    from megatron_mea.training.processes import build_grid
+
+    grid = build_grid(settings)
+    stage = pipeline_stages(settings.model, grid.pipeline_size)[grid.pipeline_rank]
+    model = Decoder(settings.model, settings.training.activation_checkpointing == "full", grid.tensor, stage)
+    if initialized:
+        initialize(model, settings.training.seed)
+    make = PipelineEngine if grid.pipeline_size > 1 else Engine
+    return make(settings, model, torch.device("cpu"), grid)
+
+
+def train(engine, first: int, last: int) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of the steps from `first` to `last`."""
+    from megatron_mea.training.schedule import learning_rate
+
+    results = []
+    for step in range(first, last + 1):
+        result = engine.train_step(batches_of(engine, step), learning_rate(engine.config, step), False)
+        results.append((result.loss, result.grad_norm))
+    return results
