@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -73,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    sources = "text: .txt, .jsonl(.gz, .zst), .parquet, a folder of those or of `datasets`, or a hub name"
+    sources = "text: .txt, .jsonl(.gz, .zst), .parquet, a folder of those or of `datasets`, or a hub NAME[:CONFIG]"
 
     sub = verb(
         "tokenizer",
@@ -98,6 +99,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--text-key", default="text", help="field of a document's text (default: text)")
     sub.add_argument("--split", default="train", help="split of a `datasets` source (default: train)")
     sub.add_argument("--workers", type=int, default=None, help="processes (default: the cores of this machine)")
+    broken = "part of the lines and rows that may be broken and left out (default: 0.01)"
+    sub.add_argument("--max-broken", type=float, default=0.01, metavar="SHARE", help=broken)
 
     sub = verb(
         "train",
@@ -107,6 +110,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("config", metavar="CONFIG", help="a YAML file")
     sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted keys of the YAML and new values")
+
+    sub = verb(
+        "plan",
+        _plan,
+        "check a configuration and say what it needs: memory, FLOPs, communication; allocates nothing",
+        "configs/quickstart.yaml parallel.tensor_model_parallel_size=2 --world-size 4",
+    )
+    sub.add_argument("config", metavar="CONFIG", help="a YAML file")
+    sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted keys of the YAML and new values")
+    sub.add_argument("--world-size", type=int, metavar="N", help="processes (default: one copy of the model)")
+    sub.add_argument("--json", action="store_true", help="for machines: bytes, counts and FLOPs")
 
     sub = verb("inspect", _inspect, "show a checkpoint and verify it", "runs/quickstart/run/checkpoints/step_00000500")
     sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint folder, or a run folder (its newest)")
@@ -151,8 +165,16 @@ def _prepare(arguments: argparse.Namespace) -> None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if workers < 1:
         raise UserError("--workers", workers, "at least 1")
+    if not 0 <= arguments.max_broken <= 1:
+        raise UserError("--max-broken", arguments.max_broken, "0 to 1")
     documents, tokens = prepare(
-        arguments.input, arguments.tokenizer, arguments.out, arguments.text_key, arguments.split, workers
+        arguments.input,
+        arguments.tokenizer,
+        arguments.out,
+        arguments.text_key,
+        arguments.split,
+        workers,
+        arguments.max_broken,
     )
     print(f"wrote {arguments.out}.bin and .idx: {documents:,} documents, {tokens:,} tokens")
 
@@ -168,6 +190,19 @@ def _train(arguments: argparse.Namespace) -> None:
     from megatron_mea.training.run import train
 
     train(config, stop)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    if arguments.world_size is not None and arguments.world_size < 1:
+        raise UserError("--world-size", arguments.world_size, "at least 1")
+    from megatron_mea.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+
+    from megatron_mea.cluster.plan import as_json, as_text, make_plan
+
+    plan = make_plan(config, arguments.world_size)
+    print(json.dumps(as_json(plan), indent=2) if arguments.json else as_text(plan))
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

@@ -8,6 +8,10 @@ begins (a leading 0 and the total included). Ours has one sequence a document. F
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import glob
+import mmap
 import os
 import struct
 from pathlib import Path
@@ -27,6 +31,8 @@ _TYPES = {
     5: np.int64,
     8: np.uint16,
 }
+_BLOCK = 1 << 18
+"""Documents whose places are handled at a time."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -37,46 +43,91 @@ def token_dtype(vocab_size: int) -> np.dtype:
 class IndexedWriter:
     """Writes documents to PREFIX.bin and PREFIX.idx; both appear when `commit` returns, or neither.
 
-    Used as a context manager: leaving it by an exception removes what was written beside the final names.
+    Used as a context manager: leaving it by an exception removes what was written beside the final names, and what a
+    killed process left there goes when the next one begins. Takes no memory for what it has written.
+
+    Attributes:
+        documents: how many were added.
+        tokens: how many were added.
     """
 
     def __init__(self, prefix: str | Path, dtype: np.dtype) -> None:
         self.prefix, self.dtype = str(prefix), np.dtype(dtype)
+        self.documents, self.tokens = 0, 0
+        _remove_leftovers(Path(prefix))
         # A process id in the names keeps two commands on the same prefix from writing into one file.
         self._bin, self._idx = (Path(f"{self.prefix}.{kind}.tmp-{os.getpid()}") for kind in ("bin", "idx"))
-        self._lengths: list[np.ndarray] = []
-        self._stream: BinaryIO = self._bin.open("wb")
+        self._data: BinaryIO = self._bin.open("wb")
+        self._index: BinaryIO = self._idx.open("w+b")
+        for stream in (self._data, self._index):
+            _lock(stream)
+        # The lengths follow the header, so they can be written as they come.
+        self._index.write(bytes(_HEADER.size))
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Appends documents: their tokens one after another, and the length of each."""
-        self._stream.write(np.ascontiguousarray(tokens, dtype=self.dtype).tobytes())
-        self._lengths.append(np.asarray(lengths, dtype=np.int32))
+        """Appends documents: their tokens one after another, and the length of each.
+
+        Raises:
+            ValueError: an id does not fit the type of the file.
+        """
+        allowed = np.iinfo(self.dtype)
+        if tokens.size and not (allowed.min <= tokens.min() and tokens.max() <= allowed.max):
+            raise ValueError(f"ids from {tokens.min()} to {tokens.max()} do not fit {self.dtype}")
+        self._data.write(np.ascontiguousarray(tokens, dtype=self.dtype).tobytes())
+        self._index.write(np.asarray(lengths, dtype=np.int32).tobytes())
+        self.documents += len(lengths)
+        self.tokens += tokens.size
 
     def commit(self) -> tuple[int, int]:
         """Flushes both files to disk and gives them their names; returns (documents, tokens)."""
-        _flush(self._stream)
-        lengths = np.concatenate([*self._lengths, np.empty(0, np.int32)])
-        ends = np.cumsum(lengths, dtype=np.int64)
-        offsets = (ends - lengths) * self.dtype.itemsize
+        _flush(self._data)
+        end = 0
+        for start in range(0, self.documents, _BLOCK):
+            count = min(_BLOCK, self.documents - start)
+            self._index.seek(_HEADER.size + 4 * start)
+            lengths = np.frombuffer(self._index.read(4 * count), np.int32).astype(np.int64)
+            ends = end + np.cumsum(lengths)
+            self._index.seek(0, os.SEEK_END)
+            self._index.write(((ends - lengths) * self.dtype.itemsize).tobytes())
+            end = int(ends[-1])
+        for start in range(0, self.documents + 1, _BLOCK):
+            self._index.write(np.arange(start, min(start + _BLOCK, self.documents + 1), dtype=np.int64).tobytes())
         code = next(code for code, kind in _TYPES.items() if np.dtype(kind) == self.dtype)
-        with self._idx.open("wb") as stream:
-            stream.write(_HEADER.pack(MAGIC, 1, code, lengths.size, lengths.size + 1))
-            for array in (lengths, offsets, np.arange(lengths.size + 1, dtype=np.int64)):
-                stream.write(array.tobytes())
-            _flush(stream)
+        self._index.seek(0)
+        self._index.write(_HEADER.pack(MAGIC, 1, code, self.documents, self.documents + 1))
+        _flush(self._index)
         # An old .idx must never describe a new .bin, so it goes first and the new one comes last.
         Path(f"{self.prefix}.idx").unlink(missing_ok=True)
         self._bin.replace(f"{self.prefix}.bin")
         self._idx.replace(f"{self.prefix}.idx")
-        return lengths.size, int(ends[-1]) if lengths.size else 0
+        return self.documents, self.tokens
 
     def __enter__(self) -> IndexedWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stream.close()
+        self._data.close()
+        self._index.close()
         for path in (self._bin, self._idx):
             path.unlink(missing_ok=True)
+
+
+def _remove_leftovers(prefix: Path) -> None:
+    """Removes the files of writers that no longer live, as their locks tell."""
+    for kind in ("bin", "idx"):
+        for path in prefix.parent.glob(f"{glob.escape(prefix.name)}.{kind}.tmp-*"):
+            with contextlib.suppress(OSError), path.open("r+b") as stream:
+                if _lock(stream):
+                    path.unlink()
+
+
+def _lock(stream: BinaryIO) -> bool:
+    """Whether this process could lock the file; False as well where the file system has no locks."""
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 class IndexedReader:
@@ -114,16 +165,19 @@ class IndexedReader:
         self.lengths = np.frombuffer(raw, np.int32, sequences, at)
         offsets = np.frombuffer(raw, np.int64, sequences, at + 4 * sequences)
         self.documents = np.frombuffer(raw, np.int64, boundaries, at + 12 * sequences)
-        count = int(self.lengths.sum(dtype=np.int64))
-        needed = count * self.dtype.itemsize
-        if data.stat().st_size != needed:
-            mend = "copy the file again, or run `megatron-mea prepare` again"
-            raise UserError(str(data), f"{data.stat().st_size} bytes", f"the {needed} that its .idx announces", mend)
-        if sequences and not _contiguous(offsets, self.lengths, self.dtype.itemsize):
+        if not _contiguous(offsets, self.lengths, self.dtype.itemsize):
             raise UserError(
                 str(index), "sequences that do not follow one another", "sequences in the order of the .bin"
             )
-        self.tokens = np.memmap(data, mode="r", dtype=self.dtype) if count else np.empty(0, self.dtype)
+        if not _divides(self.documents, sequences):
+            found = "documents that do not divide its sequences"
+            raise UserError(str(index), found, f"rising boundaries from 0 to {sequences}")
+        # By the last sequence alone: a sum would read the whole index, gigabytes of it for a large corpus.
+        needed = int(offsets[-1]) + int(self.lengths[-1]) * self.dtype.itemsize if sequences else 0
+        if data.stat().st_size != needed:
+            mend = "copy the file again, or run `megatron-mea prepare` again"
+            raise UserError(str(data), f"{data.stat().st_size} bytes", f"the {needed} that its .idx announces", mend)
+        self.tokens = _mapped(data, self.dtype) if needed else np.empty(0, self.dtype)
 
     def check_ids(self, vocab_size: int, allowed: str, mend: str = "", sample: int = 1 << 27) -> None:
         """Looks at up to `sample` tokens, in 64 blocks spread evenly.
@@ -131,10 +185,12 @@ class IndexedReader:
         Raises:
             UserError: an id is negative or not below `vocab_size`; `allowed` and `mend` are for its message.
         """
-        total = self.tokens.size
-        block = total if total <= sample else sample // 64
-        for start in np.unique(np.linspace(0, total - block, 64, dtype=np.int64)):
-            check_ids(self.tokens[start : start + block], vocab_size, f"{self.prefix}.bin", allowed, mend)
+        path = f"{self.prefix}.bin"
+        for start, stop in _blocks(self.tokens.size, sample):
+            for at in range(start, stop, 1 << 20):
+                # From the file, whose blocks the kernel reads ahead, and not through the mapping.
+                tokens = np.fromfile(path, self.dtype, min(1 << 20, stop - at), offset=at * self.dtype.itemsize)
+                check_ids(tokens, vocab_size, path, allowed, mend)
 
 
 def check_ids(tokens: np.ndarray, vocab_size: int, where: str, allowed: str, mend: str = "") -> None:
@@ -144,16 +200,39 @@ def check_ids(tokens: np.ndarray, vocab_size: int, where: str, allowed: str, men
             raise UserError(where, f"token id {extreme}", allowed, mend)
 
 
+def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
+    """The file as a read-only array for windows in random order, each of a few pages."""
+    with path.open("rb") as stream:
+        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    # Else the kernel reads what lies around every window as well: megabytes, where the disk is set up for that.
+    mapped.madvise(mmap.MADV_RANDOM)
+    return np.frombuffer(mapped, dtype)
+
+
 def _contiguous(offsets: np.ndarray, lengths: np.ndarray, itemsize: int) -> bool:
-    """Whether every sequence begins where the one before it ends, checked in blocks of constant memory."""
-    if offsets[0] != 0:
+    """Whether every sequence begins where the one before it ends, by a sample of a large index."""
+    if offsets.size and offsets[0] != 0:
         return False
-    for start in range(0, offsets.size - 1, 1 << 20):
-        stop = min(start + (1 << 20), offsets.size - 1)
+    for start, stop in _blocks(offsets.size - 1, 1 << 22):
         expected = offsets[start:stop] + lengths[start:stop].astype(np.int64) * itemsize
         if not np.array_equal(offsets[start + 1 : stop + 1], expected):
             return False
     return True
+
+
+def _divides(documents: np.ndarray, sequences: int) -> bool:
+    """Whether the boundaries rise from 0 to the number of sequences, by a sample of a large index."""
+    if not documents.size or documents[0] != 0 or documents[-1] != sequences:
+        return False
+    return all((np.diff(documents[start : stop + 1]) >= 0).all() for start, stop in _blocks(documents.size, 1 << 22))
+
+
+def _blocks(total: int, sample: int) -> list[tuple[int, int]]:
+    """Begin and end of 64 blocks of `sample` entries together, spread evenly; of all entries where these are fewer."""
+    if total <= sample:
+        return [(0, max(total, 0))]
+    block = sample // 64
+    return [(int(start), int(start) + block) for start in np.linspace(0, total - block, 64, dtype=np.int64)]
 
 
 def _flush(stream: BinaryIO) -> None:

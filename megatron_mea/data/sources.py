@@ -1,34 +1,149 @@
-"""Where documents come from: text, JSON lines, parquet, a `datasets` folder or a name on the hub; all streamed."""
+"""Where documents come from: text, JSON lines, parquet, a `datasets` folder or a name on the hub; all streamed.
+
+A file is cut into records (a line, a row, a paragraph block) without looking into them, and batches of records are
+read into texts afterwards: cutting is cheap and in order, reading can go on in other processes.
+"""
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import json
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from megatron_mea.errors import UserError
+from megatron_mea.errors import Problem, RunError, UserError
 
 _KINDS = ".txt, .jsonl, .jsonl.gz, .jsonl.zst or .parquet"
+_TEXT_KEY = "give the right one with --text-key"
+_BATCH = 1 << 18
+"""Bytes of text in a batch, where its last record does not exceed it: some 0.1 s for a tokenizer."""
+
+MAX_BROKEN = 0.01
+"""The share of records that may be broken and left out."""
 
 
-def documents(sources: Sequence[str], text_key: str = "text", split: str = "train") -> Iterator[str]:
+class _Unreadable(Exception):
+    """A record that is no text: found, allowed, how to mend it, and how many lines into the record."""
+
+    def __init__(self, found: str, allowed: str, mend: str = "", line: int = 0) -> None:
+        super().__init__(found)
+        self.found, self.allowed, self.mend, self.line = found, allowed, mend, line
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Records of one source, not yet looked into.
+
+    Attributes:
+        source: the file or dataset.
+        unit: what the numbers count, `line` (from 1) or `row` (from 0).
+        numbers: where each record begins.
+        records: bytes of a file, or the values of a column.
+        read: the texts of a record, given the text key; raises `_Unreadable`.
+    """
+
+    source: str
+    unit: str
+    numbers: list[int]
+    records: list[Any]
+    read: Callable[[Any, str], list[str]]
+
+    def texts(self, text_key: str) -> tuple[list[str], list[Problem]]:
+        """The documents, empty ones left out, and what is wrong with each broken record."""
+        texts: list[str] = []
+        broken = []
+        for number, record in zip(self.numbers, self.records, strict=True):
+            try:
+                texts += [text for text in self.read(record, text_key) if not text.isspace() and text]
+            except _Unreadable as error:
+                where = f"{self.source}, {self.unit} {number + error.line}"
+                broken.append(Problem(where, error.found, error.allowed, error.mend))
+        return texts, broken
+
+
+class BrokenRecords:
+    """Counts records and the broken ones among them, and ends the work when these are too many.
+
+    Args:
+        share: what part of the records may be broken, from 0 to 1.
+    """
+
+    def __init__(self, share: float = MAX_BROKEN) -> None:
+        self.share, self.read, self.count = share, 0, 0
+        self.first: list[Problem] = []
+
+    def add(self, read: int, broken: Sequence[Problem]) -> None:
+        """Raises UserError as soon as even 10,000 records could not hold so many broken ones."""
+        self.read += read
+        self.count += len(broken)
+        self.first += broken[: 20 - len(self.first)]
+        if self.count > self.share * max(self.read, 10_000):
+            raise self._error()
+
+    def close(self) -> None:
+        """Raises UserError where, after the last record, too many were broken; else reports them on stderr."""
+        if self.count > self.share * self.read:
+            raise self._error()
+        if self.count:
+            print(f"left out {self._summary()}:", file=sys.stderr)
+            for problem in self.first:
+                print(f"  {problem.where}: {problem.found}", file=sys.stderr)
+            if self.count > len(self.first):
+                print(f"  ... and {self.count - len(self.first):,} more", file=sys.stderr)
+
+    def _error(self) -> UserError:
+        if self.count == 1:
+            return UserError.of(self.first)
+        return UserError.of(self.first[:3], f"{self._summary()}, and at most {self.share:.2%} may be")
+
+    def _summary(self) -> str:
+        return f"{self.count:,} of {self.read:,} lines and rows that are broken"
+
+
+def documents(
+    sources: Sequence[str], text_key: str = "text", split: str = "train", broken: BrokenRecords | None = None
+) -> Iterator[str]:
     """The texts of all documents of all sources, in order; empty ones are left out.
 
     Args:
         sources: files, folders (of such files, or written by `datasets`), or names on the Hugging Face hub.
         text_key: the field or column that holds a document's text.
         split: which split of a `datasets` folder or hub name.
+        broken: counts the records; the default allows MAX_BROKEN.
 
     Raises:
-        UserError: a source is missing or unreadable, has no such field, or a line is broken; names file and line.
+        UserError: a source is missing or unreadable, has no such column, or too many of its lines are broken.
+    """
+    broken = broken or BrokenRecords()
+    for batch in batches(sources, text_key, split):
+        texts, problems = batch.texts(text_key)
+        yield from texts
+        broken.add(len(batch.records), problems)
+    broken.close()
+
+
+def batches(sources: Sequence[str], text_key: str = "text", split: str = "train") -> Iterator[Batch]:
+    """All records of all sources, in order; how they are cut into batches depends on the sources alone.
+
+    Raises:
+        UserError: a source is missing or unreadable, or has no such column.
+        RunError: a dataset breaks off.
     """
     for source in sources:
-        for text in _open(source, text_key, split):
-            if text.strip():
-                yield text
+        path = Path(source)
+        if path.is_dir() and not _is_datasets_folder(path):
+            for file in _files(path):
+                yield from _reader(file)(file, text_key)
+        elif path.is_file():
+            yield from _reader(path)(path, text_key)
+        else:
+            yield from _from_datasets(source, text_key, split)
 
 
 def check_sources(sources: Sequence[str]) -> None:
@@ -42,17 +157,6 @@ def check_sources(sources: Sequence[str]) -> None:
             _reader(path)
         elif _looks_like_a_file(source):
             raise UserError(source, "no such file or folder", f"a {_KINDS} file, a folder, or a hub name")
-
-
-def _open(source: str, text_key: str, split: str) -> Iterator[str]:
-    path = Path(source)
-    if path.is_dir() and not _is_datasets_folder(path):
-        for file in _files(path):
-            yield from _reader(file)(file, text_key)
-    elif path.is_file():
-        yield from _reader(path)(path, text_key)
-    else:
-        yield from _from_datasets(source, text_key, split)
 
 
 def _looks_like_a_file(source: str) -> bool:
@@ -76,122 +180,192 @@ def _is_datasets_folder(path: Path) -> bool:
     return (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file()
 
 
-def _reader(path: Path) -> Callable[[Path, str], Iterator[str]]:
+def _reader(path: Path) -> Callable[[Path, str], Iterator[Batch]]:
     try:
         return _READERS[_suffix(path)]
     except KeyError:
         raise UserError(str(path), f"a file of kind {_suffix(path)!r}", f"{_KINDS}") from None
 
 
-def _from_text(path: Path, text_key: str) -> Iterator[str]:
-    """Blank lines separate documents; a file without one is one document."""
-    paragraph: list[str] = []
-    for _, line in _lines(path):
-        if line.strip():
-            paragraph.append(line)
-        elif paragraph:
-            yield "".join(paragraph).rstrip("\n")
-            paragraph = []
-    if paragraph:
-        yield "".join(paragraph).rstrip("\n")
+def _batched(
+    source: str, unit: str, records: Iterator[tuple[int, Any]], read: Callable[[Any, str], list[str]]
+) -> Iterator[Batch]:
+    numbers: list[int] = []
+    held: list[Any] = []
+    size = 0
+    for number, record in records:
+        numbers.append(number)
+        held.append(record)
+        size += len(record) if isinstance(record, (bytes, str)) else 1
+        if size >= _BATCH:
+            yield Batch(source, unit, numbers, held, read)
+            numbers, held, size = [], [], 0
+    if held:
+        yield Batch(source, unit, numbers, held, read)
 
 
-def _from_json_lines(path: Path, text_key: str) -> Iterator[str]:
+def _from_text(path: Path, text_key: str) -> Iterator[Batch]:
+    return _batched(str(path), "line", _blocks(path), _read_block)
+
+
+def _blocks(path: Path) -> Iterator[tuple[int, bytes]]:
+    """What lies between blank lines; a file without one is one block."""
+    begin, block = 0, []
     for number, line in _lines(path):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        # Besides broken JSON, numbers and nestings beyond Python's limits.
-        except (ValueError, RecursionError) as error:
-            reason = getattr(error, "msg", error)
-            raise UserError(where, f"broken JSON: {reason}", "one JSON object a line") from None
-        if not isinstance(record, dict):
-            raise UserError(where, f"a JSON {type(record).__name__}", "one JSON object a line")
-        yield _text_of(record, text_key, where)
+        if not line.isspace():
+            begin = begin if block else number
+            block.append(line)
+        elif block:
+            yield begin, b"".join(block)
+            block = []
+    if block:
+        yield begin, b"".join(block)
 
 
-def _from_parquet(path: Path, text_key: str) -> Iterator[str]:
+def _read_block(raw: bytes, text_key: str) -> list[str]:
+    """Usually one document; more where a blank line has other blanks than ASCII's, or lines end in a bare \\r."""
+    documents: list[list[str]] = [[]]
+    for line in io.StringIO(_decoded(raw), newline=None):
+        if line.isspace():
+            documents.append([])
+        else:
+            documents[-1].append(line)
+    return ["".join(lines).removesuffix("\n") for lines in documents]
+
+
+def _from_json_lines(path: Path, text_key: str) -> Iterator[Batch]:
+    lines = ((number, line) for number, line in _lines(path) if not line.isspace())
+    return _batched(str(path), "line", lines, _read_json)
+
+
+def _read_json(raw: bytes, text_key: str) -> list[str]:
+    # Without its end, which in a string that was cut off would be what the message speaks of.
+    line = _decoded(raw.rstrip(b"\r\n"))
+    try:
+        record = json.loads(line)
+    # Besides broken JSON, numbers and nestings beyond Python's limits.
+    except (ValueError, RecursionError) as error:
+        raise _Unreadable(f"broken JSON: {getattr(error, 'msg', error)}", "one JSON object a line") from None
+    if not isinstance(record, dict):
+        raise _Unreadable(f"a JSON {type(record).__name__}", "one JSON object a line")
+    if text_key not in record:
+        raise _Unreadable(f"the fields {', '.join(record)}", f"text in the field {text_key!r}", _TEXT_KEY)
+    return _read_value(record[text_key], text_key)
+
+
+def _read_value(text: Any, text_key: str) -> list[str]:
+    if not isinstance(text, str):
+        raise _Unreadable(type(text).__name__, f"text in the field {text_key!r}", _TEXT_KEY)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        # JSON can spell half of a surrogate pair, which is no character.
+        raise _Unreadable(f"no Unicode text ({error.reason})", "text that UTF-8 can write") from None
+    return [text]
+
+
+def _decoded(raw: bytes) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start)
+        raise _Unreadable(f"not UTF-8 ({error.reason})", "UTF-8 text", line=line) from None
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Line numbers from 1 and lines; `.gz` and `.zst` are decompressed on the way."""
+    try:
+        with _open_binary(path) as stream:
+            first = stream.readline().removeprefix(codecs.BOM_UTF8)
+            if first:
+                yield 1, first
+            yield from enumerate(stream, start=2)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(str(path), f"not readable: {error}", "a readable, whole file") from None
+
+
+def _open_binary(path: Path) -> io.BufferedReader:
+    if path.suffix.lower() == ".gz":
+        return io.BufferedReader(gzip.open(path), 1 << 17)
+    if path.suffix.lower() == ".zst":
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"), 1 << 17)
+    return path.open("rb", 1 << 17)
+
+
+def _from_parquet(path: Path, text_key: str) -> Iterator[Batch]:
+    return _batched(str(path), "row", enumerate(_parquet_values(path, text_key)), _read_value)
+
+
+def _parquet_values(path: Path, text_key: str) -> Iterator[Any]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
-            names = file.schema_arrow.names
-            if text_key not in names:
-                raise UserError(str(path), f"the columns {', '.join(names)}", f"a column {text_key!r}", _TEXT_KEY)
-            row = 0
+            _check_column(str(path), file.schema_arrow.names, text_key)
             for batch in file.iter_batches(batch_size=256, columns=[text_key]):
-                for text in batch.column(0).to_pylist():
-                    yield _text_of({text_key: text}, text_key, f"{path}, row {row}")
-                    row += 1
+                yield from batch.column(0).to_pylist()
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise UserError(str(path), f"not readable as parquet: {error}", "a parquet file") from None
 
 
-def _from_datasets(source: str, text_key: str, split: str) -> Iterator[str]:
+def _from_datasets(source: str, text_key: str, split: str) -> Iterator[Batch]:
+    return _batched(source, "row", enumerate(_dataset_values(source, text_key, split)), _read_value)
+
+
+def _dataset_values(source: str, text_key: str, split: str) -> Iterator[Any]:
+    data = _open_dataset(source, split)
+    # Not known before the first record, where a script or a web server makes the records.
+    if data.column_names is not None:
+        _check_column(source, data.column_names, text_key)
+        # The others may be pictures, which would be decoded for nothing.
+        data = data.select_columns([text_key])
+    rows = 0
+    try:
+        for record in data:
+            _check_column(source, list(record), text_key)
+            yield record[text_key]
+            rows += 1
+    except UserError:
+        raise
+    except Exception as error:
+        raise RunError(f"{source} broke off after {rows:,} rows: {_reason(error)}") from error
+
+
+def _open_dataset(source: str, split: str) -> Any:
+    """A folder of `datasets`, or a stream of NAME or NAME:CONFIG on the hub."""
     import datasets
 
     datasets.disable_progress_bars()
     try:
-        if Path(source).is_dir():
-            data = datasets.load_from_disk(source)
-            if isinstance(data, datasets.DatasetDict):
-                if split not in data:
-                    raise UserError(source, f"the splits {', '.join(data)}", f"a split {split!r}", "give --split")
-                data = data[split]
-        else:
-            data = datasets.load_dataset(source, split=split, streaming=True)
-    except UserError:
-        raise
+        if not Path(source).is_dir():
+            name, _, config = source.partition(":")
+            return datasets.load_dataset(name, config or None, split=split, streaming=True)
+        data = datasets.load_from_disk(source)
     # What a missing hub, a misspelt name and a broken folder raise differs by release and by network.
     except Exception as error:
-        reason = str(error).strip().splitlines()
-        found = f"neither a file nor a loadable dataset ({type(error).__name__}: {reason[0] if reason else ''})"
+        found = f"neither a file nor a loadable dataset ({_reason(error)})"
         raise UserError(source, found, f"a {_KINDS} file, a folder, or a hub name") from None
-    for row, record in enumerate(data):
-        yield _text_of(record, text_key, f"{source}, row {row}")
+    if isinstance(data, datasets.DatasetDict):
+        if split not in data:
+            raise UserError(source, f"the splits {', '.join(data)}", f"a split {split!r}", "give --split")
+        data = data[split]
+    return data
 
 
-_TEXT_KEY = "give the right one with --text-key"
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
-def _text_of(record: dict, text_key: str, where: str) -> str:
-    text = record.get(text_key)
-    if not isinstance(text, str):
-        found = f"the fields {', '.join(map(str, record))}" if text_key not in record else type(text).__name__
-        raise UserError(where, found, f"text in the field {text_key!r}", _TEXT_KEY)
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        # JSON can spell half of a surrogate pair, which is no character.
-        raise UserError(where, f"no Unicode text ({error.reason})", "text that UTF-8 can write") from None
-    return text
+def _check_column(source: str, names: Sequence[str], text_key: str) -> None:
+    if text_key not in names:
+        raise UserError(source, f"the columns {', '.join(names)}", f"a column {text_key!r}", _TEXT_KEY)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Line numbers from 1 and lines; `.gz` and `.zst` are decompressed on the way."""
-    try:
-        with _open_binary(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig") as stream:
-            yield from enumerate(stream, start=1)
-    except UnicodeDecodeError as error:
-        raise UserError(str(path), f"not UTF-8 ({error.reason})", "UTF-8 text") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(str(path), f"not readable: {error}", "a readable, whole file") from None
-
-
-def _open_binary(path: Path) -> io.BufferedIOBase:
-    if path.suffix.lower() == ".gz":
-        return gzip.open(path)
-    if path.suffix.lower() == ".zst":
-        import pyarrow
-
-        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
-    return path.open("rb")
-
-
-_READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
+_READERS: dict[str, Callable[[Path, str], Iterator[Batch]]] = {
     ".txt": _from_text,
     ".jsonl": _from_json_lines,
     ".jsonl.gz": _from_json_lines,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_mea.data.sources import check_sources, documents
-from megatron_mea.errors import UserError
+from megatron_mea.errors import RunError, UserError
 from megatron_mea.outputs import output_place
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ class _Sentences:
     """
 
     def __init__(self, sources: Sequence[str], text_key: str) -> None:
-        self.error: UserError | None = None
+        self.error: UserError | RunError | None = None
         self._lines = self._read(sources, text_key)
 
     def __iter__(self) -> Iterator[str]:
@@ -151,7 +151,7 @@ class _Sentences:
     def __next__(self) -> str:
         try:
             return next(self._lines)
-        except UserError as error:
+        except (UserError, RunError) as error:
             self.error = error
             raise
 

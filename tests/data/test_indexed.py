@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import struct
+import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_mea.data import indexed
 from megatron_mea.data.indexed import IndexedReader, IndexedWriter, token_dtype
 from megatron_mea.errors import UserError
 
@@ -182,7 +185,7 @@ def test_an_exception_before_commit_changes_nothing(old: bool, tmp_path: Path) -
     def broken_off() -> None:
         with IndexedWriter(tmp_path / "corpus", np.dtype("i4")) as writer:
             writer.add(np.asarray([7, 8]), np.asarray([2]))
-            assert len(names(tmp_path)) == len(before) + 1
+            assert len(names(tmp_path)) == len(before) + 2
             raise Stop
 
     with pytest.raises(Stop):
@@ -220,6 +223,44 @@ def test_a_halted_exchange_never_pairs_old_with_new(tmp_path: Path, monkeypatch:
     with pytest.raises(Stop):
         write(tmp_path / "corpus", "u2", [[9], [8, 7, 6]])
     with pytest.raises(UserError, match=r"corpus\.idx"):
+        IndexedReader(tmp_path / "corpus")
+
+
+def test_a_killed_writer_leaves_nothing_behind_the_next_one(tmp_path: Path) -> None:
+    for name in ("corpus.bin.tmp-1", "corpus.idx.tmp-1", "corpus.bin.tmp-1.mine", "corpus2.bin.tmp-1"):
+        (tmp_path / name).write_bytes(b"half")
+    with IndexedWriter(tmp_path / "corpus", np.dtype("u2")) as living:
+        living.add(np.asarray([1]), np.asarray([1]))
+        assert len(names(tmp_path)) == 3
+        # What a living writer has written stays, whoever looks at it.
+        script = (
+            "import sys; from megatron_mea.data.indexed import *; IndexedWriter(sys.argv[1], np.dtype('u2')).__exit__()"
+        )
+        subprocess.run([sys.executable, "-c", script, str(tmp_path / "corpus")], check=True)
+        assert living.commit() == (1, 1)
+    assert names(tmp_path) == ["corpus.bin", "corpus.idx", "corpus2.bin.tmp-1"]
+
+
+@pytest.mark.parametrize(("dtype", "token"), [("u2", 65536), ("u2", -1), ("i4", 2**31)])
+def test_an_id_beyond_the_type_is_never_written(dtype: str, token: int, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=str(token)):
+        write(tmp_path / "corpus", dtype, [[token]])
+    assert names(tmp_path) == []
+
+
+def test_an_index_of_several_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(indexed, "_BLOCK", 3)
+    for count in (2, 3, 4, 6, 7):
+        write(tmp_path / "corpus", "u2", [[7] * n for n in range(count)])
+        parsed = parse(tmp_path / "corpus")
+        assert parsed.offsets == [n * (n - 1) for n in range(count)]
+        assert parsed.documents == list(range(count + 1))
+
+
+@pytest.mark.parametrize("boundaries", [[1, 2, 3], [0, 1, 2], [0, 4], [0, 2, 1, 3], []])
+def test_documents_that_do_not_divide_the_sequences_are_refused(boundaries: list[int], tmp_path: Path) -> None:
+    by_hand(tmp_path / "corpus", "u2", [[1], [2], [3]], boundaries)
+    with pytest.raises(UserError, match=r"corpus\.idx\n.*documents that do not divide"):
         IndexedReader(tmp_path / "corpus")
 
 

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import gzip
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import sentencepiece
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from megatron_mea.cli import main
+from megatron_mea.data import sources
 from megatron_mea.data.indexed import IndexedReader
-from megatron_mea.data.prepare import prepare
-from megatron_mea.data.tokenizer import train_tokenizer
+from megatron_mea.data.prepare import Encoder, prepare
+from megatron_mea.data.sources import batches, documents
+from megatron_mea.data.tokenizer import load_tokenizer, train_tokenizer
 from megatron_mea.errors import UserError
 
 CORPUS = Path(__file__).parents[2] / "launch/quickstart/validation.jsonl.gz"
@@ -76,14 +85,35 @@ def test_equal_to_an_independent_encoding(tokenizer: Path, texts: list[str], tmp
     assert names(tmp_path) == ["corpus.jsonl", "out.bin", "out.idx"]
 
 
-def test_workers_do_not_change_a_byte(tokenizer: Path, texts: list[str], tmp_path: Path) -> None:
+def test_workers_do_not_change_a_byte(
+    tokenizer: Path,
+    texts: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    # More batches than wait at once, each file more than one, and broken lines in two of them.
+    monkeypatch.setattr(sources, "_BATCH", 1 << 12)
     # Long documents first, so that the first batch is the last one to be ready.
-    source = write(tmp_path / "corpus.jsonl", sorted(texts, key=len, reverse=True))
-    for workers in (1, 2):
-        prepare([source], tokenizer, tmp_path / f"out-{workers}", workers=workers)
+    ordered = sorted(texts, key=len, reverse=True)
+    inputs = [write(tmp_path / f"{name}.jsonl", ordered[part::3]) for part, name in enumerate("abc")]
+    for path in inputs[:2]:
+        Path(path).write_text("oops\n" + Path(path).read_text() + "[]\n")
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(Path(inputs[2]).read_bytes()))
+    pyarrow.parquet.write_table(pyarrow.table({"text": [*texts[:50], None]}), tmp_path / "e.parquet")
+    (tmp_path / "f.txt").write_text("\n\n".join(texts[:50]))
+    inputs += [str(tmp_path / name) for name in ("d.jsonl.gz", "e.parquet", "f.txt")]
+    assert len(list(batches(inputs))) > 30
+    said = []
+    for workers in (1, 2, 3):
+        prepare(inputs, tokenizer, tmp_path / f"out-{workers}", workers=workers)
+        said.append(capfd.readouterr().err)
+    assert "left out 5 of " in said[0]
+    assert said[0] == said[1] == said[2]
     for kind in ("bin", "idx"):
-        assert (tmp_path / f"out-1.{kind}").read_bytes() == (tmp_path / f"out-2.{kind}").read_bytes()
-    assert names(tmp_path) == ["corpus.jsonl", "out-1.bin", "out-1.idx", "out-2.bin", "out-2.idx"]
+        first, *others = [(tmp_path / f"out-{workers}.{kind}").read_bytes() for workers in (1, 2, 3)]
+        assert [other == first for other in others] == [True, True]
+    assert stored(tmp_path / "out-3") == encoded(tokenizer, list(documents(inputs)))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -94,7 +124,7 @@ def test_a_failing_source_leaves_nothing(workers: int, tokenizer: Path, texts: l
     Path(whole).write_text("".join([*lines[:250], '{"text": "cut of\n', *lines[250:]]))
     out = tmp_path / "made/here/out"
     with pytest.raises(UserError, match=r"corpus\.jsonl, line 251"):
-        prepare([whole], tokenizer, out, workers=workers)
+        prepare([whole], tokenizer, out, workers=workers, max_broken=0)
     # The folders that were made for it are gone too.
     assert names(tmp_path) == ["corpus.jsonl"]
     if workers == 1:
@@ -140,18 +170,19 @@ def test_command(
     # Imported here, because it takes seconds.
     import datasets
 
-    (tmp_path / "a.jsonl").write_text(json.dumps({"body": texts[0], "text": "wrong"}) + "\n")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"body": texts[0], "text": "wrong"}) + "\noops\n")
     parts = {"train": [texts[1]], "validation": texts[2:4]}
     folder = datasets.DatasetDict({name: datasets.Dataset.from_dict({"body": part}) for name, part in parts.items()})
     folder.save_to_disk(tmp_path / "b")
     monkeypatch.chdir(tmp_path)
-    options = ["--text-key", "body", "--split", "validation", "--workers", "1"]
+    options = ["--text-key", "body", "--split", "validation", "--workers", "1", "--max-broken", "0.5"]
     assert (
         main(["prepare", "--input", "a.jsonl", "b", "--tokenizer", str(tokenizer), "--out", "deep/out", *options]) == 0
     )
     expected = encoded(tokenizer, [texts[0], *texts[2:4]])
     assert stored(tmp_path / "deep/out") == expected
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "a.jsonl, line 2: broken JSON" in err
     assert "deep/out" in out
     assert f"3 documents, {sum(map(len, expected)):,} tokens" in out
 
@@ -161,6 +192,56 @@ def test_text_that_is_no_unicode_is_named(tokenizer: Path, tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"corpus\.jsonl, line 2"):
         prepare([str(tmp_path / "corpus.jsonl")], tokenizer, tmp_path / "out")
     assert names(tmp_path) == ["corpus.jsonl"]
+
+
+def byte_level(folder: Path) -> PreTrainedTokenizerFast:
+    """Another kind of tokenizer, whose file brings along truncation, padding and a token that begins every text."""
+    made = Tokenizer(models.BPE(unk_token=None))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=["<s>", "</s>", "<pad>"])
+    made.train_from_iterator(["in the beginning", "the end of the beginning"], trainer)
+    made.add_tokens(["beginning of"])
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    made.enable_truncation(7)
+    made.enable_padding(length=9, pad_id=2, pad_token="<pad>")
+    PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>").save_pretrained(folder)
+    return load_tokenizer(folder)
+
+
+def test_ids_are_those_of_transformers(texts: list[str], tmp_path: Path) -> None:
+    tokenizer = byte_level(tmp_path)
+    encoder = Encoder.of(tokenizer, tmp_path)
+    assert encoder.backend
+    some = [*texts[290:330], "the beginning of <s>the end</s>", " <pad> ", "\x00", ""]
+    expected = [
+        [*tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"], tokenizer.eos_token_id]
+        for text in some
+    ]
+    assert max(map(len, expected)) > 1000
+    # Without text for `tokenizers`, transformers itself is asked.
+    for same in (pickle.loads(pickle.dumps(encoder)), dataclasses.replace(encoder, backend="")):
+        tokens, lengths = same(some)
+        assert lengths.tolist() == [len(ids) for ids in expected]
+        assert tokens.tolist() == [token for ids in expected for token in ids]
+        assert [part.size for part in same([])] == [0, 0]
+
+
+class Own(PreTrainedTokenizerFast):
+    def _encode_plus(self, *arguments, **settings):
+        return super()._encode_plus(*arguments, **settings)
+
+
+def test_a_tokenizer_with_code_of_its_own_keeps_it(tokenizer: Path) -> None:
+    assert not Encoder.of(Own.from_pretrained(tokenizer), tokenizer).backend
+
+
+def test_ids_with_gaps_get_a_type_that_holds_them(tmp_path: Path) -> None:
+    made = Tokenizer(models.WordLevel({"a": 0, "</s>": 1, "far": 70_000}, unk_token="</s>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>").save_pretrained(tmp_path / "gaps")
+    prepare([write(tmp_path / "corpus.jsonl", ["a far a"])], tmp_path / "gaps", tmp_path / "out")
+    assert stored(tmp_path / "out") == [[0, 70_000, 0, 1]]
 
 
 @pytest.mark.parametrize("delay", [1.5, 6.0])
@@ -182,3 +263,63 @@ def test_an_interrupted_prepare_leaves_nothing(tmp_path, tokenizer, delay):
         assert process.returncode == status, err
         assert "Traceback" not in err
         assert not (tmp_path / "out").exists()
+
+
+def children(pid: int) -> list[int]:
+    stats = [path.read_text() for path in Path("/proc").glob("[0-9]*/stat") if path.exists()]
+    return [int(stat.split()[0]) for stat in stats if int(stat.rpartition(")")[2].split()[1]) == pid]
+
+
+def alive(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def until(condition: Callable[[], bool], seconds: float = 300) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def begun(tmp_path: Path, tokenizer: Path) -> Iterator[subprocess.Popen[str]]:
+    """`prepare` with two workers, more text than it can finish, and some of it written."""
+    (tmp_path / "big.jsonl").write_text('{"text": "In the beginning God created the heaven. "}\n' * 1_000_000)
+    command = ["prepare", "--input", "big.jsonl", "--tokenizer", str(tokenizer), "--out", "x", "--workers", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "megatron_mea", *command], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        until(lambda: any(path.stat().st_size for path in tmp_path.glob("x.bin.tmp-*")))
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc to see processes")
+def test_a_killed_prepare_leaves_nothing_that_looks_finished(tokenizer: Path, texts: list[str], tmp_path: Path) -> None:
+    with begun(tmp_path, tokenizer) as process:
+        workers = children(process.pid)
+        assert len(workers) >= 2
+    assert not (tmp_path / "x.bin").exists()
+    assert not (tmp_path / "x.idx").exists()
+    until(lambda: not any(map(alive, workers)))
+    # The next start takes away what was left.
+    assert len(names(tmp_path)) == 3
+    prepare([write(tmp_path / "corpus.jsonl", texts[:20])], tokenizer, tmp_path / "x")
+    assert stored(tmp_path / "x") == encoded(tokenizer, texts[:20])
+    assert names(tmp_path) == ["big.jsonl", "corpus.jsonl", "x.bin", "x.idx"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc to see processes")
+def test_a_dead_worker_ends_the_work_with_a_message(tokenizer: Path, tmp_path: Path) -> None:
+    with begun(tmp_path, tokenizer) as process:
+        # The first child watches over shared resources; the workers come after it.
+        os.kill(max(children(process.pid)), signal.SIGKILL)
+        _, err = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "a worker died" in err
+    assert "Traceback" not in err
+    assert names(tmp_path) == ["big.jsonl"]

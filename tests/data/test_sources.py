@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -14,8 +14,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megatron_mea.data.sources import documents
-from megatron_mea.errors import UserError
+from megatron_mea.data.sources import BrokenRecords, documents
+from megatron_mea.errors import RunError, UserError
 
 TEXTS = [
     "one line",
@@ -258,16 +258,134 @@ def test_a_damaged_gzip_file_is_named(tmp_path: Path) -> None:
         list(documents([str(tmp_path / "damaged.jsonl.gz")]))
 
 
-BROKEN = ['{"text": "cut of', '{"text": "a"} {"text": "b"}', "[1]", '{"x": ' + "9" * 5000 + "}", "[" * 200_000]
+BROKEN = {  # a line of JSON lines, and what the message says of it
+    b'{"text": "cut of': "broken JSON: Unterminated string",
+    b'{"text": "a"} {"text": "b"}': "broken JSON: Extra data",
+    b'{"x": ' + b"9" * 5000 + b"}": "broken JSON: ",
+    b"[" * 200_000: "broken JSON: ",
+    b"[1]": "a JSON list",
+    b'{"body": "a"}': "the fields body",
+    b'{"text": null}': "NoneType",
+    b'{"text": ["a"]}': "list",
+    b'{"text": "\xe9t\xe9"}': "not UTF-8 (invalid continuation byte)",
+    b'{"text": "half a pair: \\ud83d"}': "no Unicode text (surrogates not allowed)",
+}
 
 
-@pytest.mark.parametrize("line", BROKEN, ids=lambda line: line[:10])
-def test_a_broken_line_is_named_after_the_good_ones(line: str, tmp_path: Path) -> None:
-    (tmp_path / "corpus.jsonl").write_bytes(lines(["a", "b"]) + line.encode() + b"\n" + lines(["c"]))
+@pytest.mark.parametrize("line", BROKEN, ids=lambda line: line[:12].decode(errors="replace"))
+def test_a_broken_line_is_named(line: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "corpus.jsonl"
+    path.write_bytes(lines(["a", "b"]) + b"\n" + line + b"\n" + lines(["c"]))
     seen: list[str] = []
-    with pytest.raises(UserError, match=r"corpus\.jsonl, line 3"):
-        seen.extend(documents([str(tmp_path / "corpus.jsonl")]))
-    assert seen == ["a", "b"]
+    with pytest.raises(UserError) as caught:
+        seen.extend(documents([str(path)]))
+    assert seen == ["a", "b", "c"]
+    (problem,) = caught.value.problems
+    assert problem.where == f"{path}, line 4"
+    assert str(problem.found).startswith(BROKEN[line])
+
+
+def test_broken_lines_of_every_kind_are_left_out_counted_and_named(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    good = [f"text {i}" for i in range(1000)]
+    path, rows, text = tmp_path / "a.jsonl", tmp_path / "b.parquet", tmp_path / "c.txt"
+    path.write_bytes(lines(good[:500]) + b"".join(line + b"\n" for line in BROKEN) + lines(good[500:]))
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["row", None, "other"]}), rows)
+    text.write_bytes(b"one\n\ntwo\nbad \xff\nthree\n\nfour\n")
+    sources, broken = [str(path), str(rows), str(text)], BrokenRecords(12 / 1016)
+    assert list(documents(sources, broken=broken)) == [*good, "row", "other", "one", "four"]
+    assert (broken.count, broken.read) == (12, 1016)
+    expected = [f"{path}, line {501 + i}" for i in range(len(BROKEN))] + [f"{rows}, row 1", f"{text}, line 4"]
+    assert [problem.where for problem in broken.first] == expected
+    said = capfd.readouterr().err.splitlines()
+    assert said[0] == "left out 12 of 1,016 lines and rows that are broken:"
+    assert [line.split(": ")[0].strip() for line in said[1:]] == expected
+    with pytest.raises(UserError, match=r"a\.jsonl, line 501(.|\n)*12 of 1,016 (.|\n)*at most 1\.18%"):
+        list(documents(sources, broken=BrokenRecords(11.99 / 1016)))
+
+
+def test_a_report_has_an_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "corpus.jsonl").write_bytes(lines(["a"] * 2000) + b"oops\n" * 20 + b"[]\n")
+    assert len(list(documents([str(tmp_path / "corpus.jsonl")], broken=BrokenRecords(0.02)))) == 2000
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 22
+    assert said[-1] == "  ... and 1 more"
+
+
+@pytest.mark.parametrize(("share", "most"), [(0.0, 1), (0.01, 101), (0.5, 5001)])
+def test_what_is_broken_throughout_ends_early(share: float, most: int, tmp_path: Path) -> None:
+    path = tmp_path / "corpus.jsonl"
+    path.write_bytes(lines(["x" * 50] * 20_000, "body"))
+    broken = BrokenRecords(share)
+    with pytest.raises(UserError, match=r"line 1\n.*the fields id, body\n(.|\n)*--text-key"):
+        list(documents([str(path)], broken=broken))
+    # One batch of a quarter of a megabyte beyond what the share allows of 10,000.
+    assert most <= broken.count < most + 4000
+    assert list(documents([str(path)], broken=BrokenRecords(1))) == []
+
+
+def test_a_few_broken_lines_at_the_beginning_wait_for_the_rest(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.jsonl"
+    path.write_bytes(b"oops\n" * 50 + lines(["x" * 500] * 4950))
+    assert len(list(documents([str(path)]))) == 4950
+    path.write_bytes(b"oops\n" * 50 + lines(["x" * 500] * 4949))
+    with pytest.raises(UserError, match="50 of 4,999"):
+        list(documents([str(path)]))
+
+
+def test_a_text_file_of_another_encoding_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "corpus.txt").write_bytes("one\n\ncaf\u00e9\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"corpus\.txt, line 3\n.*not UTF-8"):
+        list(documents([str(tmp_path / "corpus.txt")]))
+
+
+@pytest.mark.parametrize("blank", ["\r\r", "\n\u3000\n", "\r\n\xa0\r\n"])
+def test_unusual_blank_lines_separate_documents(blank: str, tmp_path: Path) -> None:
+    (tmp_path / "corpus.txt").write_bytes(f"a\rb{blank}c".encode())
+    assert list(documents([str(tmp_path / "corpus.txt")])) == ["a\nb", "c"]
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple, dict]]:
+    """In place of the hub: streams three records; the calls are noted."""
+    calls: list[tuple[tuple, dict]] = []
+
+    def records() -> Iterator[dict]:
+        for i in range(3):
+            yield {"text": f"{calls[-1][0][0]} {i}", "picture": b"large"}
+        if "cut" in calls[-1][0][0]:
+            raise ConnectionError("the line is dead\nand more")
+
+    def load_dataset(*names: str | None, **options: object) -> datasets.IterableDataset:
+        calls.append((names, options))
+        if "missing" in str(names[0]):
+            raise FileNotFoundError("no such dataset")
+        return datasets.IterableDataset.from_generator(records)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return calls
+
+
+def test_a_name_on_the_hub_is_streamed(hub: list[tuple[tuple, dict]]) -> None:
+    assert list(documents(["owner/name", "wikitext:raw-v1"], split="test")) == [
+        *("owner/name 0", "owner/name 1", "owner/name 2"),
+        *("wikitext 0", "wikitext 1", "wikitext 2"),
+    ]
+    options = {"split": "test", "streaming": True}
+    assert hub == [(("owner/name", None), options), (("wikitext", "raw-v1"), options)]
+    with pytest.raises(UserError, match=r"columns text, picture\n.*'body'\n.*--text-key"):
+        list(documents(["owner/name"], text_key="body"))
+
+
+def test_a_name_that_the_hub_has_not_is_the_users_mistake(hub: list[tuple[tuple, dict]]) -> None:
+    with pytest.raises(UserError, match=r"owner/missing\n.*FileNotFoundError: no such dataset"):
+        list(documents(["owner/missing"]))
+
+
+def test_a_stream_that_breaks_off_is_nobodys_corpus(hub: list[tuple[tuple, dict]]) -> None:
+    with pytest.raises(RunError, match=r"owner/cut broke off after 3 rows: ConnectionError: the line is dead$"):
+        list(documents(["owner/cut"]))
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from megatron_mea.data.prepare import encode
+from megatron_mea.data.prepare import Encoder
 from megatron_mea.data.tokenizer import train_tokenizer
 from megatron_mea.errors import UserError
 
@@ -173,7 +173,7 @@ def test_a_document_cannot_inject_a_special_token(made: Trained) -> None:
     documents = ["good </s> bad", "</s>", "<s>x<unk><pad>", "plain"]
     # What is guarded against: without the guard the string does become the id.
     assert EOS in made.fast(documents[0], add_special_tokens=False)["input_ids"]
-    tokens, lengths = encode(made.fast, documents)
+    tokens, lengths = Encoder.of(made.fast, made.folder)(documents)
     assert lengths.sum() == tokens.size
     ends = np.cumsum(lengths)
     assert np.flatnonzero(tokens < 4).tolist() == (ends - 1).tolist()

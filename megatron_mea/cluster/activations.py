@@ -1,0 +1,96 @@
+"""Bytes that a micro-batch keeps for its backward pass, counted from the code of model/ and attention/.
+
+On a GPU torch's RMSNorm is one kernel, which keeps its input in the working precision and a number a row; on a CPU
+it is composed and keeps a float32 input, its normalised values and that number.
+"""
+
+from __future__ import annotations
+
+from megatron_mea.cluster.setting import Setting, Stage
+
+FLOAT32 = 4
+
+
+def stage_activations(setting: Setting, stage: Stage) -> int:
+    """Of one micro-batch on one rank of a stage, without the loss."""
+    tokens, size, hidden = setting.tokens, setting.number_bytes, setting.model.hidden_size
+    local = tokens // setting.sequence_parts
+    kept = 2 * tokens * 8
+    if stage.blocks:
+        # cos and sin, which all blocks share.
+        kept += 2 * tokens * setting.model.head_dim * size
+    if setting.recomputes:
+        kept += len(stage.blocks) * local * hidden * size
+    else:
+        kept += sum(block_activations(setting, layer) for layer in stage.blocks)
+    if stage.has_head:
+        kept += norm_activations(setting, local, hidden) + tokens * hidden * size
+    elif setting.layout.pipeline > 1:
+        # What was sent on: DeepSpeed holds it until its gradient comes back.
+        kept += local * hidden * size
+    return kept
+
+
+def block_activations(setting: Setting, layer: int) -> int:
+    """Of one block and micro-batch on one rank: two norms, attention, feed-forward."""
+    model, size, tokens = setting.model, setting.number_bytes, setting.tokens
+    local = tokens // setting.sequence_parts
+    norms = 2 * norm_activations(setting, local, model.hidden_size)
+    # What q, k, v and gate, up read.
+    into_attention, into_feed_forward = _copies(setting, 3), _copies(setting, 2)
+    inputs = (into_attention + into_feed_forward) * tokens * model.hidden_size * size
+    # gate, silu(gate), up, and their product
+    feed_forward = 4 * tokens * (model.intermediate_size // setting.layout.tensor) * size
+    projections = projection_activations(setting, layer, "k") + projection_activations(setting, layer, "v")
+    return norms + inputs + feed_forward + projections + attention_activations(setting)
+
+
+def attention_activations(setting: Setting) -> int:
+    """Of queries, keys and values to the input of o_proj; the kernel keeps no weights but a number a query."""
+    model, size, tokens = setting.model, setting.number_bytes, setting.tokens
+    width = setting.heads * model.head_dim
+    keys = setting.composites * model.head_dim
+    kept = tokens * (2 * width + 2 * keys) * size + tokens * setting.heads * FLOAT32
+    if model.qk_norm:
+        kept += norm_activations(setting, tokens * setting.heads, model.head_dim)
+        kept += norm_activations(setting, tokens * setting.composites, model.head_dim)
+    if model.has_head_norm:
+        # The kernel's output, kept already, is the norm's input; its own output is what o_proj reads.
+        shared = tokens * width * size if size == FLOAT32 or setting.device == "cuda" else 0
+        kept += norm_activations(setting, tokens * setting.heads, model.head_dim, model.head_norm_affine) - shared
+        kept += tokens * width * size
+    return kept
+
+
+def projection_activations(setting: Setting, layer: int, which: str) -> int:
+    """Of a head combination, beyond what attention keeps of its result.
+
+    Folded: the folded weight, and the component weight where it is a copy: in float32, or gathered. Combined: the
+    component heads of all tokens.
+    """
+    model, size, how = setting.model, setting.number_bytes, setting.projection(layer, which)
+    components = how.components * model.head_dim
+    if how.form == "combined":
+        return setting.tokens * components * size
+    if how.form == "plain":
+        gathers = how.cut and not how.own_columns
+        return components * model.hidden_size * size if gathers else 0
+    folded = setting.composites * model.head_dim * model.hidden_size * size
+    is_copy = how.cut or size < FLOAT32
+    return folded + (components * model.hidden_size * FLOAT32 if is_copy else 0)
+
+
+def norm_activations(setting: Setting, rows: int, width: int, affine: bool = True) -> int:
+    """Of an RMSNorm over `rows` vectors, without its output."""
+    if setting.device == "cuda":
+        return rows * (width * setting.number_bytes + FLOAT32)
+    return rows * (width * FLOAT32 * (2 if affine else 1) + FLOAT32)
+
+
+def _copies(setting: Setting, readers: int) -> int:
+    """How many copies of an activation that `readers` projections read are kept.
+
+    With sequence parallelism what is gathered lies sequence first, and several samples then make each reader copy.
+    """
+    several = setting.config.training.micro_batch_size > 1
+    return readers if setting.sequence_parts > 1 and several else 1

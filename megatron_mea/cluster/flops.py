@@ -1,0 +1,64 @@
+"""Floating-point operations of training: 2 for a multiplication and an addition; matrix products only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_mea.cluster.setting import Setting
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs a token of the whole model, all ranks together.
+
+    What ranks of a tensor group compute alike counts once. `recomputation` is a second forward pass of the blocks,
+    with activation checkpointing.
+    """
+
+    forward: float
+    backward: float
+    recomputation: float
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward + self.recomputation
+
+
+def flops_per_token(setting: Setting) -> Flops:
+    """Forward 2 x matrix parameters + attention + head combination; backward twice that (Kaplan, arXiv 2001.08361).
+
+    Attention is 4 x seq_length x H d: scores and weighted values for all pairs of tokens. The causal half that a
+    kernel may leave out is not taken off, which is the usual convention.
+    """
+    blocks = sum(block_flops(setting, layer) for layer in range(setting.model.num_hidden_layers))
+    forward = blocks + 2 * setting.model.hidden_size * setting.model.vocab_size
+    return Flops(forward, 2 * forward, blocks if setting.recomputes else 0.0)
+
+
+def block_flops(setting: Setting, layer: int) -> float:
+    """FLOPs a token of one block's forward pass."""
+    model = setting.model
+    width = model.num_attention_heads * model.head_dim
+    queries_and_output = 4 * model.hidden_size * width
+    attention = 4 * setting.config.data.seq_length * width
+    feed_forward = 6 * model.hidden_size * model.intermediate_size
+    heads = head_flops(setting, layer, "k") + head_flops(setting, layer, "v")
+    return queries_and_output + attention + feed_forward + heads
+
+
+def head_flops(setting: Setting, layer: int, which: str) -> float:
+    """FLOPs a token of one layer's keys or values: a projection, and its head combination in the form that runs.
+
+    Folded (paper eq. 18) h h' d (hidden + bias) multiplications a micro-batch and a projection to h heads;
+    combined (eq. 10) a projection to h' heads and h h' d multiplications a token.
+    """
+    model, how = setting.model, setting.projection(layer, which)
+    mixing = 2 * how.components * how.composites * model.head_dim
+    heads = how.components if how.form == "combined" else how.composites
+    projection = 2 * model.hidden_size * heads * model.head_dim
+    if how.form == "plain":
+        return projection
+    if how.form == "combined":
+        return projection + mixing
+    columns = model.hidden_size + (1 if model.attention_bias else 0)
+    return projection + mixing * columns / setting.tokens

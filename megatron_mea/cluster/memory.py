@@ -1,0 +1,128 @@
+"""Memory of a rank: what lies there during the whole run, and what comes and goes within a step.
+
+DeepSpeed 0.19.8 as training/engine.py sets it up, from its sources: `runtime/zero/stage_1_and_2.py` (ZeRO 1 and 2),
+`runtime/bf16_optimizer.py` (ZeRO 1 in bfloat16) and `runtime/zero/stage3.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_mea.cluster.activations import FLOAT32, block_activations, stage_activations
+from megatron_mea.cluster.communication import BUCKET, PERSISTENT, REUSE_DISTANCE
+from megatron_mea.cluster.setting import Setting, Stage
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank of a pipeline stage: the one that holds most.
+
+    Args:
+        stage: number of the pipeline stage.
+        weights: the working copy; with ZeRO 3 this rank's part.
+        gradients: what is held between micro-batches.
+        master_and_moments: float32 weights and Adam's two moments.
+        activations: kept for the backward pass, of all micro-batches in flight; a block's that is recomputed too.
+        logits: the loss and its gradient, on the last stage.
+        buffers: buckets of gradients, and with ZeRO 3 the parameters that are gathered.
+        passes: the peak of forward and backward passes beside the first three: activations, with logits and buffers,
+            or with the larger of the two where they are not there at once.
+        reduction: the peak beside the first three while gradients are averaged and weights updated; buffers included,
+            activations and logits are gone.
+    """
+
+    stage: int
+    weights: int
+    gradients: int
+    master_and_moments: int
+    activations: int
+    logits: int
+    buffers: int
+    passes: int
+    reduction: int
+
+    @property
+    def total(self) -> int:
+        """The peak of a step."""
+        return self.weights + self.gradients + self.master_and_moments + max(self.passes, self.reduction)
+
+
+def memory(setting: Setting) -> list[Memory]:
+    """Of one rank of every stage."""
+    return [stage_memory(setting, stage) for stage in setting.stages]
+
+
+def stage_memory(setting: Setting, stage: Stage) -> Memory:
+    in_flight = min(setting.layout.pipeline - stage.index, setting.layout.micro_batches)
+    kept, again = in_flight * stage_activations(setting, stage), 0
+    if setting.recomputes:
+        again = max((block_activations(setting, layer) for layer in stage.blocks), default=0)
+    loss, (buffers, reduction) = logits(setting, stage), _buffers(setting, stage)
+    reduction += _held_logits(setting, stage)
+    # A bucket comes with the first gradient of a backward pass, after the loss. ZeRO 2 gives it back after each.
+    stays = setting.zero_stage == 3 or (setting.zero_stage == 1 and setting.layout.micro_batches > 1)
+    passes = kept + (max(loss, again) + buffers if stays else max(loss, again + buffers))
+    return Memory(stage.index, *_states(setting, stage), kept + again, loss, buffers, passes, reduction)
+
+
+def logits(setting: Setting, stage: Stage) -> int:
+    """Of the loss of a micro-batch, in float32: log-probabilities, their gradient and that of the logits.
+
+    Over a tensor group, which computes the loss itself: logits, shifted logits and exponentials.
+    """
+    if not stage.has_head:
+        return 0
+    return 3 * setting.tokens * setting.vocabulary * FLOAT32 + _held_logits(setting, stage)
+
+
+def _held_logits(setting: Setting, stage: Stage) -> int:
+    """Outputs of the last stage, which DeepSpeed's pipeline keeps in each of its two or more places."""
+    if setting.layout.pipeline == 1 or not stage.has_head:
+        return 0
+    return 2 * setting.tokens * setting.vocabulary * setting.number_bytes
+
+
+def _states(setting: Setting, stage: Stage) -> tuple[int, int, int]:
+    """Weights, gradients, master and moments."""
+    size, numbers = setting.number_bytes, stage.size
+    mine = numbers / setting.layout.data
+    several = setting.layout.micro_batches > 1
+    if setting.zero_stage == 3:
+        persistent = sum(p.size for p in stage.parameters if p.size <= PERSISTENT)
+        # A float32 run updates its parts in place: they are the master.
+        masters = 2 if size == FLOAT32 else 3
+        return int((mine + persistent) * size), int(mine * size), int(masters * mine * FLOAT32)
+    if setting.zero_stage == 2:
+        gradients = mine * FLOAT32 if several or size < FLOAT32 else 0
+    elif size < FLOAT32:
+        # Accumulated in float32, beside autograd's own.
+        gradients = numbers * (FLOAT32 + size)
+    else:
+        gradients = numbers * FLOAT32 if several else 0
+    return numbers * size, int(gradients), int(3 * mine * FLOAT32)
+
+
+def _buffers(setting: Setting, stage: Stage) -> tuple[int, int]:
+    """Buffers of the passes, and the peak of reduction and update beside what is at rest."""
+    layout, size, numbers = setting.layout, setting.number_bytes, stage.size
+    mine = numbers / layout.data
+    bucket, filled = BUCKET * size, min(numbers, BUCKET) * size
+    # This rank's gradients in one piece, and torch's Adam, which keeps two temporaries where it is not fused.
+    update = mine * FLOAT32 * (1 if setting.device == "cuda" else 3)
+    if setting.zero_stage == 3:
+        whole = [p.size for p in stage.parameters if p.size > PERSISTENT]
+        gathered = min(sum(whole), REUSE_DISTANCE // 2 + max(whole, default=0)) * size
+        return int(gathered + bucket), int(bucket + max(gathered + filled, update))
+    if setting.zero_stage == 1 and size < FLOAT32:
+        # Both groups in one piece where they fit a bucket, and rounded for the way.
+        rounded = numbers * (FLOAT32 + size) if numbers <= BUCKET else numbers * size
+        return 0, int(max(rounded, update))
+    # A bucket goes out in a copy, and what is this rank's comes into a buffer of its own.
+    reduced = (filled if layout.data > 1 else 0) + mine * size
+    if setting.zero_stage == 2:
+        return bucket, int(max(bucket + reduced, mine * size + update))
+    # Gradients move into the bucket: those of several micro-batches count at rest already.
+    outside = (0 if layout.micro_batches > 1 else numbers * size) - filled
+    # Under a pipeline DeepSpeed adds a bucket to the one that the passes have made.
+    buckets = bucket * (2 if layout.pipeline > 1 else 1)
+    return bucket, int(max(buckets + outside + reduced, mine * size + update))

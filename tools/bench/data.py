@@ -1,0 +1,249 @@
+"""Measures `prepare`, the order of the samples and the first batch of a large corpus; prints Markdown tables.
+
+    OMP_NUM_THREADS=1 python tools/bench/data.py [--megabytes 17] [--rounds 3] [--only prepare memory order first]
+
+On a machine that others use as well, trust CPU seconds and ratios: what is compared runs in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import multiprocessing
+import os
+import resource
+import statistics
+import struct
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from megatron_mea.config.schema import TrainCorpus
+from megatron_mea.data.corpora import Corpora
+from megatron_mea.data.order import Mixture, permute
+from megatron_mea.data.prepare import Encoder, prepare
+from megatron_mea.data.tokenizer import load_tokenizer, train_tokenizer
+
+QUICKSTART = Path(__file__).parents[2] / "launch/quickstart"
+FILES = 4
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    print(f"\n| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
+    print(flush=True)
+
+
+def texts() -> list[str]:
+    return [
+        json.loads(line)["text"]
+        for path in sorted(QUICKSTART.glob("*.jsonl.gz"))
+        for line in gzip.open(path, "rt", encoding="utf-8")
+    ]
+
+
+def write(path: Path, documents: Sequence[str]) -> str:
+    with gzip.open(path, "wt", compresslevel=6) as stream:
+        stream.writelines(json.dumps({"text": text}) + "\n" for text in documents)
+    return str(path)
+
+
+def spent() -> tuple[float, float]:
+    """CPU seconds of this process and of its children that have ended, and wall seconds."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used), time.monotonic()
+
+
+def measured(work: Callable[[], object]) -> tuple[float, float]:
+    before = spent()
+    work()
+    after = spent()
+    return after[0] - before[0], after[1] - before[1]
+
+
+@contextmanager
+def quiet():
+    """Without the line that a progress bar leaves."""
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    yield
+    os.dup2(saved, 2)
+    os.close(saved)
+    os.close(null)
+
+
+def bench_prepare(folder: Path, tokenizer: Path, megabytes: int, rounds: int) -> None:
+    documents = texts()
+    size = sum(map(len, documents))
+    documents *= max(1, round(megabytes * 1e6 / size))
+    inputs = [write(folder / f"{part}.jsonl.gz", documents[part::FILES]) for part in range(FILES)]
+    encoder = Encoder.of(load_tokenizer(tokenizer), tokenizer)
+    encode = encoder._ids
+    encode(documents[:10])
+    tokens = sum(map(len, encode(documents))) + len(documents)
+    hundreds = [documents[start : start + 100] for start in range(0, len(documents), 100)]
+    works: dict[str, Callable[[], object]] = {
+        "bare": lambda: [encode(part) for part in hundreds],
+        "1 worker": lambda: prepare(inputs, tokenizer, folder / "out", workers=1),
+        "2 workers": lambda: prepare(inputs, tokenizer, folder / "out", workers=2),
+    }
+    with quiet():
+        found = [{name: measured(work) for name, work in works.items()} for _ in range(rounds)]
+    rows = []
+    for name in works:
+        cpu, wall = (statistics.median(one[name][i] for one in found) for i in (0, 1))
+        count = 2 if name == "2 workers" else 1
+        by_cpu = statistics.median(one["bare"][0] / one[name][0] for one in found)
+        by_wall = statistics.median(one["bare"][1] / count / one[name][1] for one in found)
+        rows.append(
+            [name, f"{tokens / cpu / 1e6:.3f}", f"{tokens / wall / 1e6:.3f}", f"{by_cpu:.2f}", f"{by_wall:.2f}"]
+        )
+    print(
+        f"{sum(map(len, documents)) / 1e6:.0f} MB in {FILES} .jsonl.gz, {tokens:,} tokens, medians of {rounds} rounds"
+    )
+    columns = ("", "Mtokens a CPU second", "Mtokens a second", "of workers x bare, by CPU", "by wall")
+    table(columns, rows)
+
+
+def run_prepare(source: str, tokenizer: str, out: str) -> None:
+    with quiet():
+        prepare([source], tokenizer, out, workers=2)
+
+
+def peaks(pid: int) -> dict[int, int]:
+    """Peak resident bytes so far of a process and of its children."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/status"):
+        try:
+            fields = dict(line.split(":", 1) for line in path.read_text().splitlines())
+        except OSError:
+            continue
+        if int(path.parent.name) == pid or int(fields["PPid"]) == pid:
+            found[int(path.parent.name)] = int(fields.get("VmHWM", "0 kB").split()[0]) * 1024
+    return found
+
+
+def bench_memory(folder: Path, tokenizer: Path) -> None:
+    # A document a line, so that what is kept a document would show.
+    lines = [line for text in texts() for line in text.splitlines() if line]
+    rows = []
+    for times in (1, 10):
+        source = write(folder / "lines.jsonl.gz", lines * times)
+        arguments = (source, str(tokenizer), str(folder / "out"))
+        process = multiprocessing.get_context("spawn").Process(target=run_prepare, args=arguments)
+        process.start()
+        highest: dict[int, int] = {}
+        while process.is_alive():
+            highest |= {pid: peak for pid, peak in peaks(process.pid).items() if peak >= highest.get(pid, 0)}
+            time.sleep(0.1)
+        assert process.exitcode == 0
+        main = highest.pop(process.pid)
+        megabytes = times * sum(map(len, lines)) / 1e6
+        index = (folder / "out.idx").stat().st_size / 1e6
+        rows.append(
+            [
+                f"{megabytes:.0f} MB",
+                f"{times * len(lines):,}",
+                f"{index:.0f} MB",
+                f"{main / 1e6:.0f} MB",
+                f"{max(highest.values()) / 1e6:.0f} MB",
+            ]
+        )
+    table(("text", "documents", ".idx", "peak of `prepare`", "peak of a worker"), rows)
+
+
+def bench_order() -> None:
+    rows = []
+    for size in (10**6, 10**9, 10**12):
+        samples = [np.random.default_rng(turn).integers(0, size, 1024) for turn in range(100)]
+        permute(samples[0], size, "warm")
+        cpu, _ = measured(lambda samples=samples, size=size: [permute(part, size, "1/0/0") for part in samples])
+        rows.append([f"keyed permutation, {size:.0e}", "0", "0", f"{cpu / 102_400 * 1e6:.2f}"])
+    for size in (10**7, 10**8):
+        random, order = np.random.default_rng(0), np.empty(0)
+
+        def shuffle(size: int = size, random: np.random.Generator = random) -> None:
+            nonlocal order
+            order = np.arange(size, dtype=np.uint32)
+            random.shuffle(order)
+
+        cpu, _ = measured(shuffle)
+        rows.append([f"numpy's shuffle, {size:.0e}", f"{cpu:.1f}", f"{order.nbytes / 1e6:.0f}", ""])
+        seconds, megabytes = cpu * 10**9 / size, order.nbytes * 10**9 / size / 1e6
+        del order
+    rows.append(["numpy's shuffle, 1e+09 (computed)", f"{seconds:.0f}", f"{megabytes:.0f}", ""])
+    table(("order of an epoch", "CPU s to build", "MB", "us a sample"), rows)
+    cpu, _ = measured(lambda: Mixture([1.0] * 20))
+    print(f"mixture of 20 corpora: {cpu:.2f} CPU s, once")
+
+
+def sparse_corpus(prefix: Path, samples: int, seq_length: int, documents: int) -> None:
+    """A corpus of zeros that takes no place on the disk; its last documents hold all tokens."""
+    tokens = samples * seq_length + 1
+    long = -(-tokens // (1 << 30))
+    lengths = np.full(long, 1 << 30, np.int32)
+    lengths[-1] = tokens - (long - 1) * (1 << 30)
+    offsets = 2 * (np.cumsum(lengths, dtype=np.int64) - lengths)
+    with Path(f"{prefix}.bin").open("wb") as stream:
+        stream.truncate(2 * tokens)
+    with Path(f"{prefix}.idx").open("wb") as stream:
+        stream.write(b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, documents, documents + 1))
+        for end, array in ((4, lengths), (12, offsets), (20, np.empty(0))):
+            stream.seek(34 + end * documents - array.nbytes)
+            stream.write(array.tobytes())
+        stream.write(struct.pack("<q", documents))
+
+
+def bench_first(folder: Path) -> None:
+    rows = []
+    for samples, documents in ((10**6, 640_000), (10**9, 640_000_000)):
+        sparse_corpus(folder / "sparse", samples, 512, documents)
+        before = Path("/proc/self/status").read_text()
+
+        def first() -> None:
+            corpora = Corpora([TrainCorpus(path=str(folder / "sparse"))], 512, 1000, 1, "data.train")
+            batch = corpora.batch(np.arange(1024))
+            assert batch.input_ids.shape == (1024, 512)
+
+        cpu, wall = measured(first)
+        private = [
+            int(status.split("RssAnon:")[1].split()[0]) / 1e3
+            for status in (before, Path("/proc/self/status").read_text())
+        ]
+        size = Path(f"{folder}/sparse.idx").stat().st_size / 1e9
+        rows.append([f"{samples:.0e}", f"{documents:,}", f"{size:.2f} GB", f"{cpu:.2f}", f"{wall:.2f}"])
+        rows[-1].append(f"{private[1] - private[0]:.0f} MB")
+    table(("windows of 512", "documents", ".idx", "CPU s to the first 1024 samples", "wall s", "memory kept"), rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--megabytes", type=int, default=17, help="of text for `prepare`")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokenizer", help="default: 8,192 ids, trained on the quickstart's text")
+    names = ("prepare", "memory", "order", "first")
+    parser.add_argument("--only", nargs="+", choices=names, default=names)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tokenizer = Path(arguments.tokenizer or folder / "tokenizer")
+        if not arguments.tokenizer and {"prepare", "memory"} & set(arguments.only):
+            train_tokenizer([str(path) for path in QUICKSTART.glob("*.jsonl.gz")], 8192, tokenizer)
+        if "order" in arguments.only:
+            bench_order()
+        if "first" in arguments.only:
+            bench_first(folder)
+        if "prepare" in arguments.only:
+            bench_prepare(folder, tokenizer, arguments.megabytes, arguments.rounds)
+        if "memory" in arguments.only:
+            bench_memory(folder, tokenizer)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""What the benches share: a configuration, random batches, an engine, and processes on this machine."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+from megatron_mea.config import Config
+from megatron_mea.config.load import parse_config
+from megatron_mea.data.corpora import Batch
+
+
+def make_config(model: dict, training: dict, parallel: dict, seq_length: int) -> Config:
+    """A configuration whose data is never read."""
+    return parse_config(
+        {
+            "model": {"max_position_embeddings": max(seq_length, 128)} | model,
+            "data": {"tokenizer": "none", "train": [{"path": "none"}], "seq_length": seq_length},
+            "training": {"steps": 100, "precision": "fp32"} | training,
+            "schedule": {"warmup_steps": 2},
+            "parallel": parallel,
+            "run": {"dir": "none"},
+        }
+    )
+
+
+def new_engine(config: Config) -> Any:
+    """The engine that `train` would make on this rank."""
+    from megatron_mea.model.decoder import Decoder
+    from megatron_mea.model.stages import pipeline_stages
+    from megatron_mea.parallel.parameter import initialize
+    from megatron_mea.training.engine import Engine
+    from megatron_mea.training.pipeline import PipelineEngine
+    from megatron_mea.training.processes import build_grid
+
+    grid = build_grid(config)
+    stage = pipeline_stages(config.model, grid.pipeline_size)[grid.pipeline_rank]
+    model = Decoder(config.model, config.training.activation_checkpointing == "full", grid.tensor, stage)
+    initialize(model, config.training.seed)
+    make = PipelineEngine if grid.pipeline_size > 1 else Engine
+    return make(config, model, torch.device("cpu"), grid)
+
+
+def random_batches(config: Config, engine: Any) -> list[Batch]:
+    """This rank's micro-batches of a step."""
+    size, seq = config.training.micro_batch_size, config.data.seq_length
+    generator = torch.Generator().manual_seed(engine.grid.data_rank)
+    tokens = torch.randint(config.model.vocab_size, (engine.accumulation, size, seq + 1), generator=generator).numpy()
+    positions = torch.arange(seq).expand(size, seq).numpy()
+    return [Batch(micro[:, :-1], positions, micro[:, 1:]) for micro in tokens]
+
+
+def launch(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
+    """`function(*arguments)` on `world_size` fresh processes that have joined; the result of each rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = mp.get_context("spawn")
+    queue = context.SimpleQueue()
+    started = mp.spawn(_rank, (world_size, port, queue, function, arguments), world_size, join=False)
+    results = {}
+    while not started.join(timeout=1):
+        while not queue.empty():
+            rank, result = queue.get()
+            results[rank] = result
+    while not queue.empty():
+        rank, result = queue.get()
+        results[rank] = result
+    return [results[rank] for rank in range(world_size)]
+
+
+def _rank(rank: int, world: int, port: int, queue: Any, function: Callable[..., Any], arguments: tuple) -> None:
+    from megatron_mea.training.processes import start_distributed, stop_distributed
+    from megatron_mea.training.ranks import Ranks
+
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    torch.set_num_threads(1)
+    start_distributed(Ranks.from_environment())
+    queue.put((rank, function(*arguments)))
+    sys.stdout.flush()
+    stop_distributed()

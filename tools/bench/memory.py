@@ -1,0 +1,119 @@
+"""Measures the peak memory of a rank over two real training steps, and compares it with `plan`.
+
+    OMP_NUM_THREADS=1 python tools/bench/memory.py [NAME ...]
+
+Two measurements from before the model is made: bytes of live tensors, from the allocator's events, and the resident
+set. DeepSpeed's bucket of gradients counts in the first whether filled or not; in the second only as far as filled.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from local_ranks import launch, make_config, new_engine, random_batches
+
+from megatron_mea.cluster.plan import make_plan
+from megatron_mea.config import Config
+
+MODEL = {
+    "vocab_size": 8192,
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+}
+
+
+def case(tensor: int = 1, pipeline: int = 1, zero: int = 1, sequence: bool = False, **training: Any) -> Config:
+    parallel = {
+        "tensor_model_parallel_size": tensor,
+        "pipeline_model_parallel_size": pipeline,
+        "zero_stage": zero,
+        "sequence_parallel": sequence,
+    }
+    model = training.pop("model", {})
+    seq_length = training.pop("seq_length", 512)
+    training = {"global_batch_size": 4, "micro_batch_size": 2} | training
+    return make_config(MODEL | model, training, parallel, seq_length)
+
+
+CASES: dict[str, tuple[int, Config]] = {
+    "1 rank, ZeRO 1": (1, case()),
+    "1 rank, recomputed": (1, case(activation_checkpointing="full")),
+    "1 rank, one micro-batch": (1, case(global_batch_size=4, micro_batch_size=4)),
+    "dp2, ZeRO 1": (2, case(global_batch_size=8)),
+    "dp2, ZeRO 2": (2, case(zero=2, global_batch_size=8)),
+    "dp2, ZeRO 3": (2, case(zero=3, global_batch_size=8)),
+    "tp2": (2, case(tensor=2)),
+    "tp2, sequence parallel": (2, case(tensor=2, sequence=True)),
+    "pp2": (2, case(pipeline=2)),
+    "pp2, recomputed": (2, case(pipeline=2, activation_checkpointing="full")),
+    "dp2, ZeRO 1, bf16": (
+        2,
+        case(precision="bf16", seq_length=64, micro_batch_size=1, global_batch_size=4, model={"num_hidden_layers": 4}),
+    ),
+}
+
+
+def peak(config: Config) -> tuple[int, int]:
+    """(live tensor bytes, resident bytes) at most, over what was there before."""
+    before = _status("VmRSS")
+    # Sets the high-water mark back to the present.
+    Path("/proc/self/clear_refs").write_text("5")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        engine = new_engine(config)
+        batches = random_batches(config, engine)
+        for _ in range(2):
+            engine.train_step(batches, 1e-3, False)
+    resident = _status("VmHWM") - before
+    live: dict[int, int] = {}
+    total = highest = 0
+    # By address, since what gloo's own threads give back goes unseen until its place is taken again.
+    for _, address, size in sorted(_allocations(profile.profiler.kineto_results.experimental_event_tree())):
+        total += max(size, 0) - live.pop(address, 0)
+        if size > 0:
+            live[address] = size
+        highest = max(highest, total)
+    return highest, resident
+
+
+def _allocations(events: Any) -> Iterator[tuple[int, int, int]]:
+    """(time, address, bytes), negative where they are given back."""
+    for event in events:
+        if event.name == "[memory]":
+            yield event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size
+        yield from _allocations(event.children)
+
+
+def _status(key: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="cases (default: all)")
+    names = parser.parse_args().names or list(CASES)
+    print("| case | stage | tensors, measured MB | planned | ratio | without the bucket | resident, measured MB |")
+    print("|---|---|---|---|---|---|---|")
+    for name in names:
+        world_size, config = CASES[name]
+        ranks = launch(peak, world_size, config)
+        plan = make_plan(config, world_size, device="cpu")
+        for memory in plan.memory:
+            live, resident = ranks[memory.stage * world_size // plan.layout.pipeline]
+            buckets = 0 if memory.buffers < 10**9 else 1 + (plan.layout.pipeline > 1)
+            bucket = buckets * 5 * 10**8 * (2 if config.training.precision == "bf16" else 4)
+            beyond = (memory.total - bucket) / (live - bucket)
+            numbers = f"{live / 1e6:.0f} | {memory.total / 1e6:.0f} | {memory.total / live:.3f} | {beyond:.3f}"
+            print(f"| {name} | {memory.stage} | {numbers} | {resident / 1e6:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
