@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import struct
+from bisect import bisect_left
 from pathlib import Path
 from typing import BinaryIO
 
@@ -85,6 +86,7 @@ class IndexedReader:
     Attributes:
         tokens: (number of tokens,), the whole corpus as one flat read-only array.
         lengths: (sequences,) tokens of each sequence.
+        offsets: (sequences,) where each sequence begins in PREFIX.bin, in bytes.
         documents: (documents + 1,) sequence number at which each document begins.
 
     Raises:
@@ -112,18 +114,26 @@ class IndexedReader:
         raw = np.memmap(index, mode="r", dtype=np.uint8)
         at = _HEADER.size
         self.lengths = np.frombuffer(raw, np.int32, sequences, at)
-        offsets = np.frombuffer(raw, np.int64, sequences, at + 4 * sequences)
+        self.offsets = np.frombuffer(raw, np.int64, sequences, at + 4 * sequences)
         self.documents = np.frombuffer(raw, np.int64, boundaries, at + 12 * sequences)
         count = int(self.lengths.sum(dtype=np.int64))
         needed = count * self.dtype.itemsize
         if data.stat().st_size != needed:
             mend = "copy the file again, or run `megatron-mea prepare` again"
             raise UserError(str(data), f"{data.stat().st_size} bytes", f"the {needed} that its .idx announces", mend)
-        if sequences and not _contiguous(offsets, self.lengths, self.dtype.itemsize):
+        if sequences and not _contiguous(self.offsets, self.lengths, self.dtype.itemsize):
             raise UserError(
                 str(index), "sequences that do not follow one another", "sequences in the order of the .bin"
             )
         self.tokens = np.memmap(data, mode="r", dtype=self.dtype) if count else np.empty(0, self.dtype)
+
+    def document_starts(self, start: int, stop: int) -> np.ndarray:
+        """The tokens, from `start` up to but not including `stop`, with which a document begins; in order."""
+        # The arrays of an index are not aligned, and numpy would copy them whole to search them.
+        size = self.dtype.itemsize
+        first, last = (bisect_left(self.offsets, token * size) for token in (start, stop))
+        sequences = self.documents[bisect_left(self.documents, first) : bisect_left(self.documents, last)]
+        return np.unique(self.offsets[sequences] // size)
 
     def check_ids(self, vocab_size: int, allowed: str, mend: str = "", sample: int = 1 << 27) -> None:
         """Looks at up to `sample` tokens, in 64 blocks spread evenly.
