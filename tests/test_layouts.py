@@ -15,7 +15,7 @@ from engines import batches_of, config, layout, new_engine, plain_training, trai
 from megatron_mea.config import Config
 
 STEPS = 20
-FORMS = {"activations": 12, "weights": 16}
+FORMS = {"activations": 12, "weights": 24}
 """seq_length that makes a micro-batch combine heads as activations or as weights: `folding_is_cheaper`."""
 
 PAIRS = {
@@ -70,19 +70,23 @@ Case = tuple[str, dict, dict, str, str]
 """Name, `parallel`, changes of the model, form, activation checkpointing."""
 
 
+def case(index: int, name: str, parallel: dict, model: dict) -> Case:
+    """Forms and checkpointing take turns with the index."""
+    return name, parallel, model, list(FORMS)[index % 2], ("none", "full")[index // 2 % 2]
+
+
 def each(layouts: dict[str, dict], models: list[dict]) -> list[Case]:
-    """Every layout with every model; forms and checkpointing alternate, and every layout sees all of them."""
-    cases = []
-    for first, (name, parallel) in enumerate(layouts.items()):
-        for index, model in enumerate(models):
-            form = list(FORMS)[(first + index) % 2]
-            cases.append((name, parallel, model, form, ("none", "full")[(first + index // 2) % 2]))
-    return cases
+    """Every layout with every model."""
+    return [
+        case(first + second, name, parallel, model)
+        for first, (name, parallel) in enumerate(layouts.items())
+        for second, model in enumerate(models)
+    ]
 
 
 def once(layouts: dict[str, dict], models: list[dict]) -> list[Case]:
     """Every layout once, with the models in turn."""
-    return [each({name: parallel}, [models[i % len(models)]])[0] for i, (name, parallel) in enumerate(layouts.items())]
+    return [case(i, *one, models[i % len(models)]) for i, one in enumerate(layouts.items())]
 
 
 DEFAULT = {
@@ -101,8 +105,8 @@ DEFAULT = {
 FULL = {
     2: each(PAIRS, MODELS),
     3: each(TRIPLES, [THREE | variant for variant in ({}, TIED, {"num_component_heads": 1, "qk_norm": True})]),
-    4: each(FOURS, MODELS),
-    8: each(EIGHTS, MODELS[::2]),
+    4: each(FOURS, MODELS[:8]),
+    8: each(EIGHTS, MODELS[:8:2]),
 }
 
 
