@@ -19,6 +19,8 @@ from megatron_mea.model.decoder import Decoder
 from megatron_mea.parallel.grid import Grid
 from megatron_mea.parallel.parameter import named_specs
 
+BUCKET = 500_000_000
+"""Numbers in a bucket of gradients at most, DeepSpeed's default."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -69,7 +71,7 @@ class Engine:
                     eps=config.optimizer.eps,
                     fused=device.type == "cuda",
                 ),
-                config=_deepspeed_config(config, self.accumulation),
+                config=_deepspeed_config(config, self.accumulation, sum(p.numel() for p in model.parameters())),
                 dist_init_required=False,
                 **self._module(),
             )
@@ -266,14 +268,15 @@ def _parameter_groups(config: Config, model: Decoder) -> list[dict]:
     ]
 
 
-def _deepspeed_config(config: Config, accumulation: int) -> dict:
+def _deepspeed_config(config: Config, accumulation: int, numbers: int) -> dict:
     training = config.training
     settings: dict = {
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.optimizer.grad_clip,
         # Stage 0 loses the gradient norm and is no cheaper than stage 1, so it runs as stage 1.
-        "zero_optimization": {"stage": max(config.parallel.zero_stage, 1)},
+        # Its bucket of gradients is allocated whole: 2 GB, were it not for the bound.
+        "zero_optimization": {"stage": max(config.parallel.zero_stage, 1), "reduce_bucket_size": min(BUCKET, numbers)},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
         # Between stages every tensor rank hands on what it has, which sequence parallelism has cut already.
