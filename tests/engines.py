@@ -8,7 +8,7 @@ from models import SMALL
 
 from megatron_mea.config import Config
 from megatron_mea.config.load import parse_config
-from megatron_mea.data.corpora import Batch
+from megatron_mea.data.corpora import IGNORE, Batch
 from megatron_mea.parallel.parameter import named_specs
 
 BATCH, MICRO = 8, 2
@@ -29,6 +29,7 @@ def config(
     model: dict | None = None,
     steps: int = 6,
     seq_length: int = 12,
+    document_mask: bool = False,
     training: dict | None = None,
     **optimizer,
 ) -> Config:
@@ -39,7 +40,12 @@ def config(
             | {"attention_variant": "mea", "num_component_heads": 2, "initializer_range": 0.1}
             | (model or {}),
             "parallel": parallel or {},
-            "data": {"tokenizer": "none", "train": [{"path": "none"}], "seq_length": seq_length},
+            "data": {
+                "tokenizer": "none",
+                "train": [{"path": "none"}],
+                "seq_length": seq_length,
+                "document_mask": document_mask,
+            },
             "optimizer": {"lr": 1e-3, "eps": 1e-6, "grad_clip": 0.5} | optimizer,
             "schedule": {"warmup_steps": 2},
             "training": {
@@ -55,19 +61,30 @@ def config(
     )
 
 
-def global_batch(settings: Config, step: int) -> np.ndarray:
-    """(batch, seq + 1) token ids"""
-    shape = (BATCH, settings.data.seq_length + 1)
-    return np.random.default_rng(step).integers(0, settings.model.vocab_size, shape)
+def global_batch(settings: Config, step: int) -> Batch:
+    """(batch, seq) random tokens; a quarter of them begins a document where documents are masked."""
+    seq, random = settings.data.seq_length, np.random.default_rng(step)
+    tokens = random.integers(0, settings.model.vocab_size, (BATCH, seq + 1))
+    begins = (random.random((BATCH, seq + 1)) < 0.25) & settings.data.document_mask
+    index = np.arange(seq)
+    positions = index - np.maximum.accumulate(np.where(begins[:, :-1], index, 0), axis=1)
+    return Batch(tokens[:, :-1], positions, np.where(begins[:, 1:], IGNORE, tokens[:, 1:]))
 
 
 def batches_of(engine, step: int) -> list[Batch]:
     """The micro-batches of this engine's data rank."""
-    settings, grid = engine.config, engine.grid
-    seq = settings.data.seq_length
-    tokens = global_batch(settings, step).reshape(-1, grid.data_size, MICRO, seq + 1)[:, grid.data_rank]
-    positions = np.broadcast_to(np.arange(seq), (MICRO, seq))
-    return [Batch(micro[:, :-1], positions, micro[:, 1:]) for micro in tokens]
+    whole, grid = global_batch(engine.config, step), engine.grid
+
+    def mine(array: np.ndarray) -> np.ndarray:
+        return array.reshape(-1, grid.data_size, MICRO, array.shape[1])[:, grid.data_rank]
+
+    parts = (mine(whole.input_ids), mine(whole.position_ids), mine(whole.targets))
+    return [Batch(*micro) for micro in zip(*parts, strict=True)]
+
+
+def train_step(engine, step: int, lr: float, stop: bool = False):
+    targets = int((global_batch(engine.config, step).targets != IGNORE).sum())
+    return engine.train_step(batches_of(engine, step), targets, lr, stop)
 
 
 def plain_training(settings: Config) -> tuple[list[tuple[float, float]], float, dict[str, np.ndarray]]:
@@ -80,8 +97,7 @@ def plain_training(settings: Config) -> tuple[list[tuple[float, float]], float, 
     from megatron_mea.parallel.parameter import initialize
     from megatron_mea.training.schedule import learning_rate
 
-    seq = settings.data.seq_length
-    model = Decoder(settings.model)
+    model = Decoder(settings.model, document_mask=settings.data.document_mask)
     initialize(model, settings.training.seed)
     model.double()
     named = named_specs(model)
@@ -92,8 +108,9 @@ def plain_training(settings: Config) -> tuple[list[tuple[float, float]], float, 
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=settings.optimizer.eps)
 
     def loss_of(step: int) -> torch.Tensor:
-        tokens = torch.from_numpy(global_batch(settings, step))
-        return model(tokens[:, :-1], torch.arange(seq).expand(BATCH, seq), tokens[:, 1:]) / (BATCH * seq)
+        batch = global_batch(settings, step)
+        arrays = (batch.input_ids, batch.position_ids, batch.targets)
+        return model(*map(torch.from_numpy, arrays)) / int((batch.targets != IGNORE).sum())
 
     results = []
     for step in range(1, settings.steps + 1):
@@ -119,7 +136,8 @@ def new_engine(settings: Config, initialized: bool = True):
 
     grid = build_grid(settings)
     stage = pipeline_stages(settings.model, grid.pipeline_size)[grid.pipeline_rank]
-    model = Decoder(settings.model, settings.training.activation_checkpointing == "full", grid.tensor, stage)
+    recompute = settings.training.activation_checkpointing == "full"
+    model = Decoder(settings.model, recompute, grid.tensor, stage, settings.data.document_mask)
     if initialized:
         initialize(model, settings.training.seed)
     make = PipelineEngine if grid.pipeline_size > 1 else Engine
@@ -132,6 +150,6 @@ def train(engine, first: int, last: int) -> list[tuple[float, float]]:
 
     results = []
     for step in range(first, last + 1):
-        result = engine.train_step(batches_of(engine, step), learning_rate(engine.config, step), False)
+        result = train_step(engine, step, learning_rate(engine.config, step))
         results.append((result.loss, result.grad_norm))
     return results

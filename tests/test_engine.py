@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from distributed import run_distributed
-from engines import batches_of, config, layout, new_engine, plain_training, train
+from engines import config, layout, new_engine, plain_training, train, train_step
 
 from megatron_mea.parallel.parameter import named_specs
 
@@ -48,13 +48,12 @@ def checks_on_this_rank() -> list[tuple[float, float]]:
         check_pipeline(curve)
 
     # One rank that asks to stop is heard on all.
-    assert fresh.train_step(batches_of(fresh, 9), 1e-3, stop=ranks.rank == ranks.world_size - 1).stop
+    assert train_step(fresh, 9, 1e-3, ranks.rank == ranks.world_size - 1).stop
 
     # A loss and a gradient that are not finite stop the step before the update, on all ranks.
     for kind in ("loss", "gradient"):
         for zero in (1, 3):
             engine = new_engine(config(parallel=layout(zero=zero)))
-            batches = batches_of(engine, 1)
             before = {name: tensor.clone() for name, tensor in engine.state()}
             if kind == "loss":
                 hook = engine.model.layers[1].register_forward_hook(lambda m, i, o: o * math.inf)
@@ -63,13 +62,13 @@ def checks_on_this_rank() -> list[tuple[float, float]]:
                 parameter = engine.model.layers[1].mlp.up_proj.weight
                 hook = parameter.register_hook(lambda g, last=last: g * math.nan if last else g)
             with pytest.raises(NonFiniteError, match="the loss is") as error:
-                engine.train_step(batches, 1e-3, False)
+                train_step(engine, 1, 1e-3)
             found = error.value.micro_batches
             if kind == "loss":
-                assert list(found) == list(range(len(batches)))
+                assert list(found) == list(range(engine.accumulation))
             elif zero == 1:
                 name = "model.layers.0.mlp.up_proj.weight"
-                assert found == (dict.fromkeys(range(len(batches)), name) if last else {})
+                assert found == (dict.fromkeys(range(engine.accumulation), name) if last else {})
             hook.remove()
             assert all(torch.equal(tensor, before[name]) for name, tensor in engine.state())
     stop_distributed()
@@ -112,7 +111,7 @@ def check_pipeline(curve: list[tuple[float, float]]) -> None:
         if wrong is None and rank == 1:
             hooks.append(engine.model.layers[-1].register_forward_hook(lambda m, i, o: o * math.inf))
         with pytest.raises(NonFiniteError, match="the loss is") as error:
-            engine.train_step(batches_of(engine, 1), 1e-3, False)
+            train_step(engine, 1, 1e-3)
         found = error.value.micro_batches
         assert list(found) == [0, 1, 2, 3]
         # All gradients are bad where the loss is; the head's comes first in the backward pass.

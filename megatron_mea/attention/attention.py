@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from megatron_mea.attention.documents import Attend, causal
 from megatron_mea.attention.hlc import HeadProjection
 from megatron_mea.config.schema import Model
 from megatron_mea.huggingface.modeling_mea import apply_rotary
@@ -53,7 +53,9 @@ class Attention(nn.Module):
         if config.has_head_norm:
             self.head_norm = norm("head_norm", config.head_norm_eps, config.head_norm_init, config.head_norm_affine)
 
-    def forward(self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend = causal
+    ) -> torch.Tensor:
         """(batch, seq, hidden), with cos and sin (batch, 1, seq, d), -> (batch, seq, hidden)"""
         hidden_states = enter(hidden_states, self.tp)
         batch, seq, _ = hidden_states.shape
@@ -63,8 +65,7 @@ class Attention(nn.Module):
         if self.q_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
-        grouped = key.shape[1] != self.num_heads
-        output = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+        output = attend(query, key, value)
         if self.head_norm is not None:
             output = self.head_norm(output)
         # shape: (batch, H, seq, d) -> (batch, seq, H d)

@@ -105,7 +105,7 @@ def _table(config: Config, world_size: int) -> Iterator[str]:
     layouts = possible_layouts(config, world_size)
     if not layouts:
         works = [str(size) for size in range(1, 2 * world_size + 1) if possible_layouts(config, size)]
-        yield f"no layout of {world_size} processes works with {given}; numbers of processes that do: "
+        yield f"no layout of {world_size} processes works with {given}; numbers of processes that do:"
         yield f"  {', '.join(works) or f'none up to {2 * world_size}'}"
         return
     yield f"layouts of {world_size} processes that work with {given}:"

@@ -129,7 +129,7 @@ class Data(Section):
     train: Annotated[list[TrainCorpus], Field(min_length=1, max_length=1000)]
     validation: Annotated[list[TrainCorpus], Field(max_length=1000)] = []
     seq_length: PositiveInt = 1024
-    document_mask: bool = False
+    document_mask: bool = True
 
 
 class Parallel(Section):

@@ -14,14 +14,43 @@ from megatron_mea.data.indexed import IndexedReader, check_ids
 from megatron_mea.data.order import PERIOD, SampleOrder
 from megatron_mea.errors import UserError
 
+IGNORE = -100
+"""A target with this id is left out of the loss, as in torch and Hugging Face."""
+
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids, their positions, and what should follow each of them; all (samples, seq_length) int64."""
+    """Token ids, their positions, and what should follow each of them; all (samples, seq_length) int64.
+
+    Positions restart at documents where those are masked, and the target across a border is `IGNORE`.
+    """
 
     input_ids: np.ndarray
     position_ids: np.ndarray
     targets: np.ndarray
+
+
+def stack(windows: Sequence[Batch]) -> Batch:
+    """Windows (seq_length,) as one batch."""
+    arrays = ([w.input_ids for w in windows], [w.position_ids for w in windows], [w.targets for w in windows])
+    return Batch(*map(np.stack, arrays))
+
+
+def read_window(reader: IndexedReader, start: int, length: int, document_mask: bool) -> Batch:
+    """The `length` tokens from `start` on, one dimension less than a batch; the corpus has one token more at least."""
+    tokens = reader.tokens[start : start + length + 1].astype(np.int64)
+    positions, targets = np.arange(length), tokens[1:].copy()
+    if document_mask:
+        begins = borders(reader, start, length)
+        targets[begins - 1] = IGNORE
+        for border in begins[begins < length]:
+            positions[border:] = np.arange(length - border)
+    return Batch(tokens[:-1], positions, targets)
+
+
+def borders(reader: IndexedReader, start: int, length: int) -> np.ndarray:
+    """Where in a window, from 1 to `length`, a document begins."""
+    return reader.document_starts(start + 1, start + length + 1) - start
 
 
 class Corpora:
@@ -33,15 +62,22 @@ class Corpora:
         vocab_size: every id must be below it.
         seed: keys the order of the samples; None reads each corpus front to back (validation).
         key: the configuration key of the list, for messages.
+        document_mask: positions restart with every document, and no token has to foretell the next document.
 
     Raises:
         UserError: a corpus is missing, damaged, too short for one window, or has ids beyond the vocabulary.
     """
 
     def __init__(
-        self, corpora: Sequence[TrainCorpus], seq_length: int, vocab_size: int, seed: int | None, key: str
+        self,
+        corpora: Sequence[TrainCorpus],
+        seq_length: int,
+        vocab_size: int,
+        seed: int | None,
+        key: str,
+        document_mask: bool = False,
     ) -> None:
-        self.seq_length, self.vocab_size, self.key = seq_length, vocab_size, key
+        self.seq_length, self.vocab_size, self.key, self.document_mask = seq_length, vocab_size, key, document_mask
         self.paths = [corpus.path for corpus in corpora]
         self.readers = [IndexedReader(corpus.path) for corpus in corpora]
         for path, reader in zip(self.paths, self.readers, strict=True):
@@ -54,14 +90,26 @@ class Corpora:
 
     def batch(self, samples: np.ndarray) -> Batch:
         """The windows of the given sample numbers (n,)."""
+        starts = self._starts(samples)
+        windows = [
+            read_window(self.readers[index], start, self.seq_length, self.document_mask) for index, start in starts
+        ]
+        for (index, _), window in zip(starts, windows, strict=True):
+            for ids in (window.input_ids, window.targets[window.targets != IGNORE]):
+                check_ids(ids, self.vocab_size, f"{self.paths[index]}.bin", *self._allowed_ids)
+        return stack(windows)
+
+    def targets(self, samples: np.ndarray) -> int:
+        """How many targets these samples (n,) have that are not `IGNORE`."""
+        total = len(samples) * self.seq_length
+        if self.document_mask:
+            total -= sum(borders(self.readers[i], start, self.seq_length).size for i, start in self._starts(samples))
+        return total
+
+    def _starts(self, samples: np.ndarray) -> list[tuple[int, int]]:
+        """The corpus of each sample, and the token with which its window begins."""
         corpus, window = self.order.locate(samples)
-        tokens = np.empty((len(samples), self.seq_length + 1), dtype=np.int64)
-        for row, (index, number) in enumerate(zip(corpus, window, strict=True)):
-            start = number * self.seq_length
-            tokens[row] = self.readers[index].tokens[start : start + self.seq_length + 1]
-            check_ids(tokens[row], self.vocab_size, f"{self.paths[index]}.bin", *self._allowed_ids)
-        positions = np.broadcast_to(np.arange(self.seq_length), (len(samples), self.seq_length))
-        return Batch(tokens[:, :-1], positions, tokens[:, 1:])
+        return list(zip(corpus.tolist(), (window * self.seq_length).tolist(), strict=True))
 
     def describe(self, samples: np.ndarray) -> str:
         """Where samples come from, for a message: corpus and window of each."""

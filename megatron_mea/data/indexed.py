@@ -14,6 +14,7 @@ import glob
 import mmap
 import os
 import struct
+from bisect import bisect_left
 from pathlib import Path
 from typing import BinaryIO
 
@@ -136,6 +137,7 @@ class IndexedReader:
     Attributes:
         tokens: (number of tokens,), the whole corpus as one flat read-only array.
         lengths: (sequences,) tokens of each sequence.
+        offsets: (sequences,) where each sequence begins in PREFIX.bin, in bytes.
         documents: (documents + 1,) sequence number at which each document begins.
 
     Raises:
@@ -163,9 +165,9 @@ class IndexedReader:
         raw = np.memmap(index, mode="r", dtype=np.uint8)
         at = _HEADER.size
         self.lengths = np.frombuffer(raw, np.int32, sequences, at)
-        offsets = np.frombuffer(raw, np.int64, sequences, at + 4 * sequences)
+        self.offsets = np.frombuffer(raw, np.int64, sequences, at + 4 * sequences)
         self.documents = np.frombuffer(raw, np.int64, boundaries, at + 12 * sequences)
-        if not _contiguous(offsets, self.lengths, self.dtype.itemsize):
+        if not _contiguous(self.offsets, self.lengths, self.dtype.itemsize):
             raise UserError(
                 str(index), "sequences that do not follow one another", "sequences in the order of the .bin"
             )
@@ -173,11 +175,19 @@ class IndexedReader:
             found = "documents that do not divide its sequences"
             raise UserError(str(index), found, f"rising boundaries from 0 to {sequences}")
         # By the last sequence alone: a sum would read the whole index, gigabytes of it for a large corpus.
-        needed = int(offsets[-1]) + int(self.lengths[-1]) * self.dtype.itemsize if sequences else 0
+        needed = int(self.offsets[-1]) + int(self.lengths[-1]) * self.dtype.itemsize if sequences else 0
         if data.stat().st_size != needed:
             mend = "copy the file again, or run `megatron-mea prepare` again"
             raise UserError(str(data), f"{data.stat().st_size} bytes", f"the {needed} that its .idx announces", mend)
         self.tokens = _mapped(data, self.dtype) if needed else np.empty(0, self.dtype)
+
+    def document_starts(self, start: int, stop: int) -> np.ndarray:
+        """The tokens, from `start` up to but not including `stop`, with which a document begins; in order."""
+        # The arrays of an index are not aligned, and numpy would copy them whole to search them.
+        size = self.dtype.itemsize
+        first, last = (bisect_left(self.offsets, token * size) for token in (start, stop))
+        sequences = self.documents[bisect_left(self.documents, first) : bisect_left(self.documents, last)]
+        return np.unique(self.offsets[sequences] // size)
 
     def check_ids(self, vocab_size: int, allowed: str, mend: str = "", sample: int = 1 << 27) -> None:
         """Looks at up to `sample` tokens, in 64 blocks spread evenly.

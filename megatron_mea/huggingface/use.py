@@ -7,10 +7,10 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
+from megatron_mea.data.corpora import IGNORE, read_window, stack
 from megatron_mea.data.indexed import IndexedReader
 from megatron_mea.data.tokenizer import load_tokenizer
 from megatron_mea.errors import UserError
@@ -34,8 +34,8 @@ def evaluate(model: str | Path, data: str | None, out: str | None) -> str:
 def cross_entropy(model: str | Path, data: str | None) -> str:
     """Cross-entropy (nats a token) and perplexity over all of the data, as JSON text.
 
-    Windows as long as in training (for a Hugging Face folder 2,048 tokens at most); every token but the first
-    is predicted once.
+    Windows as long as in training, with documents masked as in training (for a Hugging Face folder 2,048 tokens at
+    most, and not); every token is predicted once, but for the first one, and of masked documents the first of each.
 
     Args:
         data: PREFIX; None takes the validation corpora of a checkpoint.
@@ -45,6 +45,7 @@ def cross_entropy(model: str | Path, data: str | None) -> str:
         raise UserError("--data", "nothing", "the PREFIX of prepared data: this model names no validation data")
     paths = [corpus.path for corpus in config.data.validation] if data is None else [data]
     window = config.data.seq_length if config else min(loaded.config.max_position_embeddings, 2048)
+    mask = config is not None and config.data.document_mask
     readers = [IndexedReader(path) for path in paths]
     for path, reader in zip(paths, readers, strict=True):
         _check(reader, path, loaded.config.vocab_size)
@@ -54,11 +55,14 @@ def cross_entropy(model: str | Path, data: str | None) -> str:
     batches = [batch for reader in readers for batch in _windows(reader, window)]
     with torch.inference_mode():
         for start, stop, length, reader in progress_bar(batches, desc="evaluate", unit="batch"):
-            rows = np.stack([reader.tokens[at : at + length + 1] for at in range(start, stop, length)])
-            tokens = torch.from_numpy(rows.astype(np.int64)).to(device)
-            logits = loaded(tokens[:, :-1], use_cache=False).logits.float()
-            total += F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").item()
-            count += tokens[:, 1:].numel()
+            batch = stack([read_window(reader, at, length, mask) for at in range(start, stop, length)])
+            arrays = (batch.input_ids, batch.position_ids, batch.targets)
+            input_ids, position_ids, targets = (torch.from_numpy(array).to(device) for array in arrays)
+            # transformers masks documents by itself where positions restart.
+            logits = loaded(input_ids, position_ids=position_ids, use_cache=False).logits.float()
+            summed = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+            total += summed.item()
+            count += int((targets != IGNORE).sum())
     loss = total / count
     result = {
         "model": str(model),

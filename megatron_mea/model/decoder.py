@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_mea.attention.attention import Attention
+from megatron_mea.attention.documents import Attend, causal, within_documents
 from megatron_mea.config.schema import Model
 from megatron_mea.huggingface.convert import to_hf_config
 from megatron_mea.huggingface.modeling_mea import rotary_cos_sin
@@ -52,8 +53,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = norm("post_attention_layernorm")
         self.mlp = FeedForward(config, layer, tp)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -84,6 +85,7 @@ class Decoder(nn.Module):
         tp: the tensor group of this rank.
         stage: which layers to make: 0 is the embedding, then the blocks, the last one the head; None: all.
             Where embeddings are tied and the two ends lie on different stages, each has a copy of the matrix.
+        document_mask: attention stays inside documents, which begin where position ids are zero.
     """
 
     def __init__(
@@ -92,11 +94,12 @@ class Decoder(nn.Module):
         checkpoint_activations: bool = False,
         tp: TensorGroup = ALONE,
         stage: range | None = None,
+        document_mask: bool = False,
     ) -> None:
         super().__init__()
         self.tp, self.vocab_size = tp, config.vocab_size
         self.hf_config = to_hf_config(config)
-        self.checkpoint_activations = checkpoint_activations
+        self.checkpoint_activations, self.document_mask = checkpoint_activations, document_mask
         stage = range(config.num_hidden_layers + 2) if stage is None else stage
         self.layers = nn.ModuleList()
         embed = None
@@ -135,6 +138,7 @@ class Decoder(nn.Module):
             logits (batch, seq, this rank's part of the vocabulary) on the last stage, hidden states on the others.
         """
         angles: tuple[torch.Tensor, ...] | None = None
+        attend = within_documents(position_ids) if self.document_mask else causal
         for layer in self.layers:
             if not isinstance(layer, Block):
                 x = layer(x)
@@ -143,9 +147,9 @@ class Decoder(nn.Module):
                 # shape: (batch, seq, d) -> (batch, 1, seq, d), the same for all heads
                 angles = tuple(angle.unsqueeze(1) for angle in rotary_cos_sin(self.hf_config, position_ids, x.dtype))
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(layer, x, *angles, use_reentrant=False)
+                x = checkpoint(layer, x, *angles, attend, use_reentrant=False)
             else:
-                x = layer(x, *angles)
+                x = layer(x, *angles, attend)
         return x
 
 

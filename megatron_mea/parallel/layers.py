@@ -7,12 +7,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from megatron_mea.data.corpora import IGNORE
 from megatron_mea.parallel.collectives import all_reduce, leave, reduce_sum, shared
 from megatron_mea.parallel.grid import ALONE, TensorGroup
 from megatron_mea.parallel.parameter import constant, declare, normal
-
-IGNORE = -100
-"""A target with this id is left out of the loss, as in torch and Hugging Face."""
 
 
 class Linear(nn.Module):

@@ -13,12 +13,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_mea.config.schema import Config
-from megatron_mea.data.corpora import Batch
+from megatron_mea.data.corpora import IGNORE, Batch
 from megatron_mea.errors import RunError
 from megatron_mea.model.decoder import Decoder
 from megatron_mea.parallel.grid import Grid
 from megatron_mea.parallel.parameter import named_specs
 
+BUCKET = 500_000_000
+"""Numbers in a bucket of gradients at most, DeepSpeed's default."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -69,17 +71,18 @@ class Engine:
                     eps=config.optimizer.eps,
                     fused=device.type == "cuda",
                 ),
-                config=_deepspeed_config(config, self.accumulation),
+                config=_deepspeed_config(config, self.accumulation, sum(p.numel() for p in model.parameters())),
                 dist_init_required=False,
                 **self._module(),
             )
         self._make_moments()
 
-    def train_step(self, batches: Sequence[Batch], lr: float, stop: bool) -> StepResult:
+    def train_step(self, batches: Sequence[Batch], targets: int, lr: float, stop: bool) -> StepResult:
         """One optimizer step over this rank's micro-batches.
 
         Args:
             batches: `accumulation` micro-batches.
+            targets: how many targets the global batch has.
             lr: the rate of this step.
             stop: whether this rank was asked to stop; the answer is the same on all ranks.
 
@@ -88,12 +91,14 @@ class Engine:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        loss = self._run(batches)
+        # DeepSpeed divides by the micro-batches and averages over data parallelism: this undoes both, so that the
+        # gradient is that of the sum over all targets divided by their number.
+        loss = self._run(batches, self.accumulation * self.grid.data_size / targets)
         total = torch.stack([loss, torch.full_like(loss, float(stop))])
         dist.all_reduce(total)
         loss_sum, stops = total.tolist()
         # Every rank of a tensor group has the loss of the same samples.
-        mean = loss_sum / (self.grid.tensor.size * self.config.tokens_per_step)
+        mean = loss_sum / (self.grid.tensor.size * targets)
         grad_norm = float(self.engine.get_global_grad_norm())
         # DeepSpeed skips an update whose gradient is not finite, without a word.
         if self.optimizer.overflow or not (_is_finite(mean) and _is_finite(grad_norm)):
@@ -104,32 +109,33 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, batches: Iterator[Batch], count: int) -> float:
         """Mean cross-entropy (nats a target) over `count` micro-batches of every data-parallel rank."""
-        training = self.config.training
-        loss = self._evaluate(batches, count)
-        dist.all_reduce(loss)
-        targets = count * self.grid.data_size * training.micro_batch_size * self.config.data.seq_length
-        return loss.item() / (self.grid.tensor.size * targets)
+        targets = 0
 
-    @property
-    def _loss_scale(self) -> float:
-        """What makes the sum of cross-entropies of a micro-batch its share of the loss.
+        def counted() -> Iterator[Batch]:
+            nonlocal targets
+            for batch in islice(batches, count):
+                targets += int((batch.targets != IGNORE).sum())
+                yield batch
 
-        DeepSpeed divides by the micro-batches and averages over data parallelism: this undoes both, so that the
-        gradient is that of the sum over all targets divided by their number.
-        """
-        return self.accumulation * self.grid.data_size / self.config.tokens_per_step
+        loss = self._evaluate(counted(), count)
+        # Every tensor rank of the last stage has seen the loss, and the targets, of the same samples.
+        seen = targets if self.grid.is_last_stage else 0
+        total = torch.stack([loss, torch.full_like(loss, float(seen))])
+        dist.all_reduce(total)
+        loss_sum, seen = total.tolist()
+        return loss_sum / seen
 
     def _module(self) -> dict[str, Any]:
         """The arguments of deepspeed.initialize that say what to train and who takes part."""
         return {"model": self.model, "mpu": self.grid.mpu}
 
-    def _run(self, batches: Sequence[Batch]) -> torch.Tensor:
-        """Forward, backward and update; the sum of this rank's losses, float64."""
+    def _run(self, batches: Sequence[Batch], scale: float) -> torch.Tensor:
+        """Forward, backward of the losses times `scale`, and update; the sum of this rank's losses, float64."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in batches:
             loss = self.engine(*self._to_device(batch))
             total += loss.detach()
-            self.engine.backward(loss * self._loss_scale)
+            self.engine.backward(loss * scale)
             self.engine.step()
         return total
 
@@ -137,7 +143,7 @@ class Engine:
         """The sum of this rank's losses, float64."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         self.engine.eval()
-        for batch in islice(batches, count):
+        for batch in batches:
             total += self.engine(*self._to_device(batch))
         self.engine.train()
         return total
@@ -262,14 +268,15 @@ def _parameter_groups(config: Config, model: Decoder) -> list[dict]:
     ]
 
 
-def _deepspeed_config(config: Config, accumulation: int) -> dict:
+def _deepspeed_config(config: Config, accumulation: int, numbers: int) -> dict:
     training = config.training
     settings: dict = {
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.optimizer.grad_clip,
         # Stage 0 loses the gradient norm and is no cheaper than stage 1, so it runs as stage 1.
-        "zero_optimization": {"stage": max(config.parallel.zero_stage, 1)},
+        # Its bucket of gradients is allocated whole: 2 GB, were it not for the bound.
+        "zero_optimization": {"stage": max(config.parallel.zero_stage, 1), "reduce_bucket_size": min(BUCKET, numbers)},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
         # Between stages every tensor rank hands on what it has, which sequence parallelism has cut already.

@@ -23,7 +23,7 @@ from megatron_mea.model.stages import pipeline_stages
 from megatron_mea.parallel.parameter import initialize, named_specs
 from megatron_mea.training import processes, records
 from megatron_mea.training.engine import Engine, NonFiniteError
-from megatron_mea.training.order import rank_samples
+from megatron_mea.training.loader import Loader, StepData, rank_samples
 from megatron_mea.training.pipeline import PipelineEngine
 from megatron_mea.training.ranks import Ranks
 from megatron_mea.training.replicas import check_replicas
@@ -73,7 +73,8 @@ class _Run:
 
         self.grid = processes.build_grid(config)
         stage = pipeline_stages(config.model, self.grid.pipeline_size)[self.grid.pipeline_rank]
-        model = Decoder(config.model, config.training.activation_checkpointing == "full", self.grid.tensor, stage)
+        recompute = config.training.activation_checkpointing == "full"
+        model = Decoder(config.model, recompute, self.grid.tensor, stage, config.data.document_mask)
         if source is None:
             initialize(model, config.training.seed)
         make_engine = PipelineEngine if self.grid.pipeline_size > 1 else Engine
@@ -92,16 +93,15 @@ class _Run:
         config, validates = self.config, self.inputs.validation is not None
         if self.step == 0 and validates:
             self._record({"step": 0, "tokens": 0, "validation_loss": self._validate()})
+        loader = Loader(self.inputs.train, config, self.grid, self.step + 1)
+        waited = 0.0
         self.progress.start()
-        while self.step < config.steps:
-            step = self.step + 1
-            samples = rank_samples(step, config, self.grid.data_rank, self.grid.data_size)
-            lr = learning_rate(config, step)
+        for data in loader:
+            step, lr = data.step, learning_rate(config, data.step)
             try:
-                batches = [self.inputs.train.batch(micro) for micro in samples]
-                result = self.engine.train_step(batches, lr, stop.received is not None)
+                result = self.engine.train_step(data.batches, data.targets, lr, stop.received is not None)
             except NonFiniteError as error:
-                raise NonFiniteError(self._explain(error, step)) from None
+                raise NonFiniteError(self._explain(error, data)) from None
             if step == self.progress.first_step + 1:
                 processes.shorten_timeouts(config.parallel.timeout_minutes)
             self.step, last = step, step == config.steps
@@ -119,6 +119,9 @@ class _Run:
             saving = last or result.stop or step % config.checkpoint.interval == 0
             if logging:
                 row["tokens_per_second"] = self.progress.tokens_per_second(step)
+                row["data_wait_seconds"], waited = loader.waited - waited, loader.waited
+                if config.logging.sample_hashes:
+                    row["sample_hashes"] = self._all_hashes(data)
                 if validating:
                     row["validation_loss"] = self._validate()
                 self._record(row)
@@ -133,6 +136,7 @@ class _Run:
             if self.rank == 0:
                 records.write_finished(self.dir, self.step)
             self.progress.say(f"finished at step {self.step}: {self.dir}")
+        loader.close()
         if self.metrics is not None:
             self.metrics.close()
         dist.barrier()
@@ -177,6 +181,12 @@ class _Run:
             more = self._of_all_stages(more)
         if self.metrics is not None:
             self.metrics.write(row, more)
+
+    def _all_hashes(self, data: StepData) -> list[str]:
+        """Of every sample of the global batch, in its order."""
+        ranks: list[list[list[str]]] = [[]] * self.grid.data_size
+        dist.all_gather_object(ranks, data.hashes(), group=self.grid.mpu.get_data_parallel_group())
+        return [digest for turn in zip(*ranks, strict=True) for micro_batch in turn for digest in micro_batch]
 
     def _of_all_stages(self, statistics: dict[str, float]) -> dict[str, float]:
         """The union over the pipeline's stages, on rank 0."""
@@ -248,17 +258,16 @@ class _Run:
 
         self.engine.load_state(read, updates=self.step)
 
-    def _explain(self, error: NonFiniteError, step: int) -> str:
+    def _explain(self, error: NonFiniteError, data: StepData) -> str:
         """Names step and samples; nothing was updated, so the newest checkpoint is as good as it was."""
-        first = (step - 1) * self.config.training.global_batch_size
+        first = (data.step - 1) * self.config.training.global_batch_size
         last = first + self.config.training.global_batch_size - 1
-        lines = [f"step {step} stopped before its update: {error}", f"  samples {first} to {last}"]
+        lines = [f"step {data.step} stopped before its update: {error}", f"  samples {first} to {last}"]
         if error.micro_batches:
-            samples = rank_samples(step, self.config, self.grid.data_rank, self.grid.data_size)
             for index, name in error.micro_batches.items():
-                where = self.inputs.train.describe(samples[index])
-                gradient = f", first in the gradient of {name}" if name else ""
-                lines.append(f"  not finite on rank {self.rank}: samples {samples[index].tolist()}{gradient}; {where}")
+                samples, gradient = data.samples[index], f", first in the gradient of {name}" if name else ""
+                where = f"samples {samples.tolist()}{gradient}; {self.inputs.train.describe(samples)}"
+                lines.append(f"  not finite on rank {self.rank}: {where}")
         bad = [n for n, p in named_specs(self.engine.model).items() if not getattr(p, "ds_tensor", p).isfinite().all()]
         lines.append(f"  parameters that are not finite: {', '.join(bad) or 'none'}")
         lines.append(

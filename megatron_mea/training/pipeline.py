@@ -22,6 +22,7 @@ class PipelineEngine(Engine):
         from deepspeed.pipe import PipelineModule
 
         self._losses: list[torch.Tensor] = []
+        self._scale = 1.0
         # DeepSpeed takes the layers of all stages and keeps its own: ours are made stage by stage, so all but one of
         # these places are never looked at.
         stages = [_Stage(self.model, self.grid.is_last_stage)] * self.grid.pipeline_size
@@ -41,7 +42,7 @@ class PipelineEngine(Engine):
     def _loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         loss = self.model.loss(logits, targets)
         self._losses.append(loss.detach().double())
-        return loss * self._loss_scale
+        return loss * self._scale
 
     def _take_losses(self) -> torch.Tensor:
         """The sum of the losses since the last call; zero on all stages but the last."""
@@ -49,7 +50,8 @@ class PipelineEngine(Engine):
         self._losses.clear()
         return total
 
-    def _run(self, batches: Sequence[Batch]) -> torch.Tensor:
+    def _run(self, batches: Sequence[Batch], scale: float) -> torch.Tensor:
+        self._scale = scale
         self.engine.train_batch(self._micro_batches(iter(batches)))
         return self._take_losses()
 

@@ -44,7 +44,7 @@ class Metrics:
         self._file.flush()
         os.fsync(self._file.fileno())
         if self._board is not None:
-            scalars = {key: value for key, value in row.items() if key not in ("step", "tokens")}
+            scalars = {key: value for key, value in row.items() if key not in ("step", "tokens", "sample_hashes")}
             for key, value in {**scalars, **(more or {})}.items():
                 self._board.add_scalar(key, value, row["step"])
 

@@ -56,10 +56,11 @@ def check_inputs(config: Config, run_dir: Path, ranks: Ranks, layout: Layout) ->
     data, evaluation = config.data, config.evaluation
     check_tokenizer_folder(data.tokenizer, "data.tokenizer")
     vocab = config.model.vocab_size
-    train = Corpora(data.train, data.seq_length, vocab, config.training.seed, "data.train")
+    mask = data.document_mask
+    train = Corpora(data.train, data.seq_length, vocab, config.training.seed, "data.train", mask)
     validation = None
     if data.validation:
-        validation = Corpora(data.validation, data.seq_length, vocab, None, "data.validation")
+        validation = Corpora(data.validation, data.seq_length, vocab, None, "data.validation", mask)
         batch = config.training.global_batch_size
         validation.require(evaluation.batches * batch, evaluation.batches, batch)
     changes: list[str] = []

@@ -14,7 +14,7 @@ from megatron_mea.config.schema import Config, TrainCorpus
 from megatron_mea.data.corpora import Batch, Corpora
 from megatron_mea.data.indexed import IndexedWriter
 from megatron_mea.errors import UserError
-from megatron_mea.training.order import rank_samples
+from megatron_mea.training.loader import rank_samples
 
 LENGTH = 8
 VOCABULARY = 20_000
