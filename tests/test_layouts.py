@@ -104,7 +104,7 @@ DEFAULT = {
 }
 FULL = {
     2: each(PAIRS, MODELS),
-    3: each(TRIPLES, [THREE | variant for variant in ({}, TIED, {"num_component_heads": 1, "qk_norm": True})]),
+    3: each(TRIPLES, [THREE | variant for variant in ({}, TIED, {"num_component_heads": 1}, {"qk_norm": True})]),
     4: each(FOURS, MODELS[:8]),
     8: each(EIGHTS, MODELS[:8:2]),
 }

@@ -1,6 +1,6 @@
 """Measures `prepare`, the order of the samples and the first batch of a large corpus; prints Markdown tables.
 
-    OMP_NUM_THREADS=1 python tools/bench/data.py [--megabytes 17] [--rounds 3] [--only prepare memory order first]
+    OMP_NUM_THREADS=1 python tools/bench/data.py [--megabytes 35] [--rounds 3] [--only prepare memory order first]
 
 On a machine that others use as well, trust CPU seconds and ratios: what is compared runs in turn.
 """
@@ -19,12 +19,12 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import numpy as np
 
-from megatron_mea.config.schema import TrainCorpus
-from megatron_mea.data.corpora import Corpora
 from megatron_mea.data.order import Mixture, permute
 from megatron_mea.data.prepare import Encoder, prepare
 from megatron_mea.data.tokenizer import load_tokenizer, train_tokenizer
@@ -78,37 +78,63 @@ def quiet():
     os.close(null)
 
 
+def bare(encoder: Encoder, documents: Sequence[str]) -> None:
+    for start in range(0, len(documents), 100):
+        encoder._ids(list(documents[start : start + 100]))
+
+
+def bare_in_process(encoder: Encoder, repeats: int, part: int, start: Barrier, queue: Queue) -> None:
+    documents = (texts() * repeats)[part::2]
+    bare(encoder, documents[:10])
+    start.wait()
+    queue.put(measured(lambda: bare(encoder, documents)))
+
+
+def bare_twice(encoder: Encoder, repeats: int) -> tuple[float, float]:
+    """CPU seconds and wall seconds of the bare tokenizer in two processes at once, half of the text each."""
+    context = multiprocessing.get_context("spawn")
+    start, queue = context.Barrier(2), context.Queue()
+    arguments = [(encoder, repeats, part, start, queue) for part in range(2)]
+    processes = [context.Process(target=bare_in_process, args=one) for one in arguments]
+    for process in processes:
+        process.start()
+    found = [queue.get() for _ in processes]
+    for process in processes:
+        process.join()
+    return sum(cpu for cpu, _ in found), max(wall for _, wall in found)
+
+
 def bench_prepare(folder: Path, tokenizer: Path, megabytes: int, rounds: int) -> None:
     documents = texts()
-    size = sum(map(len, documents))
-    documents *= max(1, round(megabytes * 1e6 / size))
+    repeats = max(1, round(megabytes * 1e6 / sum(map(len, documents))))
+    documents *= repeats
     inputs = [write(folder / f"{part}.jsonl.gz", documents[part::FILES]) for part in range(FILES)]
-    encoder = Encoder.of(load_tokenizer(tokenizer), tokenizer)
-    encode = encoder._ids
-    encode(documents[:10])
-    tokens = sum(map(len, encode(documents))) + len(documents)
-    hundreds = [documents[start : start + 100] for start in range(0, len(documents), 100)]
-    works: dict[str, Callable[[], object]] = {
-        "bare": lambda: [encode(part) for part in hundreds],
-        "1 worker": lambda: prepare(inputs, tokenizer, folder / "out", workers=1),
-        "2 workers": lambda: prepare(inputs, tokenizer, folder / "out", workers=2),
+    encoder, fresh = (Encoder.of(load_tokenizer(tokenizer), tokenizer) for _ in range(2))
+    tokens = 0
+
+    def run(workers: int) -> None:
+        nonlocal tokens
+        tokens = prepare(inputs, tokenizer, folder / "out", workers=workers)[1]
+
+    works: dict[str, Callable[[], tuple[float, float]]] = {
+        "bare": lambda: measured(lambda: bare(encoder, documents)),
+        "1 worker": lambda: measured(lambda: run(1)),
+        "bare, 2 processes at once": lambda: bare_twice(fresh, repeats),
+        "2 workers": lambda: measured(lambda: run(2)),
     }
+    bare(encoder, documents[:10])
     with quiet():
-        found = [{name: measured(work) for name, work in works.items()} for _ in range(rounds)]
+        found = [{name: work() for name, work in works.items()} for _ in range(rounds)]
     rows = []
-    for name in works:
+    for name, base in zip(works, ("bare", "bare", *["bare, 2 processes at once"] * 2), strict=True):
         cpu, wall = (statistics.median(one[name][i] for one in found) for i in (0, 1))
-        count = 2 if name == "2 workers" else 1
-        by_cpu = statistics.median(one["bare"][0] / one[name][0] for one in found)
-        by_wall = statistics.median(one["bare"][1] / count / one[name][1] for one in found)
-        rows.append(
-            [name, f"{tokens / cpu / 1e6:.3f}", f"{tokens / wall / 1e6:.3f}", f"{by_cpu:.2f}", f"{by_wall:.2f}"]
-        )
+        ratios = [statistics.median(one[base][i] / one[name][i] for one in found) for i in (0, 1)]
+        rates = [f"{tokens / seconds / 1e6:.3f}" for seconds in (cpu, wall)]
+        rows.append([name, *rates, *(f"{ratio:.2f}" for ratio in ratios)])
     print(
         f"{sum(map(len, documents)) / 1e6:.0f} MB in {FILES} .jsonl.gz, {tokens:,} tokens, medians of {rounds} rounds"
     )
-    columns = ("", "Mtokens a CPU second", "Mtokens a second", "of workers x bare, by CPU", "by wall")
-    table(columns, rows)
+    table(("", "Mtokens a CPU second", "Mtokens a second", "of as many bare, by CPU", "by wall"), rows)
 
 
 def run_prepare(source: str, tokenizer: str, out: str) -> None:
@@ -201,6 +227,10 @@ def sparse_corpus(prefix: Path, samples: int, seq_length: int, documents: int) -
 
 
 def bench_first(folder: Path) -> None:
+    # Not at the top: the workers of `prepare` import this file, and would count it.
+    from megatron_mea.config.schema import TrainCorpus
+    from megatron_mea.data.corpora import Corpora
+
     rows = []
     for samples, documents in ((10**6, 640_000), (10**9, 640_000_000)):
         sparse_corpus(folder / "sparse", samples, 512, documents)
@@ -224,7 +254,7 @@ def bench_first(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--megabytes", type=int, default=17, help="of text for `prepare`")
+    parser.add_argument("--megabytes", type=int, default=35, help="of text for `prepare`")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokenizer", help="default: 8,192 ids, trained on the quickstart's text")
     names = ("prepare", "memory", "order", "first")
