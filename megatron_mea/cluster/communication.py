@@ -17,7 +17,7 @@ from megatron_mea.cluster.setting import LocalParameter, Setting, Stage
 Group = Literal["tensor", "data", "pipeline"]
 
 BUCKET = 500_000_000
-"""Numbers in a bucket of gradients: `reduce_bucket_size` of DeepSpeed 0.19.8's defaults."""
+"""Numbers in a bucket of gradients at most (training/engine.py)."""
 REUSE_DISTANCE = 1_000_000_000
 """ZeRO 3 keeps gathered parameters that are used again within so many: `stage3_max_reuse_distance`."""
 PERSISTENT = 100_000

@@ -106,23 +106,23 @@ def _buffers(setting: Setting, stage: Stage) -> tuple[int, int]:
     """Buffers of the passes, and the peak of reduction and update beside what is at rest."""
     layout, size, numbers = setting.layout, setting.number_bytes, stage.size
     mine = numbers / layout.data
-    bucket, filled = BUCKET * size, min(numbers, BUCKET) * size
+    bucket = min(numbers, BUCKET) * size
     # This rank's gradients in one piece, and torch's Adam, which keeps two temporaries where it is not fused.
     update = mine * FLOAT32 * (1 if setting.device == "cuda" else 3)
     if setting.zero_stage == 3:
         whole = [p.size for p in stage.parameters if p.size > PERSISTENT]
         gathered = min(sum(whole), REUSE_DISTANCE // 2 + max(whole, default=0)) * size
-        return int(gathered + bucket), int(bucket + max(gathered + filled, update))
+        return int(gathered + bucket), int(bucket + max(gathered + bucket, update))
     if setting.zero_stage == 1 and size < FLOAT32:
         # Both groups in one piece where they fit a bucket, and rounded for the way.
         rounded = numbers * (FLOAT32 + size) if numbers <= BUCKET else numbers * size
         return 0, int(max(rounded, update))
     # A bucket goes out in a copy, and what is this rank's comes into a buffer of its own.
-    reduced = (filled if layout.data > 1 else 0) + mine * size
+    reduced = (bucket if layout.data > 1 else 0) + mine * size
     if setting.zero_stage == 2:
         return bucket, int(max(bucket + reduced, mine * size + update))
     # Gradients move into the bucket: those of several micro-batches count at rest already.
-    outside = (0 if layout.micro_batches > 1 else numbers * size) - filled
+    outside = (0 if layout.micro_batches > 1 else numbers * size) - bucket
     # Under a pipeline DeepSpeed adds a bucket to the one that the passes have made.
     buckets = bucket * (2 if layout.pipeline > 1 else 1)
     return bucket, int(max(buckets + outside + reduced, mine * size + update))

@@ -21,7 +21,12 @@ def make_config(model: dict, training: dict, parallel: dict, seq_length: int) ->
     return parse_config(
         {
             "model": {"max_position_embeddings": max(seq_length, 128)} | model,
-            "data": {"tokenizer": "none", "train": [{"path": "none"}], "seq_length": seq_length},
+            "data": {
+                "tokenizer": "none",
+                "train": [{"path": "none"}],
+                "seq_length": seq_length,
+                "document_mask": False,
+            },
             "training": {"steps": 100, "precision": "fp32"} | training,
             "schedule": {"warmup_steps": 2},
             "parallel": parallel,

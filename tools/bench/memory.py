@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python tools/bench/memory.py [NAME ...]
 
 Two measurements from before the model is made: bytes of live tensors, from the allocator's events, and the resident
-set. DeepSpeed's bucket of gradients counts in the first whether filled or not; in the second only as far as filled.
+set, to which libraries add theirs.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def peak(config: Config) -> tuple[int, int]:
         engine = new_engine(config)
         batches = random_batches(config, engine)
         for _ in range(2):
-            engine.train_step(batches, 1e-3, False)
+            engine.train_step(batches, config.tokens_per_step, 1e-3, False)
     resident = _status("VmHWM") - before
     live: dict[int, int] = {}
     total = highest = 0
@@ -100,18 +100,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="cases (default: all)")
     names = parser.parse_args().names or list(CASES)
-    print("| case | stage | tensors, measured MB | planned | ratio | without the bucket | resident, measured MB |")
-    print("|---|---|---|---|---|---|---|")
+    print("| case | stage | tensors, measured MB | planned | ratio | resident, measured MB |")
+    print("|---|---|---|---|---|---|")
     for name in names:
         world_size, config = CASES[name]
         ranks = launch(peak, world_size, config)
         plan = make_plan(config, world_size, device="cpu")
         for memory in plan.memory:
             live, resident = ranks[memory.stage * world_size // plan.layout.pipeline]
-            buckets = 0 if memory.buffers < 10**9 else 1 + (plan.layout.pipeline > 1)
-            bucket = buckets * 5 * 10**8 * (2 if config.training.precision == "bf16" else 4)
-            beyond = (memory.total - bucket) / (live - bucket)
-            numbers = f"{live / 1e6:.0f} | {memory.total / 1e6:.0f} | {memory.total / live:.3f} | {beyond:.3f}"
+            numbers = f"{live / 1e6:.0f} | {memory.total / 1e6:.0f} | {memory.total / live:.3f}"
             print(f"| {name} | {memory.stage} | {numbers} | {resident / 1e6:.0f} |", flush=True)
 
 
