@@ -148,6 +148,12 @@ def expected_of(model: str, form: str) -> Any:
 
 
 def check(world: int, cases: list[Case]) -> None:
+    # Every engine leaves process groups behind, whose threads wake one another: no more than a few in one process.
+    for start in range(0, len(cases), 8):
+        check_some(world, cases[start : start + 8])
+
+
+def check_some(world: int, cases: list[Case]) -> None:
     ranks = run_distributed(train_cases, world, cases, timeout=120 + 60 * len(cases))
     for index, case in enumerate(cases):
         curve, validation, weights = expected_of(json.dumps(case[2]), case[3])
