@@ -16,7 +16,7 @@ python=${PYTHON:-python3}
 if [ -z "${PYTHON:-}${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -x .venv/bin/python ]; then python=.venv/bin/python; fi
 
 # A layout that cannot work is refused before there is a process to end.
-"$python" "$(dirname "$0")/check_layout.py" "$nproc" "$@" || exit $?
+"$python" - "$nproc" "$@" < "$(dirname "$0")/check_layout.py" || exit $?
 
 export WORLD_SIZE=$nproc MASTER_ADDR=127.0.0.1 PYTHONUNBUFFERED=1
 if [ -z "${MASTER_PORT:-}" ]; then

@@ -102,6 +102,9 @@ def check_pipeline(curve: list[tuple[float, float]]) -> None:
     with pytest.raises(ReplicaError, match=name):
         check_replicas(fresh.model, fresh.grid, settings)
 
+    engine = new_engine(config(layout(2), tied, training={"precision": "bf16"}))
+    np.testing.assert_allclose(train(engine, 1, 3), plain_training(config(model=tied))[0][:3], rtol=0.03)
+
     for wrong in ("model.layers.0.mlp.up_proj.weight", "model.layers.2.mlp.up_proj.weight", None):
         engine = new_engine(config(layout(pipeline=2)))
         before = whole_state(engine)

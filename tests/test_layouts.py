@@ -44,6 +44,8 @@ FOURS = {
 }
 KINDS = {name: FOURS[name] for name in FOURS if name not in ("tp 4", "tp 2 x pp 2", "pp 2 x dp 2")}
 EIGHTS = {
+    "tp 2 x dp 4": layout(2),
+    "pp 2 x dp 4": layout(pipeline=2),
     "tp 2 x pp 2 x dp 2": layout(2, pipeline=2),
     "tp 2 x pp 2 x dp 2, sequence parallel": layout(2, 1, True, 2),
 }
@@ -100,13 +102,13 @@ DEFAULT = {
     ],
     3: once(TRIPLES, [THREE]),
     4: once(KINDS, [VARIANTS[2] | TIED, VARIANTS[3], {"num_key_value_heads": 2}, VARIANTS[2]]),
-    8: once({name: EIGHTS[name] for name in list(EIGHTS)[1:]}, [TIED]),
+    8: once({name: EIGHTS[name] for name in EIGHTS if name != "tp 2 x pp 2 x dp 2"}, [TIED]),
 }
 FULL = {
     2: each(PAIRS, MODELS),
     3: each(TRIPLES, [THREE | variant for variant in ({}, TIED, {"num_component_heads": 1}, {"qk_norm": True})]),
     4: each(FOURS, MODELS[:8]),
-    8: each(EIGHTS, MODELS[:8:2]),
+    8: each(EIGHTS, MODELS[4:8:2]),
 }
 
 

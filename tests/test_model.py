@@ -127,7 +127,7 @@ def test_logits_are_causal_and_ignored_targets_leave_the_loss():
     ids = tokens(model.vocab_size, 2, 12)
     changed = ids.clone()
     changed[:, 7:] = (changed[:, 7:] + 1) % model.vocab_size
-    logits, other = (decoder.logits(one, positions_of(one)) for one in (ids, changed))
+    logits, other = (decoder.run(one, positions_of(one)) for one in (ids, changed))
     assert torch.equal(logits[:, :7], other[:, :7])
     assert not torch.allclose(logits[:, 7:], other[:, 7:])
     expected = reference_logits(tensors, model.model_dump(), ids)

@@ -83,8 +83,9 @@ def _micro_batch(setting: Setting, stage: Stage) -> Iterator[Call]:
 def _step(setting: Setting, stage: Stage) -> Iterator[Call]:
     layout, size = setting.layout, setting.number_bytes
     if layout.pipeline > 1 and setting.model.tie_word_embeddings and (stage.has_embedding or stage.has_head):
-        # Gradients of the two copies; bfloat16 runs hold them in float32.
+        # Gradients of the two copies, which bfloat16 runs hold in float32; then the one copy becomes the other.
         yield Call("pipeline", "all_reduce", setting.vocabulary * setting.model.hidden_size * 4)
+        yield Call("pipeline", "broadcast", setting.vocabulary * setting.model.hidden_size * size)
     if layout.data == 1:
         return
     if setting.zero_stage == 1:

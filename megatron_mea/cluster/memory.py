@@ -122,7 +122,10 @@ def _buffers(setting: Setting, stage: Stage) -> tuple[int, int]:
     if setting.zero_stage == 2:
         return bucket, int(max(bucket + reduced, mine * size + update))
     # Gradients move into the bucket: those of several micro-batches count at rest already.
-    outside = (0 if layout.micro_batches > 1 else numbers * size) - bucket
+    counted = numbers * size if layout.micro_batches > 1 else 0
     # Under a pipeline DeepSpeed adds a bucket to the one that the passes have made.
     buckets = bucket * (2 if layout.pipeline > 1 else 1)
-    return bucket, int(max(buckets + outside + reduced, mine * size + update))
+    moving = buckets + numbers * size - bucket + reduced
+    # During the update other ranks' gradients still lie in the bucket.
+    updating = (bucket if layout.data > 1 else 0) + mine * size + update
+    return bucket, int(max(moving, updating) - counted)

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from megatron_mea.errors import UserError
+
 PERIOD = 10_000
 """Weights are rounded to this many parts; the mixture repeats after as many samples."""
 
@@ -19,10 +21,15 @@ class Mixture:
     """Deals the samples out to corpora so that each one's share is right at every moment.
 
     Args:
-        weights: relative weights, one a corpus.
+        weights: relative weights, one a corpus; each is rounded to 1/PERIOD, and to no less than that.
+
+    Raises:
+        UserError: more corpora than there are parts.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
+        if len(weights) > PERIOD:
+            raise UserError("data.train", f"{len(weights):,} corpora", f"at most {PERIOD:,}", "join some of them")
         share = np.asarray(weights, dtype=np.float64) / np.sum(weights)
         self.quota = np.maximum(np.floor(share * PERIOD + 1e-9).astype(np.int64), 1)
         while self.quota.sum() != PERIOD:

@@ -103,7 +103,7 @@ def _compare(source: CheckpointSource, folder: Path, stored: torch.dtype) -> tup
     tokens = _real_tokens(source)
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     with torch.no_grad():
-        expected = trained.logits(tokens, positions)
+        expected = trained.run(tokens, positions)
         found = exported(tokens, use_cache=False).logits
     return tokens.numel(), (found - expected).abs().max().item(), expected.abs().max().item()
 

@@ -63,6 +63,8 @@ def cross_entropy(model: str | Path, data: str | None) -> str:
             summed = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
             total += summed.item()
             count += int((targets != IGNORE).sum())
+    if count == 0:
+        raise UserError("--data", f"documents of one token in {', '.join(paths)}", "a token to predict")
     loss = total / count
     result = {
         "model": str(model),

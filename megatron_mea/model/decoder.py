@@ -67,13 +67,15 @@ class Head(nn.Module):
 
     def __init__(self, config: Model, weight: nn.Parameter, tp: TensorGroup = ALONE) -> None:
         super().__init__()
-        self.tp = tp
+        self.tp, rows = tp, tp.span(config.vocab_size)
+        self.rows = rows.stop - rows.start
         self.norm = RMSNorm("model.norm", config.hidden_size, config.rms_norm_eps, tp=tp, partial=tp.sequence_parallel)
         self.weight = weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, seq, hidden) -> logits (batch, seq, this rank's part of the vocabulary)"""
-        return F.linear(enter(self.norm(x), self.tp), self.weight)
+        # The last ranks' parts may be longer than their share of the vocabulary.
+        return F.linear(enter(self.norm(x), self.tp), self.weight[: self.rows])
 
 
 class Decoder(nn.Module):
@@ -124,8 +126,6 @@ class Decoder(nn.Module):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return cross_entropy_sum(logits.flatten(0, 1), targets.flatten(), self.vocab_size, self.tp)
 
-    logits = property(lambda self: self.run)
-
     def run(self, x: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """Through the layers of this stage.
 
@@ -138,7 +138,7 @@ class Decoder(nn.Module):
             logits (batch, seq, this rank's part of the vocabulary) on the last stage, hidden states on the others.
         """
         angles: tuple[torch.Tensor, ...] | None = None
-        attend = within_documents(position_ids) if self.document_mask else causal
+        attend = causal
         for layer in self.layers:
             if not isinstance(layer, Block):
                 x = layer(x)
@@ -146,6 +146,7 @@ class Decoder(nn.Module):
             if angles is None:
                 # shape: (batch, seq, d) -> (batch, 1, seq, d), the same for all heads
                 angles = tuple(angle.unsqueeze(1) for angle in rotary_cos_sin(self.hf_config, position_ids, x.dtype))
+                attend = within_documents(position_ids) if self.document_mask else causal
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(layer, x, *angles, attend, use_reentrant=False)
             else:

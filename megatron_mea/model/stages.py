@@ -11,8 +11,20 @@ from megatron_mea.model.decoder import Decoder
 
 
 def pipeline_stages(config: Model, count: int) -> list[range]:
-    """The layers of each of `count` stages, for `Decoder(stage=...)`; at most num_hidden_layers + 2 stages."""
-    return balance(layer_sizes(config), count)
+    """The layers of each of `count` stages, for `Decoder(stage=...)`; at most num_hidden_layers of them.
+
+    Embedding and head stay with a block: DeepSpeed's norm fails on a rank none of whose parameters it counts, such as a
+    later tensor rank with a norm and a tied matrix alone.
+    """
+    embedding, *blocks, head = layer_sizes(config)
+    blocks[0] += embedding
+    blocks[-1] += head
+    last = len(blocks) + 1
+    parts = balance(blocks, count)
+    return [
+        range(part.start + 1 if part.start else 0, last + 1 if part.stop == len(blocks) else part.stop + 1)
+        for part in parts
+    ]
 
 
 def layer_sizes(config: Model) -> list[int]:

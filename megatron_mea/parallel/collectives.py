@@ -24,16 +24,11 @@ def all_reduce(x: torch.Tensor, tp: TensorGroup, op: dist.ReduceOp.RedOpType = d
     return x
 
 
-def all_gather(x: torch.Tensor, dim: int, sizes: list[int], tp: TensorGroup) -> torch.Tensor:
-    """Parts that lie at `dim` with the given sizes, joined; without a gradient. Parts are padded to the largest."""
-    largest = max(sizes)
-    rows = x.detach().movedim(dim, 0)
-    padded = rows.new_zeros((largest, *rows.shape[1:]))
-    padded[: rows.shape[0]] = rows
-    parts = padded.new_empty((tp.size * largest, *rows.shape[1:]))
-    dist.all_gather_into_tensor(parts, padded, group=tp.group)
-    if largest * tp.size != sum(sizes):
-        parts = torch.cat([part[:size] for part, size in zip(parts.split(largest), sizes, strict=True)])
+def all_gather(x: torch.Tensor, dim: int, tp: TensorGroup) -> torch.Tensor:
+    """Equal parts joined at `dim`; without a gradient."""
+    rows = x.detach().movedim(dim, 0).contiguous()
+    parts = rows.new_empty((tp.size * rows.shape[0], *rows.shape[1:]))
+    dist.all_gather_into_tensor(parts, rows, group=tp.group)
     return parts.movedim(0, dim)
 
 
@@ -64,7 +59,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dim, tp):
         ctx.dim, ctx.tp = dim, tp
-        return all_gather(x, dim, [x.shape[dim]] * tp.size, tp)
+        return all_gather(x, dim, tp)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -79,7 +74,7 @@ class _ReduceScatter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return all_gather(gradient, ctx.dim, [gradient.shape[ctx.dim]] * ctx.tp.size, ctx.tp), None, None
+        return all_gather(gradient, ctx.dim, ctx.tp), None, None
 
 
 class _Scatter(torch.autograd.Function):
@@ -92,7 +87,7 @@ class _Scatter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return all_gather(gradient, ctx.dim, [gradient.shape[ctx.dim]] * ctx.tp.size, ctx.tp), None, None
+        return all_gather(gradient, ctx.dim, ctx.tp), None, None
 
 
 def _reduce_scatter(x: torch.Tensor, dim: int, tp: TensorGroup) -> torch.Tensor:

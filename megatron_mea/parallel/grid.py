@@ -22,7 +22,7 @@ class TensorGroup:
     sequence_parallel: bool = False
 
     def span(self, total: int, rank: int | None = None) -> slice:
-        """The part of `total` rows that a rank holds: equal parts, the last ones shorter, as torch.chunk cuts."""
+        """The part of `total` rows that a rank works on: equal parts, the last ones shorter, as torch.chunk cuts."""
         rank = self.rank if rank is None else rank
         part = -(-total // self.size)
         return slice(min(rank * part, total), min((rank + 1) * part, total))

@@ -38,18 +38,21 @@ class ParameterSpec:
     shard_dim: int | None = None
 
     def local(self, whole: torch.Tensor) -> torch.Tensor:
-        """This rank's part of the global tensor."""
-        if self.shard_dim is None:
+        """This rank's part of the global tensor; equal on all ranks in size, so the last ones may end in zeros."""
+        if self.shard_dim is None or self.tp.size == 1:
             return whole
-        part = self.tp.span(self.shape[self.shard_dim])
-        return whole.narrow(self.shard_dim, part.start, part.stop - part.start)
+        total = self.shape[self.shard_dim]
+        part, size = self.tp.span(total), -(-total // self.tp.size)
+        held = whole.narrow(self.shard_dim, part.start, part.stop - part.start)
+        missing = list(held.shape)
+        missing[self.shard_dim] = size - (part.stop - part.start)
+        return torch.cat([held, held.new_zeros(missing)], self.shard_dim) if missing[self.shard_dim] else held
 
     def whole(self, local: torch.Tensor) -> torch.Tensor:
         """The global tensor from the parts of all ranks; collective over the tensor group."""
         if self.shard_dim is None or self.tp.size == 1:
             return local
-        spans = [self.tp.span(self.shape[self.shard_dim], rank) for rank in range(self.tp.size)]
-        return all_gather(local, self.shard_dim, [span.stop - span.start for span in spans], self.tp)
+        return all_gather(local, self.shard_dim, self.tp).narrow(self.shard_dim, 0, self.shape[self.shard_dim])
 
 
 def declare(

@@ -13,6 +13,7 @@ import numpy as np
 
 from megatron_mea.config import Config
 from megatron_mea.data.corpora import Batch, Corpora
+from megatron_mea.errors import UserError
 from megatron_mea.parallel.grid import Grid
 
 AHEAD = 2
@@ -86,7 +87,10 @@ class Loader:
         mine = rank_samples(step, self._config, grid.data_rank, grid.data_size)
         everybody = (step - 1) * training.global_batch_size + np.arange(training.global_batch_size)
         batches = [self._corpora.batch(micro) for micro in mine]
-        return StepData(step, mine, batches, self._corpora.targets(everybody))
+        targets = self._corpora.targets(everybody)
+        if targets == 0:
+            raise UserError("data.document_mask", "documents of one token", "a global batch with a token to predict")
+        return StepData(step, mine, batches, targets)
 
     def _put(self, item: StepData | BaseException) -> bool:
         """Whether somebody still wants it."""

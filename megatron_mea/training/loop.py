@@ -53,10 +53,9 @@ def run(config: Config, inputs: Inputs, stop: StopSignal) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     device = processes.start_distributed(inputs.ranks)
-    try:
-        _Run(config, inputs, device).train(stop)
-    finally:
-        processes.stop_distributed()
+    # Not where this fails: the others would fail as well, and faster than this rank says why.
+    _Run(config, inputs, device).train(stop)
+    processes.stop_distributed()
 
 
 class _Run:
@@ -113,7 +112,7 @@ class _Run:
                 "grad_norm": result.grad_norm,
             }
             validating = validates and (last or step % config.evaluation.interval == 0)
-            logging = validating or last or step % config.logging.interval == 0
+            logging = validating or last or step % config.logging.interval == 0 or config.logging.sample_hashes
             if config.training.replica_check_interval and step % config.training.replica_check_interval == 0:
                 check_replicas(self.engine.model, self.grid, config)
             saving = last or result.stop or step % config.checkpoint.interval == 0

@@ -22,6 +22,7 @@ class PipelineEngine(Engine):
         from deepspeed.pipe import PipelineModule
 
         self._losses: list[torch.Tensor] = []
+        self._tied: torch.nn.Parameter | None = None
         self._scale = 1.0
         # DeepSpeed takes the layers of all stages and keeps its own: ours are made stage by stage, so all but one of
         # these places are never looked at.
@@ -31,7 +32,7 @@ class PipelineEngine(Engine):
         )
         tied = []
         if self.config.model.tie_word_embeddings and self.grid.ends is not None:
-            weight = named_specs(self.model)["model.embed_tokens.weight"]
+            weight = self._tied = named_specs(self.model)["model.embed_tokens.weight"]
             tied = [(weight, self.grid.ends)]
             # What DeepSpeed looks for, so that its gradient norm counts the matrix once.
             weight.ds_pipe_replicated = self.grid.is_last_stage
@@ -53,6 +54,10 @@ class PipelineEngine(Engine):
     def _run(self, batches: Sequence[Batch], scale: float) -> torch.Tensor:
         self._scale = scale
         self.engine.train_batch(self._micro_batches(iter(batches)))
+        if self._tied is not None:
+            # Gradients are averaged in one flat buffer a stage, where the two copies lie at different places and
+            # three and more ranks add up in a different order: the first stage's copy is the one that counts.
+            dist.broadcast(self._tied.data, self.grid.mpu.stage_to_global(0), group=self.grid.ends)
         return self._take_losses()
 
     def _evaluate(self, batches: Iterator[Batch], count: int) -> torch.Tensor:

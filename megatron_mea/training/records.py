@@ -24,8 +24,7 @@ class Metrics:
     """Appends rows to metrics.jsonl, and the same scalars to TensorBoard; for rank 0.
 
     Opening it for a run that resumes after `step` (None: begins anew) drops later rows and a half-written last line;
-    the rows
-    before stay as they are, byte for byte.
+    the rows before stay as they are, byte for byte.
     """
 
     def __init__(self, run_dir: Path, step: int | None, tensorboard: bool) -> None:

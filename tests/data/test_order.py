@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 import tracemalloc
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from megatron_mea.config.schema import TrainCorpus
+from megatron_mea.data.corpora import Corpora
+from megatron_mea.data.indexed import IndexedWriter
 from megatron_mea.data.order import PERIOD, Mixture, SampleOrder, permute
+from megatron_mea.errors import UserError
 
 WEIGHTS = st.lists(st.floats(1e-6, 1e6) | st.integers(1, 20), min_size=1, max_size=12)
 KEYS = st.text(max_size=8)
@@ -173,6 +179,75 @@ def test_an_enumeration_of_the_first_epochs_agrees() -> None:
     # Any part, in any order, is the same as in the whole.
     some = np.random.default_rng(0).permutation(200)[:50]
     assert np.array_equal(order.locate(some), (corpus[some], window[some]))
+
+
+@st.composite
+def mixtures(draw: st.DrawFn) -> tuple[SampleOrder, list[int], int]:
+    """A few corpora of a handful of windows with any weights, and a number of samples of some epochs."""
+    windows = draw(st.lists(st.integers(1, 12), min_size=1, max_size=6))
+    weights = draw(st.lists(st.integers(1, 20) | st.floats(0.01, 50), min_size=len(windows), max_size=len(windows)))
+    return SampleOrder(windows, weights, draw(st.integers(0, 2**32))), windows, draw(st.integers(1, 1500))
+
+
+@given(mixtures())
+@settings(max_examples=25, deadline=None)
+def test_epochs_of_small_corpora_agree_with_their_enumeration(drawn: tuple[SampleOrder, list[int], int]) -> None:
+    """A bag of windows a corpus, filled anew when it is empty: no sample may ask for what its bag has not."""
+    order, windows, count = drawn
+    bags: list[set[int]] = [set() for _ in windows]
+    served = np.zeros(len(windows), np.int64)
+    for number, (corpus, window) in enumerate(zip(*order.locate(np.arange(count)), strict=True), start=1):
+        if not bags[corpus]:
+            bags[corpus] = set(range(windows[corpus]))
+        bags[corpus].remove(window)
+        served[corpus] += 1
+        assert (np.abs(served * PERIOD - number * order.mixture.quota) < PERIOD).all()
+
+
+@given(mixtures(), st.data())
+@settings(max_examples=12, deadline=None)
+def test_a_global_batch_does_not_depend_on_what_was_asked_before(
+    drawn: tuple[SampleOrder, list[int], int], data: st.DataObject
+) -> None:
+    """By any process, from any step on, in any cut into micro-batches: a part is the same as in the whole."""
+    order, windows, count = drawn
+    corpus, window = order.locate(np.arange(count))
+    fresh = SampleOrder(windows, order.mixture.quota / PERIOD, order.seed)
+    asked = np.asarray(data.draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=40)))
+    for part in np.array_split(asked, data.draw(st.integers(1, 5))):
+        assert np.array_equal(fresh.locate(part), (corpus[part], window[part]))
+
+
+@given(st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=8), min_size=1, max_size=3), st.integers(1, 9))
+@settings(max_examples=20, deadline=None)
+def test_an_epoch_packs_every_token_once(documents: list[list[int]], length: int) -> None:
+    """Corpora of documents of the given lengths; tokens are numbered, so that each one can be told from the others."""
+    sizes = [sum(lengths) for lengths in documents]
+    assume(min(sizes) > length)
+    with tempfile.TemporaryDirectory() as folder:
+        for index, lengths in enumerate(documents):
+            with IndexedWriter(Path(folder) / str(index), np.dtype("u2")) as writer:
+                writer.add(1000 * index + np.arange(sum(lengths)), np.asarray(lengths))
+                writer.commit()
+        corpora = [TrainCorpus(path=f"{folder}/{index}", weight=size) for index, size in enumerate(sizes)]
+        opened = Corpora(corpora, length, 10_000, 7, "data.train")
+        for index, size in enumerate(sizes):
+            windows = (size - 1) // length
+            corpus, number = opened.order.mixture.locate(np.arange(2 * PERIOD))
+            for epoch in range(2):
+                mine = (corpus == index) & (number // windows == epoch)
+                batch = opened.batch(np.flatnonzero(mine))
+                used = 1000 * index + np.arange(windows * length)
+                assert np.array_equal(np.sort(batch.input_ids, axis=None), used)
+                assert np.array_equal(np.sort(batch.targets, axis=None), used + 1)
+            # What is left over is shorter than a window.
+            assert 0 <= size - 1 - windows * length < length
+
+
+def test_more_corpora_than_parts_are_refused() -> None:
+    Mixture([1.0] * PERIOD)
+    with pytest.raises(UserError, match=r"10,001 corpora"):
+        Mixture([1.0] * (PERIOD + 1))
 
 
 def test_the_order_is_what_it_was() -> None:
