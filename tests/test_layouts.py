@@ -107,8 +107,8 @@ DEFAULT = {
 FULL = {
     2: each(PAIRS, MODELS),
     3: each(TRIPLES, [THREE | variant for variant in ({}, TIED, {"num_component_heads": 1}, {"qk_norm": True})]),
-    4: each(FOURS, MODELS[:8]),
-    8: each(EIGHTS, MODELS[4:8:2]),
+    4: each(FOURS, [VARIANTS[0], VARIANTS[1] | TIED, VARIANTS[2] | TIED, VARIANTS[3]]),
+    8: each(EIGHTS, [VARIANTS[0] | TIED, VARIANTS[2]]),
 }
 
 
