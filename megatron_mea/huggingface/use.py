@@ -35,7 +35,7 @@ def cross_entropy(model: str | Path, data: str | None) -> str:
     """Cross-entropy (nats a token) and perplexity over all of the data, as JSON text.
 
     Windows as long as in training, with documents masked as in training (for a Hugging Face folder 2,048 tokens at
-    most, and not); every token is predicted once, but for the first one, and of masked documents the first of each.
+    most, and masked); every token is predicted once, but for the first one, and of masked documents the first of each.
 
     Args:
         data: PREFIX; None takes the validation corpora of a checkpoint.
@@ -45,7 +45,7 @@ def cross_entropy(model: str | Path, data: str | None) -> str:
         raise UserError("--data", "nothing", "the PREFIX of prepared data: this model names no validation data")
     paths = [corpus.path for corpus in config.data.validation] if data is None else [data]
     window = config.data.seq_length if config else min(loaded.config.max_position_embeddings, 2048)
-    mask = config is not None and config.data.document_mask
+    mask = config is None or config.data.document_mask
     readers = [IndexedReader(path) for path in paths]
     for path, reader in zip(paths, readers, strict=True):
         _check(reader, path, loaded.config.vocab_size)
