@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -100,7 +101,8 @@ class Encoder:
         lengths = np.fromiter((len(ids) + 1 for ids in documents), np.int32, len(documents))
         tokens = np.full(lengths.sum(dtype=np.int64), self.eos, self.dtype)
         for ids, end in zip(documents, np.cumsum(lengths, dtype=np.int64).tolist(), strict=True):
-            tokens[end - 1 - len(ids) : end - 1] = ids
+            # By way of an array, which numpy takes over three times as fast as a list.
+            tokens[end - 1 - len(ids) : end - 1] = array("I", ids)
         return tokens, lengths
 
     @cached_property
