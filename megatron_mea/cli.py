@@ -74,6 +74,10 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
+    def configuration(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("config", metavar="CONFIG", help="a YAML file")
+        sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted keys of the YAML and new values")
+
     sources = "text: .txt, .jsonl(.gz, .zst), .parquet, a folder of those or of `datasets`, or a hub NAME[:CONFIG]"
 
     sub = verb(
@@ -108,8 +112,7 @@ def _parser() -> argparse.ArgumentParser:
         "train, alone or as one rank of many; resumes by itself",
         "configs/quickstart.yaml optimizer.lr=1e-3",
     )
-    sub.add_argument("config", metavar="CONFIG", help="a YAML file")
-    sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted keys of the YAML and new values")
+    configuration(sub)
 
     sub = verb(
         "plan",
@@ -117,8 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         "check a configuration and say what it needs: memory, FLOPs, communication; allocates nothing",
         "configs/quickstart.yaml parallel.tensor_model_parallel_size=2 --world-size 4",
     )
-    sub.add_argument("config", metavar="CONFIG", help="a YAML file")
-    sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted keys of the YAML and new values")
+    configuration(sub)
     sub.add_argument("--world-size", type=int, metavar="N", help="processes (default: one copy of the model)")
     sub.add_argument("--json", action="store_true", help="for machines: bytes, counts and FLOPs")
 

@@ -127,21 +127,9 @@ def plain_training(settings: Config) -> tuple[list[tuple[float, float]], float, 
 
 def new_engine(settings: Config, initialized: bool = True):
     """The engine of this rank; collective."""
-    from megatron_mea.model.decoder import Decoder
-    from megatron_mea.model.stages import pipeline_stages
-    from megatron_mea.parallel.parameter import initialize
-    from megatron_mea.training.engine import Engine
-    from megatron_mea.training.pipeline import PipelineEngine
-    from megatron_mea.training.processes import build_grid
+    from megatron_mea.training.build import build_engine
 
-    grid = build_grid(settings)
-    stage = pipeline_stages(settings.model, grid.pipeline_size)[grid.pipeline_rank]
-    recompute = settings.training.activation_checkpointing == "full"
-    model = Decoder(settings.model, recompute, grid.tensor, stage, settings.data.document_mask)
-    if initialized:
-        initialize(model, settings.training.seed)
-    make = PipelineEngine if grid.pipeline_size > 1 else Engine
-    return make(settings, model, torch.device("cpu"), grid)
+    return build_engine(settings, torch.device("cpu"), initialized)
 
 
 def train(engine, first: int, last: int) -> list[tuple[float, float]]:

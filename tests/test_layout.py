@@ -132,6 +132,16 @@ def test_layer_sizes_count_embedding_and_head(tied):
     assert found[2] - found[1] == found[3] - found[2] == 2 * (6 * 24 + 4)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_the_ends_keep_a_block_however_large_the_vocabulary(tied, count):
+    """A rank with a norm and a tied matrix alone has nothing that DeepSpeed's norm counts, and fails."""
+    model = small_model(vocab_size=50_000, num_hidden_layers=4, tie_word_embeddings=tied)
+    stages = pipeline_stages(model, count)
+    assert [layer for stage in stages for layer in stage] == list(range(6))
+    assert all(any(0 < layer < 5 for layer in stage) for stage in stages)
+
+
 def test_stages_hold_what_the_whole_has():
     model = small_model(tie_word_embeddings=True)
     names = [

@@ -56,6 +56,15 @@ def test_what_goes_wrong_is_raised_by_the_iteration(corpora):
         loaded(corpora, 0, 1)
 
 
+def test_nothing_to_foretell(tmp_path):
+    with IndexedWriter(tmp_path / "corpus", np.dtype(np.uint16)) as writer:
+        writer.add(np.arange(100), np.ones(100, np.int32))
+        writer.commit()
+    corpora = Corpora([TrainCorpus(path=str(tmp_path / "corpus"))], SEQ, 100, 3, "data.train", document_mask=True)
+    with pytest.raises(UserError, match="documents of one token"):
+        loaded(corpora, 0, 1)
+
+
 def test_it_reads_ahead_and_stops_when_asked(corpora):
     loader = Loader(corpora, config(steps=1000), SimpleNamespace(data_rank=0, data_size=1), 1)
     next(iter(loader))

@@ -309,6 +309,52 @@ def test_a_failing_rank_ends_the_run(config):
     assert time.time() - started.stat().st_mtime < 10
 
 
+def test_what_one_rank_alone_finds_is_said_and_returned(config):
+    """The others fail as well once it is gone, with less to say: its message and status are those of the run."""
+    site = config.parent / "site-of-one"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    from megatron_mea.data.corpora import Corpora\n"
+        "    from megatron_mea.errors import UserError\n"
+        "    batch, calls = Corpora.batch, []\n"
+        "    def sometimes(self, samples):\n"
+        "        calls.append(samples)\n"
+        "        if len(calls) > 80:\n"
+        "            raise UserError('train.bin', 'token id 999', 'ids below 384')\n"
+        "        return batch(self, samples)\n"
+        "    Corpora.batch = sometimes\n"
+    )
+    done = subprocess.run(
+        command(config, "alone", processes=2),
+        env=environment() | {"PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("megatron-mea: rank 1: error: train.bin\n  found:   token id 999\n")
+    assert not (config.parent / "alone/FINISHED").exists()
+
+
+def test_a_layout_is_refused_before_a_rank_is_started(config, tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/started\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    done = subprocess.run(
+        command(config, "refused", "parallel.pipeline_model_parallel_size=3", processes=3),
+        env=environment() | {"PYTHON": str(python)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("megatron-mea: error: parallel.pipeline_model_parallel_size\n  found:   3\n")
+    assert "no layout of 3 processes works" in done.stderr
+    assert "-m megatron_mea" not in (tmp_path / "started").read_text()
+    assert not (config.parent / "refused").exists()
+
+
 class TestExport:
     """The exported folder in a process that has transformers but not this package."""
 

@@ -366,6 +366,15 @@ def test_no_text(work, refused, name, contents):
     check(refused(*TOKENIZER.split(), name), ("--input", f"{name}: no text", "sources with text"))
 
 
+def test_data_without_a_token_to_predict(work, run, refused):
+    with IndexedWriter("ones", np.dtype(np.uint16)) as writer:
+        writer.add(np.arange(5), np.ones(5, np.int32))
+        writer.commit()
+    check(
+        refused("evaluate", "run", "--data", "ones"), ("--data", "documents of one token in ones", "a token to predict")
+    )
+
+
 TWO_HEADS = "train tiny.yaml model.num_component_heads=2 model.attention_variant="
 COMMANDS = [  # command, where, found, allowed, mend; tiny.yaml is a file, `tokenizer` a folder and `run` a run
     ("train no.yaml", "no.yaml", "No such file or directory", "a readable YAML file"),

@@ -41,10 +41,10 @@ def read_window(reader: IndexedReader, start: int, length: int, document_mask: b
     tokens = reader.tokens[start : start + length + 1].astype(np.int64)
     positions, targets = np.arange(length), tokens[1:].copy()
     if document_mask:
-        begins = borders(reader, start, length)
+        begins, origin = borders(reader, start, length), np.zeros(length + 1, dtype=np.int64)
         targets[begins - 1] = IGNORE
-        for border in begins[begins < length]:
-            positions[border:] = np.arange(length - border)
+        origin[begins] = begins
+        positions -= np.maximum.accumulate(origin[:-1])
     return Batch(tokens[:-1], positions, targets)
 
 

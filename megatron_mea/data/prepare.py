@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_mea.data.indexed import IndexedWriter, token_dtype
-from megatron_mea.data.sources import MAX_BROKEN, Batch, BrokenRecords, batches, check_sources
+from megatron_mea.data.sources import MAX_BROKEN, BrokenRecords, Records, batches, check_sources
 from megatron_mea.data.tokenizer import load_tokenizer
 from megatron_mea.errors import Problem, RunError, UserError
 from megatron_mea.outputs import output_place
@@ -150,12 +150,12 @@ class _Done:
     broken: list[Problem]
 
 
-def _encode(encoder: Encoder, batch: Batch, text_key: str) -> _Done:
+def _encode(encoder: Encoder, batch: Records, text_key: str) -> _Done:
     texts, broken = batch.texts(text_key)
     return _Done(len(batch.records), *encoder(texts), broken)
 
 
-def _encoded(remaining: Iterable[Batch], encoder: Encoder, text_key: str, workers: int) -> Iterator[_Done]:
+def _encoded(remaining: Iterable[Records], encoder: Encoder, text_key: str, workers: int) -> Iterator[_Done]:
     """Every batch tokenised, in the order given."""
     if workers == 1:
         yield from (_encode(encoder, batch, text_key) for batch in remaining)
@@ -199,5 +199,5 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode_in_worker(batch: Batch, text_key: str) -> _Done:
+def _encode_in_worker(batch: Records, text_key: str) -> _Done:
     return _encode(_worker_encoder, batch, text_key)

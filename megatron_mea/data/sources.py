@@ -37,7 +37,7 @@ class _Unreadable(Exception):
 
 
 @dataclass(frozen=True)
-class Batch:
+class Records:
     """Records of one source, not yet looked into.
 
     Attributes:
@@ -128,7 +128,7 @@ def documents(
     broken.close()
 
 
-def batches(sources: Sequence[str], text_key: str = "text", split: str = "train") -> Iterator[Batch]:
+def batches(sources: Sequence[str], text_key: str = "text", split: str = "train") -> Iterator[Records]:
     """All records of all sources, in order; how they are cut into batches depends on the sources alone.
 
     Raises:
@@ -180,7 +180,7 @@ def _is_datasets_folder(path: Path) -> bool:
     return (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file()
 
 
-def _reader(path: Path) -> Callable[[Path, str], Iterator[Batch]]:
+def _reader(path: Path) -> Callable[[Path, str], Iterator[Records]]:
     try:
         return _READERS[_suffix(path)]
     except KeyError:
@@ -189,7 +189,7 @@ def _reader(path: Path) -> Callable[[Path, str], Iterator[Batch]]:
 
 def _batched(
     source: str, unit: str, records: Iterator[tuple[int, Any]], read: Callable[[Any, str], list[str]]
-) -> Iterator[Batch]:
+) -> Iterator[Records]:
     numbers: list[int] = []
     held: list[Any] = []
     size = 0
@@ -198,13 +198,13 @@ def _batched(
         held.append(record)
         size += len(record) if isinstance(record, (bytes, str)) else 1
         if size >= _BATCH:
-            yield Batch(source, unit, numbers, held, read)
+            yield Records(source, unit, numbers, held, read)
             numbers, held, size = [], [], 0
     if held:
-        yield Batch(source, unit, numbers, held, read)
+        yield Records(source, unit, numbers, held, read)
 
 
-def _from_text(path: Path, text_key: str) -> Iterator[Batch]:
+def _from_text(path: Path, text_key: str) -> Iterator[Records]:
     return _batched(str(path), "line", _blocks(path), _read_block)
 
 
@@ -233,7 +233,7 @@ def _read_block(raw: bytes, text_key: str) -> list[str]:
     return ["".join(lines).removesuffix("\n") for lines in documents]
 
 
-def _from_json_lines(path: Path, text_key: str) -> Iterator[Batch]:
+def _from_json_lines(path: Path, text_key: str) -> Iterator[Records]:
     lines = ((number, line) for number, line in _lines(path) if not line.isspace())
     return _batched(str(path), "line", lines, _read_json)
 
@@ -294,7 +294,7 @@ def _open_binary(path: Path) -> io.BufferedReader:
     return path.open("rb", 1 << 17)
 
 
-def _from_parquet(path: Path, text_key: str) -> Iterator[Batch]:
+def _from_parquet(path: Path, text_key: str) -> Iterator[Records]:
     return _batched(str(path), "row", enumerate(_parquet_values(path, text_key)), _read_value)
 
 
@@ -311,7 +311,7 @@ def _parquet_values(path: Path, text_key: str) -> Iterator[Any]:
         raise UserError(str(path), f"not readable as parquet: {error}", "a parquet file") from None
 
 
-def _from_datasets(source: str, text_key: str, split: str) -> Iterator[Batch]:
+def _from_datasets(source: str, text_key: str, split: str) -> Iterator[Records]:
     return _batched(source, "row", enumerate(_dataset_values(source, text_key, split)), _read_value)
 
 
@@ -365,7 +365,7 @@ def _check_column(source: str, names: Sequence[str], text_key: str) -> None:
         raise UserError(source, f"the columns {', '.join(names)}", f"a column {text_key!r}", _TEXT_KEY)
 
 
-_READERS: dict[str, Callable[[Path, str], Iterator[Batch]]] = {
+_READERS: dict[str, Callable[[Path, str], Iterator[Records]]] = {
     ".txt": _from_text,
     ".jsonl": _from_json_lines,
     ".jsonl.gz": _from_json_lines,

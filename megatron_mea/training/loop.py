@@ -18,13 +18,11 @@ from megatron_mea.config.layout import Layout
 from megatron_mea.data.corpora import Batch, Corpora
 from megatron_mea.data.tokenizer import copy_tokenizer
 from megatron_mea.errors import UserError
-from megatron_mea.model.decoder import Decoder
-from megatron_mea.model.stages import pipeline_stages
-from megatron_mea.parallel.parameter import initialize, named_specs
+from megatron_mea.parallel.parameter import named_specs
 from megatron_mea.training import processes, records
-from megatron_mea.training.engine import Engine, NonFiniteError
+from megatron_mea.training.build import build_engine
+from megatron_mea.training.engine import NonFiniteError
 from megatron_mea.training.loader import Loader, StepData, rank_samples
-from megatron_mea.training.pipeline import PipelineEngine
 from megatron_mea.training.ranks import Ranks
 from megatron_mea.training.replicas import check_replicas
 from megatron_mea.training.schedule import learning_rate
@@ -70,14 +68,8 @@ class _Run:
         self.progress = records.Progress(config, self.rank, self.step)
         self._say_start(device, source, notes)
 
-        self.grid = processes.build_grid(config)
-        stage = pipeline_stages(config.model, self.grid.pipeline_size)[self.grid.pipeline_rank]
-        recompute = config.training.activation_checkpointing == "full"
-        model = Decoder(config.model, recompute, self.grid.tensor, stage, config.data.document_mask)
-        if source is None:
-            initialize(model, config.training.seed)
-        make_engine = PipelineEngine if self.grid.pipeline_size > 1 else Engine
-        self.engine = make_engine(config, model, device, self.grid)
+        self.engine = build_engine(config, device, initialized=source is None)
+        self.grid = self.engine.grid
         if source is not None:
             self._load(source)
         if self.rank == 0:

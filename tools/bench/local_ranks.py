@@ -37,19 +37,9 @@ def make_config(model: dict, training: dict, parallel: dict, seq_length: int) ->
 
 def new_engine(config: Config) -> Any:
     """The engine that `train` would make on this rank."""
-    from megatron_mea.model.decoder import Decoder
-    from megatron_mea.model.stages import pipeline_stages
-    from megatron_mea.parallel.parameter import initialize
-    from megatron_mea.training.engine import Engine
-    from megatron_mea.training.pipeline import PipelineEngine
-    from megatron_mea.training.processes import build_grid
+    from megatron_mea.training.build import build_engine
 
-    grid = build_grid(config)
-    stage = pipeline_stages(config.model, grid.pipeline_size)[grid.pipeline_rank]
-    model = Decoder(config.model, config.training.activation_checkpointing == "full", grid.tensor, stage)
-    initialize(model, config.training.seed)
-    make = PipelineEngine if grid.pipeline_size > 1 else Engine
-    return make(config, model, torch.device("cpu"), grid)
+    return build_engine(config, torch.device("cpu"))
 
 
 def random_batches(config: Config, engine: Any) -> list[Batch]:

@@ -1,0 +1,29 @@
+"""From a configuration to the engine of this rank: the grid, the layers it holds, and how they are trained."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_mea.config import Config
+from megatron_mea.model.decoder import Decoder
+from megatron_mea.model.stages import pipeline_stages
+from megatron_mea.parallel.parameter import initialize
+from megatron_mea.training.engine import Engine
+from megatron_mea.training.pipeline import PipelineEngine
+from megatron_mea.training.processes import build_grid
+
+
+def build_engine(config: Config, device: torch.device, initialized: bool = True) -> Engine:
+    """The engine of this rank; collective.
+
+    Args:
+        initialized: fill the parameters from the seed; not needed where a checkpoint follows.
+    """
+    grid = build_grid(config)
+    stage = pipeline_stages(config.model, grid.pipeline_size)[grid.pipeline_rank]
+    recompute = config.training.activation_checkpointing == "full"
+    model = Decoder(config.model, recompute, grid.tensor, stage, config.data.document_mask)
+    if initialized:
+        initialize(model, config.training.seed)
+    make = PipelineEngine if grid.pipeline_size > 1 else Engine
+    return make(config, model, device, grid)
