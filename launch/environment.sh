@@ -1,5 +1,5 @@
 # Sourced by the scripts: sets PYTHON to the active environment, or to .venv (made here), with the package in it.
-# MEA_EXTRAS names extras to install, for example MEA_EXTRAS=test.
+# MEA_EXTRAS names extras to install, for example MEA_EXTRAS=test,megatron.
 
 if [ -n "${VIRTUAL_ENV:-}" ]; then
   PYTHON=$VIRTUAL_ENV/bin/python
@@ -18,7 +18,7 @@ if ! "$PYTHON" -c 'import torch' 2>/dev/null; then
   echo "installing torch"
   "$PYTHON" -m pip install --quiet "${MEA_TORCH:-torch==2.13.0}"
 fi
-if ! "$PYTHON" launch/installed.py ${MEA_EXTRAS:+"$MEA_EXTRAS"}; then
+if ! "$PYTHON" launch/installed.py $(echo "${MEA_EXTRAS:-}" | tr , " "); then
   echo "installing megatron_mea${MEA_EXTRAS:+[$MEA_EXTRAS]} and what it needs"
   "$PYTHON" -m pip install --quiet --editable ".${MEA_EXTRAS:+[$MEA_EXTRAS]}"
 fi

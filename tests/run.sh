@@ -3,7 +3,7 @@
 # Default: everything that fits 25 minutes on 2 cores. --full runs every matrix.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-MEA_EXTRAS=test
+MEA_EXTRAS=${MEA_EXTRAS:-test}
 . launch/environment.sh
 export PYTHON HF_HUB_OFFLINE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 select=(-m "not full")

@@ -51,7 +51,7 @@ def run(config: Config, inputs: Inputs, stop: StopSignal) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     device = processes.start_distributed(inputs.ranks)
-    # Not where this fails: the others would fail as well, and faster than this rank says why.
+    # Not where this fails: leaving a group may wait for the others, or end them before this rank has said why.
     _Run(config, inputs, device).train(stop)
     processes.stop_distributed()
 
