@@ -26,16 +26,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("megatron-mea: interrupted", file=sys.stderr)
         return 130
-    except UserError as error:
+    except (UserError, RunError) as error:
         if _rank() > 0:
-            # Every rank finds the same mistake. Rank 0 says it, and the launcher ends the others meanwhile;
+            # Mostly every rank finds the same. Rank 0 says it, and the launcher ends the others meanwhile;
             # what only this rank sees must still be said.
             time.sleep(3)
         _say(error)
-        return 2
-    except RunError as error:
-        _say(error)
-        return 1
+        return 2 if isinstance(error, UserError) else 1
     return 0
 
 

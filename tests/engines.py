@@ -141,3 +141,30 @@ def train(engine, first: int, last: int) -> list[tuple[float, float]]:
         result = train_step(engine, step, learning_rate(engine.config, step))
         results.append((result.loss, result.grad_norm))
     return results
+
+
+def state(engine) -> dict[str, torch.Tensor]:
+    """Whole master weights and moments, by name, as DeepSpeed gathers them; collective.
+
+    The tied matrix of a later pipeline stage is left out, as it is in a checkpoint.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    found = {}
+    for name, parameter in named_specs(engine.model).items():
+        if getattr(parameter, "ds_pipe_replicated", False):
+            continue
+        whole = parameter.spec.whole
+        found[name] = whole(safe_get_full_fp32_param(parameter)).clone()
+        for moment in ("exp_avg", "exp_avg_sq"):
+            found[f"{moment}.{name}"] = whole(safe_get_full_optimizer_state(parameter, moment)).clone()
+    return found
+
+
+def set_state(engine, whole: dict[str, torch.Tensor], updates: int) -> None:
+    """Writes whole tensors into what this engine holds of them; collective."""
+    for fragment in engine.fragments():
+        for offsets, view in fragment.pieces():
+            box = tuple(slice(first, first + size) for first, size in zip(offsets, view.shape, strict=True))
+            view.copy_(whole[fragment.name][box])
+    engine.loaded(updates)

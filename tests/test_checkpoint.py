@@ -12,7 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_mea.checkpoint import folder
-from megatron_mea.checkpoint.resume import newest_whole
+from megatron_mea.checkpoint.resume import choose
+
+
+def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
+    choice = choose(folder.all_checkpoints(run), None, folder.damage)
+    for one, why in choice.aside:
+        folder.set_aside(one, why)
+    return choice.source, choice.notes
 
 
 def make(run: Path, step: int) -> Path:

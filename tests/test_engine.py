@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from distributed import run_distributed
-from engines import config, layout, new_engine, plain_training, train, train_step
+from engines import config, layout, new_engine, plain_training, set_state, state, train, train_step
 
 from megatron_mea.parallel.parameter import named_specs
 
@@ -33,15 +33,15 @@ def checks_on_this_rank() -> list[tuple[float, float]]:
         engine = new_engine(settings)
         rounded = train(engine, 1, 3)
         np.testing.assert_allclose(rounded, curve[:3], rtol=0.03)
-        state = {name: tensor.clone() for name, tensor in engine.state()}
-        assert all(tensor.dtype == torch.float32 for tensor in state.values())
+        saved = state(engine)
+        assert all(tensor.dtype == torch.float32 for tensor in saved.values())
         expected = train(engine, 4, STEPS)
         fresh = new_engine(settings, initialized=False)
-        fresh.load_state(state.__getitem__, updates=3)
+        set_state(fresh, saved, updates=3)
         assert train(fresh, 4, STEPS) == expected
-        after = dict(fresh.state())
-        assert all(torch.equal(tensor, after[name]) for name, tensor in engine.state())
-        assert not all(torch.equal(tensor, after[name]) for name, tensor in state.items())
+        after = state(fresh)
+        assert all(torch.equal(tensor, after[name]) for name, tensor in state(engine).items())
+        assert not all(torch.equal(tensor, after[name]) for name, tensor in saved.items())
 
     check_drift()
     if ranks.world_size == 2:
@@ -54,7 +54,7 @@ def checks_on_this_rank() -> list[tuple[float, float]]:
     for kind in ("loss", "gradient"):
         for zero in (1, 3):
             engine = new_engine(config(parallel=layout(zero=zero)))
-            before = {name: tensor.clone() for name, tensor in engine.state()}
+            before = state(engine)
             if kind == "loss":
                 hook = engine.model.layers[1].register_forward_hook(lambda m, i, o: o * math.inf)
             else:
@@ -70,7 +70,7 @@ def checks_on_this_rank() -> list[tuple[float, float]]:
                 name = "model.layers.0.mlp.up_proj.weight"
                 assert found == (dict.fromkeys(range(engine.accumulation), name) if last else {})
             hook.remove()
-            assert all(torch.equal(tensor, before[name]) for name, tensor in engine.state())
+            assert all(torch.equal(tensor, before[name]) for name, tensor in state(engine).items())
     stop_distributed()
     return curve
 
@@ -86,14 +86,14 @@ def check_pipeline(curve: list[tuple[float, float]]) -> None:
     engine = new_engine(settings)
     rounded = train(engine, 1, 3)
     np.testing.assert_allclose(rounded, plain_training(config(model=tied))[0][:3], rtol=0.03)
-    state = whole_state(engine)
+    saved = whole_state(engine)
     expected = train(engine, 4, STEPS)
     fresh = new_engine(settings, initialized=False)
-    fresh.load_state(state.__getitem__, updates=3)
+    set_state(fresh, saved, updates=3)
     assert train(fresh, 4, STEPS) == expected
     after = whole_state(fresh)
     assert all(torch.equal(tensor, after[name]) for name, tensor in whole_state(engine).items())
-    assert not all(torch.equal(tensor, after[name]) for name, tensor in state.items())
+    assert not all(torch.equal(tensor, after[name]) for name, tensor in saved.items())
 
     check_replicas(fresh.model, fresh.grid, settings)
     name = "model.embed_tokens.weight"
@@ -130,8 +130,7 @@ def check_pipeline(curve: list[tuple[float, float]]) -> None:
 def whole_state(engine) -> dict[str, torch.Tensor]:
     """The state of all stages, on all ranks."""
     stages: list[dict[str, torch.Tensor]] = [{}] * torch.distributed.get_world_size()
-    mine = {name: tensor.clone() for name, tensor in engine.state()}
-    torch.distributed.all_gather_object(stages, mine)
+    torch.distributed.all_gather_object(stages, state(engine))
     return {name: tensor for stage in stages for name, tensor in stage.items()}
 
 

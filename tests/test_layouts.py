@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from distributed import run_distributed
-from engines import batches_of, config, layout, new_engine, plain_training, train
+from engines import batches_of, config, layout, new_engine, plain_training, state, train
 
 from megatron_mea.config import Config
 
@@ -138,7 +138,7 @@ def train_cases(cases: list[Case]) -> list[tuple[list[tuple[float, float]], floa
         check_replicas(engine.model, engine.grid, engine.config)
         validation = engine.evaluate(iter(batches_of(engine, STEPS + 1)), engine.accumulation)
         moments = ("exp_avg.", "exp_avg_sq.")
-        weights = {name: tensor.numpy().copy() for name, tensor in engine.state() if not name.startswith(moments)}
+        weights = {name: tensor.numpy() for name, tensor in state(engine).items() if not name.startswith(moments)}
         results.append((curve, validation, weights))
     stop_distributed()
     return results

@@ -1,8 +1,8 @@
 """A checkpoint folder on disk: what is in it, when it is whole, and which ones a run has.
 
 step_00001000/
-    __R_N.distcp, .metadata    named global tensors, torch.distributed.checkpoint: NAME is the float32 master
-                               weight, exp_avg.NAME and exp_avg_sq.NAME are its moments
+    __R_0.distcp, .metadata    named global tensors, torch.distributed.checkpoint: NAME is the float32 master
+                               weight, exp_avg.NAME and exp_avg_sq.NAME are its moments; rank R wrote its pieces
     meta.json                  step, samples, tokens, configuration, data fingerprint, layout, versions
     tokenizer/                 the tokenizer folder of the run
     COMPLETE                   written last: the SHA-256 of every other file
@@ -18,9 +18,10 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_mea.errors import UserError
 
@@ -62,15 +63,19 @@ def checkpoint_folder(path: str | Path) -> Path:
     return existing[-1][1]
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder, read against the checksums in COMPLETE; None where it is whole."""
+def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with a checkpoint folder, read against the checksums in COMPLETE; None where it is whole.
+
+    Args:
+        part, parts: read only this one of so many shares of the files; what all of them find is the answer.
+    """
     try:
         checksums = dict(json.loads((folder / COMPLETE).read_text())["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
         return "COMPLETE is missing or unreadable"
     if META not in checksums:
         return f"COMPLETE does not list {META}"
-    for name, expected in checksums.items():
+    for name, expected in list(checksums.items())[part::parts]:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
@@ -88,12 +93,18 @@ def description_is_whole(folder: Path) -> bool:
         return False
 
 
-def seal(folder: Path) -> None:
-    """Flushes every file of a folder to disk and writes COMPLETE with their checksums, last."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    checksums = {str(path.relative_to(folder)): sha256(path) for path in files}
-    for path in files:
-        flush(path)
+def seal(folder: Path, known: Mapping[str, str] | None = None) -> None:
+    """Flushes the files of a folder to disk and writes COMPLETE with their checksums, last.
+
+    Args:
+        known: checksums, by name, of files that were flushed by those who wrote them.
+    """
+    checksums = dict(known or {})
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = str(path.relative_to(folder))
+        if name not in checksums:
+            flush(path)
+            checksums[name] = sha256(path)
     complete = folder / COMPLETE
     complete.write_text(json.dumps({"sha256": checksums}, indent=1))
     flush(complete)
@@ -107,13 +118,13 @@ def publish(folder: Path, final: Path) -> None:
     flush(final.parent)
 
 
-def set_aside(folder: Path) -> Path:
-    """Renames a damaged checkpoint to `damaged-step_...`, so that nothing takes it for one again."""
-    target = folder.with_name(f"damaged-{folder.name}")
+def set_aside(folder: Path, why: Literal["damaged", "later"]) -> Path:
+    """Renames a checkpoint to `damaged-step_...` or `later-step_...`, so that nothing takes it for one again."""
+    target = folder.with_name(f"{why}-{folder.name}")
     number = 1
     while target.exists():
         number += 1
-        target = folder.with_name(f"damaged-{folder.name}-{number}")
+        target = folder.with_name(f"{why}-{folder.name}-{number}")
     folder.rename(target)
     return target
 
@@ -131,6 +142,12 @@ def remove(folder: Path) -> None:
         scratch = folder.with_name(f".tmp-{folder.name}-removed")
         folder.rename(scratch)
         shutil.rmtree(scratch)
+
+
+def remove_leftovers(run_dir: str | Path) -> None:
+    """Removes what saves that were cut short have left."""
+    for leftover in Path(run_dir, "checkpoints").glob(".tmp-step_*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 @dataclass(frozen=True)

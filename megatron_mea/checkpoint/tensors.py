@@ -1,32 +1,107 @@
-"""Reading and writing the named tensors of a checkpoint folder with torch.distributed.checkpoint."""
+"""The named tensors of a checkpoint folder, written and read in pieces with torch.distributed.checkpoint.
+
+A rank holds a run of numbers of the flattened part of a parameter that its tensor group gives it, as ZeRO cuts it.
+Such a run is at most three rectangles of the global tensor, and rectangles are what the folder knows: no rank gathers
+anything, and who wrote what does not matter to who reads it.
+"""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Adam's, as torch names them; the moment of parameter `name` is called `exp_avg.name`."""
 
 
-def write_tensors(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], writer: int, writers: int) -> None:
-    """Writes named tensors; collective.
-
-    Each tensor is copied to the CPU and written by one rank, dealt out in turn, so that ranks write in parallel.
+@dataclass(frozen=True)
+class Fragment:
+    """The numbers of a global tensor that one rank holds.
 
     Args:
-        writer, writers: which of the ranks that iterate over the same tensors this is, of how many.
+        name: of the global tensor.
+        shape: of the global tensor; one or two dimensions.
+        offsets, local_shape: where the part of this rank's tensor group lies in it; what is beyond `shape` is padding.
+        start: the first of the numbers, counted in the flattened part.
+        numbers: (count,) float32 from there on; a view of what the engine holds.
     """
-    mine = {}
-    for index, (name, tensor) in enumerate(tensors):
-        if index % writers == writer:
-            mine[name] = tensor.detach().to("cpu", copy=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.save(mine, checkpoint_id=folder)
+
+    name: str
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    local_shape: tuple[int, ...]
+    start: int
+    numbers: torch.Tensor
+
+    def pieces(self) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
+        """(offsets in the global tensor, view of `numbers`) of the rectangles; padding is left out."""
+        width = prod(self.local_shape[1:])
+        room = [max(0, whole - first) for whole, first in zip(self.shape, self.offsets, strict=True)]
+        position, done = self.start, 0
+        while done < len(self.numbers):
+            row, column = divmod(position, width)
+            left = len(self.numbers) - done
+            rows, columns = (left // width, width) if column == 0 and left >= width else (1, min(width - column, left))
+            # shape: (rows, columns)
+            view = self.numbers[done : done + rows * columns].view(rows, columns)
+            view = view[: max(0, room[0] - row)]
+            if len(self.shape) == 1:
+                # shape: (rows,)
+                view, where = view[:, 0], (self.offsets[0] + row,)
+            else:
+                view = view[:, : max(0, room[1] - column)]
+                where = (self.offsets[0] + row, self.offsets[1] + column)
+            if view.numel():
+                yield where, view
+            position, done = position + rows * columns, done + rows * columns
+
+
+def write_fragments(folder: Path, fragments: Iterable[Fragment], group: Any) -> None:
+    """Writes and flushes what the ranks of a gloo group hold, together every number exactly once; collective.
+
+    Args:
+        fragments: of this rank, on the CPU.
+
+    Raises:
+        CheckpointException: on every rank, where one of them could not write.
+    """
+    dcp.save({}, storage_writer=FileSystemWriter(folder), planner=_Save(fragments), process_group=group)
+
+
+def read_fragments(folder: Path, fragments: Iterable[Fragment]) -> None:
+    """Fills the numbers of fragments; every caller by itself, no process group needed.
+
+    Raises:
+        KeyError: the folder lacks a tensor.
+    """
+    reader = FileSystemReader(folder)
+    metadata = reader.read_metadata()
+    planner = _Load(fragments)
+    planner.set_up_planner({}, metadata, is_coordinator=True)
+    reader.set_up_storage_reader(metadata, is_coordinator=True)
+    reader.read_data(reader.prepare_local_plan(planner.create_local_plan()), planner).wait()
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -35,10 +110,75 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(e.size) for name, e in entries.items() if isinstance(e, TensorStorageMetadata)}
 
 
-def read_tensors(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    """The named tensors, float32 on the CPU; every caller by itself, no process group needed."""
+def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Global shape of every parameter of a checkpoint, by exported name."""
+    return {name: shape for name, shape in tensor_shapes(folder).items() if not name.startswith(MOMENTS)}
+
+
+def read_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """The named whole tensors, float32 on the CPU."""
     tensors = {name: torch.empty(shape) for name, shape in shapes.items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.load(tensors, checkpoint_id=folder, no_dist=True)
+    wholes = (
+        Fragment(name, tuple(one.shape), (0,) * one.dim(), tuple(one.shape), 0, one.view(-1))
+        for name, one in tensors.items()
+    )
+    read_fragments(folder, wholes)
     return tensors
+
+
+def copy_of(fragment: Fragment, buffer: torch.Tensor) -> Fragment:
+    """The same numbers in `buffer`, which is as long; on a GPU the copy is only begun."""
+    buffer.copy_(fragment.numbers, non_blocking=True)
+    return replace(fragment, numbers=buffer)
+
+
+class _Save(DefaultSavePlanner):
+    """Plans one item of the folder for every piece; the default's global plan checks that they make up each tensor."""
+
+    def __init__(self, fragments: Iterable[Fragment]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._views: dict[MetadataIndex, torch.Tensor] = {}
+        self._items = []
+        for fragment in fragments:
+            for offsets, view in fragment.pieces():
+                index = MetadataIndex(fragment.name, torch.Size(offsets))
+                self._views[index] = view
+                data = TensorWriteData(
+                    chunk=ChunkStorageMetadata(torch.Size(offsets), view.shape),
+                    properties=TensorProperties(dtype=view.dtype),
+                    size=torch.Size(fragment.shape),
+                )
+                self._items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
+
+    def create_local_plan(self) -> SavePlan:
+        self.plan = SavePlan(self._items)
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
+        return self._views[write_item.index].contiguous()
+
+
+class _Load(DefaultLoadPlanner):
+    """Plans what to read for every piece."""
+
+    def __init__(self, fragments: Iterable[Fragment]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._views = {
+            MetadataIndex(fragment.name, torch.Size(offsets)): view
+            for fragment in fragments
+            for offsets, view in fragment.pieces()
+        }
+
+    def create_local_plan(self) -> LoadPlan:
+        items = []
+        for index, view in self._views.items():
+            stored = self.metadata.state_dict_metadata[index.fqn]
+            chunk = ChunkStorageMetadata(index.offset, view.shape)
+            items += create_read_items_for_chunk_list(index.fqn, stored, [chunk])
+        return LoadPlan(items)
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        view = self._views[read_item.dest_index]
+        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            view = view.narrow(dim, start, length)
+        return view

@@ -64,10 +64,7 @@ def _not_yet(config: Config) -> Iterator[Problem]:
         ("training.activation_checkpointing", training.activation_checkpointing, ("none", "full")),
         ("training.compile", training.compile, (False,)),
         ("training.distillation", training.distillation, (None,)),
-        ("checkpoint.async_save", config.checkpoint.async_save, (False,)),
         ("logging.profile", logging.profile, (None,)),
-        ("run.init_from", config.run.init_from, (None,)),
-        ("run.resume_from", config.run.resume_from, ("newest",)),
     ]
     for key, value, available in gates:
         if value not in available:

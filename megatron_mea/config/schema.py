@@ -185,7 +185,7 @@ class Checkpoint(Section):
     interval: PositiveInt = 500
     keep: PositiveInt = 3
     keep_every: PositiveInt | None = None
-    async_save: bool = False
+    async_save: bool = True
 
 
 class Profile(Section):
@@ -203,7 +203,7 @@ class Logging(Section):
 class Run(Section):
     dir: Path
     init_from: Path | None = None
-    resume_from: Literal["newest"] | Int = "newest"
+    resume_from: Literal["newest"] | PositiveInt = "newest"
 
 
 class Config(Section):

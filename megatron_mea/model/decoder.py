@@ -17,7 +17,7 @@ from megatron_mea.huggingface.modeling_mea import rotary_cos_sin
 from megatron_mea.parallel.collectives import enter, leave
 from megatron_mea.parallel.grid import ALONE, TensorGroup
 from megatron_mea.parallel.layers import Embedding, Linear, RMSNorm, cross_entropy_sum
-from megatron_mea.parallel.parameter import declare, normal
+from megatron_mea.parallel.parameter import declare, named_specs, normal
 
 
 class FeedForward(nn.Module):
@@ -164,3 +164,9 @@ def _head_weight(config: Model, embed: Embedding | None, tp: TensorGroup) -> nn.
         return (embed or _embedding(config, tp)).weight
     shape = (config.vocab_size, config.hidden_size)
     return declare("lm_head.weight", shape, "matrix", normal(config.initializer_range), tp, 0)
+
+
+def parameter_shapes(config: Model) -> dict[str, tuple[int, ...]]:
+    """Global shape of every parameter by exported name; allocates nothing."""
+    with torch.device("meta"):
+        return {name: parameter.spec.shape for name, parameter in named_specs(Decoder(config)).items()}

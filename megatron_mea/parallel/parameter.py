@@ -37,6 +37,20 @@ class ParameterSpec:
     tp: TensorGroup = ALONE
     shard_dim: int | None = None
 
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """Of this rank's part, padding included."""
+        if self.shard_dim is None:
+            return self.shape
+        cut = [-(-size // self.tp.size) if dim == self.shard_dim else size for dim, size in enumerate(self.shape)]
+        return tuple(cut)
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """Where this rank's part begins in the global tensor."""
+        cut = enumerate(self.local_shape)
+        return tuple(self.tp.rank * size if dim == self.shard_dim else 0 for dim, size in cut)
+
     def local(self, whole: torch.Tensor) -> torch.Tensor:
         """This rank's part of the global tensor; equal on all ranks in size, so the last ones may end in zeros."""
         if self.shard_dim is None or self.tp.size == 1:
@@ -65,7 +79,7 @@ def declare(
 ) -> nn.Parameter:
     """This rank's part of a parameter, uninitialised float32, with its specification attached."""
     spec = ParameterSpec(name, shape, kind, initialize, tp, shard_dim)
-    parameter = nn.Parameter(torch.empty(spec.local(torch.empty(shape, device="meta")).shape))
+    parameter = nn.Parameter(torch.empty(spec.local_shape))
     parameter.spec = spec
     # What DeepSpeed looks for, so that its gradient norm counts parts on every rank and wholes once.
     parameter.tensor_model_parallel = shard_dim is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_mea.checkpoint.tensors import MOMENTS, Fragment
 from megatron_mea.config.schema import Config
 from megatron_mea.data.corpora import IGNORE, Batch
 from megatron_mea.errors import RunError
@@ -21,7 +22,6 @@ from megatron_mea.parallel.parameter import named_specs
 
 BUCKET = 500_000_000
 """Numbers in a bucket of gradients at most, DeepSpeed's default."""
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class NonFiniteError(RunError):
@@ -174,20 +174,33 @@ class Engine:
         by_name = {name: each for name, each in zip(named, found, strict=False) if each is not None}
         return by_name, list(found[len(named) :])
 
-    def state(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, whole float32 tensor) of master weights and moments, alike on all ranks of a stage; collective.
+    def fragments(self, moments: bool = True, owned: bool = False) -> Iterator[Fragment]:
+        """What this rank holds of the float32 master weights and of their moments, as views; not collective.
 
-        A moment of parameter `name` is called `exp_avg.name` and `exp_avg_sq.name`.
+        Args:
+            moments: Adam's as well.
+            owned: only what this rank is to save, so that all ranks together give every number once.
         """
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        for name, parameter in named_specs(self.model).items():
-            # The copy of a tied matrix on another pipeline stage.
-            if getattr(parameter, "ds_pipe_replicated", False):
+        for index, (name, parameter) in enumerate(named_specs(self.model).items()):
+            spec = parameter.spec
+            # What a tensor group repeats is dealt out among its ranks; a tied matrix is the first stage's.
+            mine = spec.shard_dim is not None or index % spec.tp.size == spec.tp.rank
+            if owned and not (mine and not getattr(parameter, "ds_pipe_replicated", False)):
                 continue
-            yield name, self.weight(name)
-            for moment in MOMENTS:
-                yield f"{moment}.{name}", parameter.spec.whole(safe_get_full_optimizer_state(parameter, moment))
+            for moment in (None, *MOMENTS) if moments else (None,):
+                full = f"{moment}.{name}" if moment else name
+                yield Fragment(full, spec.shape, spec.offsets, spec.local_shape, *self._partition(parameter, moment))
+
+    def loaded(self, updates: int) -> None:
+        """Makes the working copies and Adam's count follow what was written into `fragments`; collective."""
+        for moments in self.optimizer.optimizer.state.values():
+            moments["step"].fill_(updates)
+        if not self._partitions_parameters:
+            self.optimizer.update_lp_params()
+            return
+        for parameter in named_specs(self.model).values():
+            _, numbers = self._partition(parameter, None)
+            parameter.ds_tensor.data.view(-1)[: len(numbers)].copy_(numbers)
 
     def weight(self, name: str) -> torch.Tensor:
         """The whole float32 master of one parameter; collective."""
@@ -196,41 +209,21 @@ class Engine:
         parameter = named_specs(self.model)[name]
         return parameter.spec.whole(safe_get_full_fp32_param(parameter))
 
-    def load_state(self, read: Callable[[str], torch.Tensor], updates: int) -> None:
-        """Sets master weights, moments and the number of updates; `read` gives a tensor by its `state` name."""
-        for moments in self.optimizer.optimizer.state.values():
-            moments["step"].fill_(updates)
-        for name, parameter in named_specs(self.model).items():
-            master = parameter.spec.local(read(name)).to(self.device)
-            self._set(parameter, None, master)
-            for moment in MOMENTS:
-                self._set(parameter, moment, parameter.spec.local(read(f"{moment}.{name}")).to(self.device))
-            # The working copy does not follow the master by itself.
-            if not self._partitions_parameters:
-                parameter.data.copy_(master)
-
     @property
     def _partitions_parameters(self) -> bool:
         return self.config.parallel.zero_stage == 3
 
-    def _set(self, parameter: torch.nn.Parameter, moment: str | None, value: torch.Tensor) -> None:
-        """Sets the master (moment None) or a moment of a parameter to this rank's part of the global tensor."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-        if not self._partitions_parameters:
-            if moment is None:
-                safe_set_full_fp32_param(parameter, value)
-            else:
-                safe_set_full_optimizer_state(parameter, value, moment)
-            return
-        # DeepSpeed's own way for stage 3 fails where a parameter does not divide into equal partitions.
-        size, rank = parameter.ds_tensor.numel(), self.optimizer._get_param_partition_rank(parameter)
-        mine = value.flatten()[rank * size : (rank + 1) * size]
-        partition, _ = self.optimizer._get_fp32_opt_state_partition(parameter, False, moment)
-        partition.data.zero_()
-        partition.data[: mine.numel()].copy_(mine)
-        if moment is None:
-            parameter.ds_tensor.data[: mine.numel()].copy_(mine)
+    def _partition(self, parameter: torch.nn.Parameter, moment: str | None) -> tuple[int, torch.Tensor]:
+        """Where this rank's part of a flattened parameter begins, and its master weights (moment None) or a moment."""
+        if self._partitions_parameters:
+            numbers, _ = self.optimizer._get_fp32_opt_state_partition(parameter, False, moment)
+            start = parameter.ds_tensor.numel() * self.optimizer._get_param_partition_rank(parameter)
+            # The last parts are padded.
+            return start, numbers.data[: max(0, parameter.ds_numel - start)]
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return 0, torch.empty(0, device=self.device)
+        return mapping.lp_fragment_address.start, mapping.get_hp_fragment(moment).data
 
     def _make_moments(self) -> None:
         """Makes Adam's state before its first update, and links DeepSpeed's per-parameter view to it.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +10,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_mea.checkpoint import folder, tensors
-from megatron_mea.checkpoint.resume import newest_whole
+from megatron_mea.checkpoint import folder
+from megatron_mea.checkpoint.lease import Lease
+from megatron_mea.checkpoint.resume import Choice, choose
+from megatron_mea.checkpoint.saver import Saver
+from megatron_mea.checkpoint.tensors import read_fragments
 from megatron_mea.config import Config
 from megatron_mea.config.layout import Layout
 from megatron_mea.data.corpora import Batch, Corpora
-from megatron_mea.data.tokenizer import copy_tokenizer
-from megatron_mea.errors import UserError
+from megatron_mea.errors import RunError, UserError
+from megatron_mea.huggingface.weights import WeightSource
 from megatron_mea.parallel.parameter import named_specs
 from megatron_mea.training import processes, records
 from megatron_mea.training.build import build_engine
@@ -33,15 +35,28 @@ from megatron_mea.training.signals import StopSignal
 class Inputs:
     """What was opened and checked before processes met.
 
-    `warnings` and `changes` (of a configuration that resumes) are lines to print.
+    Args:
+        weights: what a run without a checkpoint begins with; None: initialised from the seed.
+        back_to: the step that `run.resume_from` asks to go back to; None for the newest checkpoint.
+        warnings, changes: lines to print; changes are those of a configuration that resumes.
     """
 
     ranks: Ranks
     layout: Layout
     train: Corpora
     validation: Corpora | None
+    weights: WeightSource | None
+    back_to: int | None
     warnings: list[str]
     changes: list[str]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """(step, folder) of what stands in the run folder, oldest first, and lines to print."""
+
+    existing: list[tuple[int, Path]]
+    notes: list[str]
 
 
 def run(config: Config, inputs: Inputs, stop: StopSignal) -> None:
@@ -62,22 +77,27 @@ class _Run:
         self.dir, self.rank = Path(config.run.dir), inputs.ranks.rank
         self.versions = records.versions()
         self.validation_loss: float | None = None
-        source, notes = self._choose_checkpoint()
-        self.meta = folder.Meta.read(source) if source else None
+        self.lease, found = self._take_lease()
+        choice = choose(found.existing, inputs.back_to, self._damage)
+        self.meta = folder.Meta.read(choice.source) if choice.source else None
         self.step = self.meta.step if self.meta else 0
         self.progress = records.Progress(config, self.rank, self.step)
-        self._say_start(device, source, notes)
-
-        self.engine = build_engine(config, device, initialized=source is None)
-        self.grid = self.engine.grid
-        if source is not None:
-            self._load(source)
+        self._say_start(device, choice, found.notes)
         if self.rank == 0:
-            records.write_config(config, self.dir, self.versions)
             (self.dir / records.FINISHED).unlink(missing_ok=True)
+            for one, why in choice.aside:
+                folder.set_aside(one, why)
+
+        self.engine = build_engine(config, device, initialized=choice.source is None)
+        self.grid = self.engine.grid
+        self._load(choice.source)
+        group = processes.writers_group()
+        tokenizer = config.data.tokenizer
+        self.saver = Saver(self.dir, config.checkpoint, tokenizer, group, self.lease, self.progress.say)
         self.metrics = None
         if self.rank == 0:
-            resumed = self.step if source is not None else None
+            records.write_config(config, self.dir, self.versions)
+            resumed = self.step if choice.source is not None else None
             self.metrics = records.Metrics(self.dir, resumed, config.logging.tensorboard)
 
     def train(self, stop: StopSignal) -> None:
@@ -90,11 +110,11 @@ class _Run:
         for data in loader:
             step, lr = data.step, learning_rate(config, data.step)
             try:
-                result = self.engine.train_step(data.batches, data.targets, lr, stop.received is not None)
+                result = self.engine.train_step(data.batches, data.targets, lr, self._wants_to_stop(stop))
             except NonFiniteError as error:
                 raise NonFiniteError(self._explain(error, data)) from None
             if step == self.progress.first_step + 1:
-                processes.shorten_timeouts(config.parallel.timeout_minutes)
+                processes.shorten_timeouts(config.parallel.timeout_minutes, but=self.saver.group)
             self.step, last = step, step == config.steps
             row = {
                 "step": step,
@@ -116,37 +136,66 @@ class _Run:
                 if validating:
                     row["validation_loss"] = self._validate()
                 self._record(row)
+            if result.stop:
+                self._check_lease()
             if saving:
-                self._save()
+                self.saver.save(self._meta(), self.engine.fragments(owned=True))
             if logging or saving:
                 self.progress.mark(step)
             if result.stop and not last:
-                self.progress.say(f"asked to stop: saved step {step}; the same command goes on from here")
                 break
+        loader.close()
+        self.saver.wait()
+        if self.step < config.steps:
+            self.progress.say(f"asked to stop: saved step {self.step}; the same command goes on from here")
         else:
             if self.rank == 0:
                 records.write_finished(self.dir, self.step)
             self.progress.say(f"finished at step {self.step}: {self.dir}")
-        loader.close()
         if self.metrics is not None:
             self.metrics.close()
+        if self.lease is not None:
+            self.lease.end()
         dist.barrier()
 
-    def _choose_checkpoint(self) -> tuple[Path | None, list[str]]:
-        """Rank 0 verifies and chooses, so that all ranks go on from the same one."""
-        chosen: list = [None]
+    def _take_lease(self) -> tuple[Lease | None, _Found]:
+        """Rank 0 makes the run folder its own, and says what all ranks find there."""
+        lease, found = None, [None]
         if self.rank == 0:
             try:
                 self.dir.mkdir(parents=True, exist_ok=True)
-                chosen = [newest_whole(self.dir)]
+                lease = Lease(self.dir)
+                other = lease.take()
+                notes = [f"{other} may still be writing {self.dir}: it is made to stop"] if other else []
+                folder.remove_leftovers(self.dir)
+                found = [_Found(folder.all_checkpoints(self.dir), notes)]
             except OSError as error:
-                chosen = [UserError("run.dir", f"{self.dir}: {error.strerror}", "a folder that can be written")]
-        dist.broadcast_object_list(chosen)
-        if isinstance(chosen[0], UserError):
-            raise chosen[0]
-        return chosen[0]
+                found = [UserError("run.dir", f"{self.dir}: {error.strerror}", "a folder that can be written")]
+        dist.broadcast_object_list(found)
+        if isinstance(found[0], UserError):
+            raise found[0]
+        return lease, found[0]
 
-    def _say_start(self, device: torch.device, source: Path | None, notes: list[str]) -> None:
+    def _damage(self, checkpoint: Path) -> str | None:
+        """What is wrong with a checkpoint; the ranks read it together."""
+        found: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, folder.damage(checkpoint, self.rank, len(found)))
+        return next((problem for problem in found if problem), None)
+
+    def _wants_to_stop(self, stop: StopSignal) -> bool:
+        lost = self.lease is not None and bool(self.lease.lost_to(now=False))
+        return stop.received is not None or self.saver.failed or lost
+
+    def _check_lease(self) -> None:
+        """Raises on all ranks where another job writes the run folder now."""
+        other = [self.lease.lost_to() if self.lease is not None else ""]
+        dist.broadcast_object_list(other)
+        if other[0]:
+            raise RunError(
+                f"{self.dir} was taken over by {other[0]}: this one stops at step {self.step} and saves nothing"
+            )
+
+    def _say_start(self, device: torch.device, choice: Choice, notes: list[str]) -> None:
         config, say = self.config, self.progress.say
         say(
             f"{self.inputs.ranks.world_size} process(es) on {device.type}, {config.training.precision}, "
@@ -154,10 +203,10 @@ class _Run:
         )
         for line in self.inputs.train.shares():
             say(f"train {line}")
-        for line in [*self.inputs.warnings, *notes]:
+        for line in [*self.inputs.warnings, *notes, *choice.notes]:
             say(f"warning: {line}")
-        if source is not None:
-            say(f"resuming from {source}")
+        if choice.source is not None:
+            say(f"resuming from {choice.source}")
             for line in self.inputs.changes:
                 say(f"changed since then: {line}")
 
@@ -170,7 +219,7 @@ class _Run:
             names = [name for name, parameter in named if parameter.spec.kind == "hlc"]
             more = records.hlc_statistics({name: self.engine.weight(name).cpu() for name in names})
             more = self._of_all_stages(more)
-        if self.metrics is not None:
+        if self.metrics is not None and not self.lease.lost_to():
             self.metrics.write(row, more)
 
     def _all_hashes(self, data: StepData) -> list[str]:
@@ -201,26 +250,6 @@ class _Run:
         self.validation_loss = self.engine.evaluate(batches(), count)
         return self.validation_loss
 
-    def _save(self) -> None:
-        final = self.dir / "checkpoints" / folder.folder_name(self.step)
-        scratch = final.with_name(f".tmp-{final.name}")
-        if self.rank == 0:
-            # A save that was cut short earlier has left its scratch folder.
-            for leftover in final.parent.glob(".tmp-step_*"):
-                shutil.rmtree(leftover)
-            scratch.mkdir(parents=True)
-        dist.barrier()
-        tensors.write_tensors(scratch, self.engine.state(), self.grid.stage_rank, self.grid.stage_size)
-        dist.barrier()
-        if self.rank == 0:
-            copy_tokenizer(self.config.data.tokenizer, scratch / folder.TOKENIZER)
-            self._meta().write(scratch)
-            folder.seal(scratch)
-            folder.remove(final)
-            folder.publish(scratch, final)
-            folder.retain(self.dir, self.config.checkpoint.keep, self.config.checkpoint.keep_every)
-        dist.barrier()
-
     def _meta(self) -> folder.Meta:
         layout = self.inputs.layout
         return folder.Meta(
@@ -239,28 +268,32 @@ class _Run:
             validation_loss=self.validation_loss,
         )
 
-    def _load(self, source: Path) -> None:
-        assert self.meta is not None
-        self.validation_loss = self.meta.validation_loss
-        shapes = tensors.tensor_shapes(source)
-
-        def read(name: str) -> torch.Tensor:
-            return tensors.read_tensors(source, {name: shapes[name]})[name]
-
-        self.engine.load_state(read, updates=self.step)
+    def _load(self, source: Path | None) -> None:
+        if self.meta is not None and source is not None:
+            self.validation_loss = self.meta.validation_loss
+            read_fragments(source, self.engine.fragments())
+        elif self.inputs.weights is not None:
+            self.inputs.weights.read(self.engine.fragments(moments=False))
+        else:
+            return
+        self.engine.loaded(updates=self.step)
 
     def _explain(self, error: NonFiniteError, data: StepData) -> str:
         """Names step and samples; nothing was updated, so the newest checkpoint is as good as it was."""
         first = (data.step - 1) * self.config.training.global_batch_size
         last = first + self.config.training.global_batch_size - 1
         lines = [f"step {data.step} stopped before its update: {error}", f"  samples {first} to {last}"]
-        if error.micro_batches:
-            for index, name in error.micro_batches.items():
-                samples, gradient = data.samples[index], f", first in the gradient of {name}" if name else ""
-                where = f"samples {samples.tolist()}{gradient}; {self.inputs.train.describe(samples)}"
-                lines.append(f"  not finite on rank {self.rank}: {where}")
+        mine: list[str] = []
+        for index, name in error.micro_batches.items():
+            samples, gradient = data.samples[index], f", first in the gradient of {name}" if name else ""
+            where = f"samples {samples.tolist()}{gradient}; {self.inputs.train.describe(samples)}"
+            mine.append(f"  not finite on rank {self.rank}: {where}")
         bad = [n for n, p in named_specs(self.engine.model).items() if not getattr(p, "ds_tensor", p).isfinite().all()]
-        lines.append(f"  parameters that are not finite: {', '.join(bad) or 'none'}")
+        ranks: list[tuple[list[str], list[str]]] = [([], [])] * dist.get_world_size()
+        dist.all_gather_object(ranks, (mine, bad))
+        lines += [line for found, _ in ranks for line in found]
+        names = dict.fromkeys(name for _, found in ranks for name in found)
+        lines.append(f"  parameters that are not finite: {', '.join(names) or 'none'}")
         lines.append(
             "  the newest checkpoint is untouched: lower optimizer.lr or look at the samples, and go on from it"
         )

@@ -8,6 +8,7 @@ import logging
 import os
 import warnings
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -77,12 +78,22 @@ def build_grid(config: Config) -> Grid:
     return Grid(group, mpu.get_data_parallel_rank(), data, mpu.get_pipe_parallel_rank(), stages, ends, mpu)
 
 
-def shorten_timeouts(minutes: float) -> None:
-    """Sets the time after which a collective gives up; long only until the first step has warmed everything."""
+def writers_group() -> Any:
+    """Where the threads that write checkpoints meet; collective. Patient, since a disk may be slow or busy."""
+    return dist.new_group(backend="gloo", timeout=timedelta(hours=3))
+
+
+def shorten_timeouts(minutes: float, but: Any) -> None:
+    """Sets the time after which a collective gives up; long only until the first step has warmed everything.
+
+    Args:
+        but: a process group that keeps its own.
+    """
     from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
     for group in list(_world.pg_map):
-        _set_pg_timeout(timedelta(minutes=minutes), group)
+        if group is not but:
+            _set_pg_timeout(timedelta(minutes=minutes), group)
 
 
 def stop_distributed() -> None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_mea.checkpoint.folder import Meta, checkpoints_of, description_is_whole
-from megatron_mea.checkpoint.resume import check_resume
+from megatron_mea.checkpoint.resume import check_resume, step_to_go_back_to
 from megatron_mea.config import Config
 from megatron_mea.config.checks import handicaps
 from megatron_mea.config.layout import Layout, check_layout
 from megatron_mea.data.corpora import Corpora
 from megatron_mea.data.tokenizer import check_tokenizer_folder, load_tokenizer
 from megatron_mea.errors import UserError
+from megatron_mea.huggingface.weights import open_weights
+from megatron_mea.model.decoder import parameter_shapes
 from megatron_mea.training.ranks import Ranks
 from megatron_mea.training.signals import StopSignal
 
@@ -33,9 +37,11 @@ def train(config: Config, stop: StopSignal) -> None:
     run_dir = Path(config.run.dir)
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError("run.dir", f"{run_dir}, which is a file", "a folder, or a name that is free")
+    existing = whole_descriptions(run_dir)
+    back_to = step_to_go_back_to(config.run.resume_from, existing)
     finished = finished_step(run_dir)
-    if finished is not None and finished >= config.steps:
-        for _, folder in whole_descriptions(run_dir)[-1:]:
+    if finished is not None and finished >= config.steps and back_to is None:
+        for _, folder in existing[-1:]:
             check_resume(Meta.read(folder), config, None)
         if ranks.rank == 0:
             print(f"{run_dir} is finished at step {finished}; raise training.steps to go on", flush=True)
@@ -44,15 +50,22 @@ def train(config: Config, stop: StopSignal) -> None:
         raise UserError(
             "environment", "no deepspeed", "deepspeed 0.19.8: training needs it", "pip install deepspeed==0.19.8"
         )
-    inputs = check_inputs(config, run_dir, ranks, layout)
+    inputs = check_inputs(config, ranks, layout, existing, back_to)
 
     from megatron_mea.training.loop import run
 
     run(config, inputs, stop)
 
 
-def check_inputs(config: Config, run_dir: Path, ranks: Ranks, layout: Layout) -> Inputs:
-    """Opens data and tokenizer, and compares with the run's newest checkpoint; writes nothing."""
+def check_inputs(
+    config: Config, ranks: Ranks, layout: Layout, existing: list[tuple[int, Path]], back_to: int | None
+) -> Inputs:
+    """Opens data, tokenizer and weights, and compares with the checkpoint that the run goes on from; writes nothing.
+
+    Args:
+        existing: (step, folder) of the run's checkpoints, oldest first.
+        back_to: the step of the one to go on from; None for the newest.
+    """
     data, evaluation = config.data, config.evaluation
     check_tokenizer_folder(data.tokenizer, "data.tokenizer")
     vocab = config.model.vocab_size
@@ -63,17 +76,42 @@ def check_inputs(config: Config, run_dir: Path, ranks: Ranks, layout: Layout) ->
         validation = Corpora(data.validation, data.seq_length, vocab, None, "data.validation", mask)
         batch = config.training.global_batch_size
         validation.require(evaluation.batches * batch, evaluation.batches, batch)
+    warnings = handicaps(config, layout)
     changes: list[str] = []
-    existing = whole_descriptions(run_dir)
+    weights = None
     if existing:
-        changes = check_resume(Meta.read(existing[-1][1]), config, train.fingerprint())
+        source = next(folder for step, folder in reversed(existing) if back_to in (None, step))
+        changes = check_resume(Meta.read(source), config, train.fingerprint())
+    elif config.run.init_from is not None:
+        weights = open_weights(config.run.init_from, config.model)
+        warnings += weights.warnings
     size = len(load_tokenizer(data.tokenizer))
     if size > vocab:
         raise UserError("model.vocab_size", vocab, f"at least the {size} ids of data.tokenizer = {data.tokenizer}")
+    warnings += check_space(config, len(existing))
 
     from megatron_mea.training.loop import Inputs
 
-    return Inputs(ranks, layout, train, validation, handicaps(config, layout), changes)
+    return Inputs(ranks, layout, train, validation, weights, back_to, warnings, changes)
+
+
+def check_space(config: Config, existing: int) -> list[str]:
+    """A warning where the disk will not hold `checkpoint.keep` checkpoints and the one that is being written.
+
+    Raises:
+        UserError: it does not hold a single one.
+    """
+    place = Path(config.run.dir).absolute()
+    while not place.exists():
+        place = place.parent
+    free, size = shutil.disk_usage(place).free, 3 * 4 * sum(map(math.prod, parameter_shapes(config.model).values()))
+    allowed = f"{size / 1e9:,.3f} GB for a checkpoint (12 bytes a parameter)"
+    if free < size:
+        raise UserError("run.dir", f"{config.run.dir}, where {free / 1e9:,.3f} GB are free", f"at least {allowed}")
+    missing = max(1, config.checkpoint.keep + 1 - existing)
+    if free < missing * size:
+        return [f"run.dir has {free / 1e9:,.3f} GB free, and checkpoint.keep needs {missing} times {allowed}"]
+    return []
 
 
 def whole_descriptions(run_dir: Path) -> list[tuple[int, Path]]:
