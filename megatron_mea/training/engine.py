@@ -201,6 +201,10 @@ class Engine:
         for parameter in named_specs(self.model).values():
             _, numbers = self._partition(parameter, None)
             parameter.ds_tensor.data.view(-1)[: len(numbers)].copy_(numbers)
+        # Small parameters are kept whole between the steps.
+        if kept := self.optimizer.persistent_parameters:
+            kept[0].partition(kept)
+            kept[0].all_gather(kept)
 
     def weight(self, name: str) -> torch.Tensor:
         """The whole float32 master of one parameter; collective."""
