@@ -32,7 +32,7 @@ class Lease:
         """Takes the lease; returns the job that may still be writing, in words."""
         earlier = self._read()
         self._write({"ended": False})
-        if earlier is None or earlier.get("ended") or earlier.get("token") == self.token or _is_dead(earlier):
+        if earlier is None or earlier.get("ended") or _is_dead(earlier):
             return None
         return _in_words(earlier)
 
@@ -46,7 +46,7 @@ class Lease:
             return self._lost_to
         self._looked = time.monotonic()
         found = self._read()
-        if found is not None and found.get("token") != self.token:
+        if found is not None and found["token"] != self.token:
             self._lost_to = _in_words(found)
         return self._lost_to
 
@@ -60,7 +60,7 @@ class Lease:
             found = json.loads(self._path.read_text())
         except (OSError, ValueError):
             return None
-        return found if isinstance(found, dict) else None
+        return found if isinstance(found, dict) and "token" in found else None
 
     def _write(self, state: dict[str, Any]) -> None:
         mine = {

@@ -42,10 +42,11 @@ class WeightSource:
     read: Callable[[Iterable[Fragment]], None]
 
 
-def open_weights(path: Path, model: Model) -> WeightSource:
+def open_weights(path: Path, model: Model, rank: int = 0, world_size: int = 1) -> WeightSource:
     """The weights of a checkpoint, of a run's newest one, or of a Hugging Face folder, for a model of these settings.
 
-    No code from a folder is run, and nothing but shapes is read yet, apart from a checkpoint's checksums.
+    No code from a folder is run, and nothing but shapes is read yet, apart from a checkpoint's checksums, of which
+    each of `world_size` callers verifies its share.
 
     Raises:
         UserError: nothing of the kind stands there, it is damaged, or a name, a shape or a setting does not fit.
@@ -58,7 +59,7 @@ def open_weights(path: Path, model: Model) -> WeightSource:
             _read_safetensors(files, fragments)
     else:
         folder = checkpoint_folder(path)
-        if problem := damage(folder):
+        if problem := damage(folder, rank, world_size):
             raise UserError(_KEY, f"{folder}: {problem}", "a whole checkpoint", "use an older one of the run")
         settings, shapes = _described(parse_config(Meta.read(folder).config).model), weight_shapes(folder)
 

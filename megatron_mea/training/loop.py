@@ -92,7 +92,7 @@ class _Run:
         self.grid = self.engine.grid
         self._load(choice.source)
         group = processes.writers_group()
-        tokenizer = config.data.tokenizer
+        tokenizer = Path(config.data.tokenizer)
         self.saver = Saver(self.dir, config.checkpoint, tokenizer, group, self.lease, self.progress.say)
         self.metrics = None
         if self.rank == 0:

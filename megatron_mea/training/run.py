@@ -83,7 +83,7 @@ def check_inputs(
         source = next(folder for step, folder in reversed(existing) if back_to in (None, step))
         changes = check_resume(Meta.read(source), config, train.fingerprint())
     elif config.run.init_from is not None:
-        weights = open_weights(config.run.init_from, config.model)
+        weights = open_weights(Path(config.run.init_from), config.model, ranks.rank, ranks.world_size)
         warnings += weights.warnings
     size = len(load_tokenizer(data.tokenizer))
     if size > vocab:
