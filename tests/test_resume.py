@@ -54,6 +54,7 @@ def refused(config, capfd):
         return capfd.readouterr().err
 
     yield refused
+    signal.set_wakeup_fd(-1)
     for number, handler in handlers.items():
         signal.signal(number, handler)
 

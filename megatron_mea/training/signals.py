@@ -4,28 +4,40 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
-from types import FrameType
+
+_NUMBERS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+_SAME_WISH = 2.0
+"""Seconds. A terminal signals the launcher and every rank, and the launcher passes the signal on."""
 
 
 class StopSignal:
-    """Set by the first signal; a second one, a while later, ends the process at once.
+    """Set by the first signal; a second one, more than a moment later, ends the process at once.
 
-    A terminal signals the launcher and every rank, and the launcher passes the signal on, so what follows within
-    two seconds is the same wish.
+    A thread hears them, since a process that waits for another rank, or for a disk, runs no handler of Python's: that
+    is when somebody signals twice.
 
-    Installed before torch is imported: a signal that comes during that import would kill the process.
+    Made before torch is imported: a signal that comes during that import would kill the process.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
-        self._since = 0.0
-        for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._receive)
+        heard, written = os.pipe()
+        os.set_blocking(written, False)
+        signal.set_wakeup_fd(written, warn_on_full_buffer=False)
+        for number in _NUMBERS:
+            # Without a handler the signal would kill.
+            signal.signal(number, lambda number, frame: None)
+        threading.Thread(target=self._listen, args=(heard,), name="signals", daemon=True).start()
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received is None:
-            self.received, self._since = signal.Signals(number).name, time.monotonic()
-        elif time.monotonic() - self._since > 2:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+    def _listen(self, heard: int) -> None:
+        since = 0.0
+        while True:
+            for number in os.read(heard, 64):
+                if number not in _NUMBERS:
+                    continue
+                if self.received is None:
+                    self.received, since = signal.Signals(number).name, time.monotonic()
+                elif time.monotonic() - since > _SAME_WISH:
+                    os._exit(128 + number)

@@ -1,0 +1,46 @@
+"""Being asked to stop, once and twice, whatever the process is doing."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+WAITING = """
+import hashlib, sys
+from megatron_mea.training.signals import StopSignal
+assert "torch" not in sys.modules
+stop = StopSignal()
+print("ready", flush=True)
+# A call into a library that lets other threads run, as a collective does, and returns in some minutes.
+hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+"""
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
+def test_a_second_signal_ends_a_process_that_hangs(second):
+    with subprocess.Popen([sys.executable, "-c", WAITING], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "ready\n"
+            # A terminal and a launcher repeat the first one.
+            for _ in range(3):
+                process.send_signal(signal.SIGUSR2)
+                time.sleep(0.2)
+            time.sleep(2)
+            assert process.poll() is None
+            process.send_signal(second)
+            assert process.wait(timeout=5) == 128 + second
+        finally:
+            process.kill()
+
+
+def test_the_first_signal_is_remembered():
+    script = "from megatron_mea.training.signals import StopSignal; import os, signal, time; stop = StopSignal()\n"
+    script += (
+        "assert stop.received is None; os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.2); print(stop.received)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "SIGTERM\n")
