@@ -13,6 +13,8 @@ from megatron_mea.cluster.setting import Device, Setting
 from megatron_mea.config.layout import Layout, check_layout
 from megatron_mea.config.schema import Config
 
+SAVED = 12
+"""Bytes of a parameter in a checkpoint: master weight and two moments, float32."""
 PARTS = (
     "weights",
     "gradients",
@@ -53,6 +55,16 @@ class Plan:
     memory: tuple[Memory, ...]
     flops: Flops
     communication: tuple[Traffic, ...]
+
+    @property
+    def checkpoint(self) -> int:
+        """Bytes on the disk."""
+        return SAVED * self.parameters.total
+
+    @property
+    def checkpoint_copy(self) -> int:
+        """Bytes of the host's memory in which a rank keeps its share while it is written, and for the next save."""
+        return SAVED * max(self.parameters.per_rank) // self.layout.data
 
 
 def make_plan(config: Config, world_size: int | None = None, device: Device = "cuda") -> Plan:
@@ -111,6 +123,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "tokens_per_step": plan.tokens_per_step,
         "parameters": asdict(plan.parameters),
         "memory_per_rank_bytes": [asdict(stage) | {"total": stage.total} for stage in plan.memory],
+        "checkpoint_bytes": plan.checkpoint,
+        "checkpoint_copy_per_rank_bytes": plan.checkpoint_copy,
         "flops_per_token": asdict(plan.flops) | {"total": plan.flops.total},
         "flops_total": plan.flops.total * plan.steps * plan.tokens_per_step,
         "communication_per_step": [asdict(row) for row in plan.communication],
@@ -146,6 +160,10 @@ def _lines(plan: Plan) -> Iterator[str]:
     for part in PARTS:
         sizes = (getattr(stage, part) / 2**20 for stage in plan.memory)
         yield f"  {part.replace('_', ' '):20}" + "".join(f"{size:12,.1f}" for size in sizes)
+    yield (
+        f"checkpoint: {plan.checkpoint / 2**20:,.1f} MiB on the disk; while it is written a rank keeps a copy of "
+        f"{plan.checkpoint_copy / 2**20:,.1f} MiB in the host's memory"
+    )
     yield ""
     yield (
         f"FLOPs a token: {flops.total:.4g} (forward {flops.forward:.4g}, backward {flops.backward:.4g}, "
