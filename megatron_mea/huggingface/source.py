@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from megatron_mea.checkpoint.folder import TOKENIZER, Meta, checkpoint_folder, damage
-from megatron_mea.checkpoint.tensors import read_tensors, tensor_shapes
+from megatron_mea.checkpoint.tensors import read_tensors, weight_shapes
 from megatron_mea.config import Config
 from megatron_mea.config.load import parse_config
 from megatron_mea.data.tokenizer import load_tokenizer
@@ -35,8 +35,7 @@ class CheckpointSource:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The float32 master weights by exported name."""
-        shapes = tensor_shapes(self.folder)
-        return read_tensors(self.folder, {n: s for n, s in shapes.items() if not n.startswith("exp_avg")})
+        return read_tensors(self.folder, weight_shapes(self.folder))
 
 
 def is_hugging_face(path: str | Path) -> bool:

@@ -75,7 +75,7 @@ class _Run:
     def __init__(self, config: Config, inputs: Inputs, device: torch.device) -> None:
         self.config, self.inputs = config, inputs
         self.dir, self.rank = Path(config.run.dir), inputs.ranks.rank
-        self.versions = records.versions()
+        self.versions, self.data = records.versions(), inputs.train.fingerprint()
         self.validation_loss: float | None = None
         self.lease, found = self._take_lease()
         choice = choose(found.existing, inputs.back_to, self._damage)
@@ -88,7 +88,8 @@ class _Run:
             for one, why in choice.aside:
                 folder.set_aside(one, why)
 
-        self.engine = build_engine(config, device, initialized=choice.source is None)
+        anew = choice.source is None and inputs.weights is None
+        self.engine = build_engine(config, device, initialized=anew)
         self.grid = self.engine.grid
         self._load(choice.source)
         group = processes.writers_group()
@@ -257,7 +258,7 @@ class _Run:
             samples=self.step * self.config.training.global_batch_size,
             tokens=self.step * self.config.tokens_per_step,
             config=self.config.model_dump(mode="json"),
-            data=self.inputs.train.fingerprint(),
+            data=self.data,
             layout={
                 "tensor_model_parallel_size": layout.tensor,
                 "pipeline_model_parallel_size": layout.pipeline,
