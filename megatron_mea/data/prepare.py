@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_mea.data.indexed import IndexedWriter, token_dtype
-from megatron_mea.data.sources import MAX_BROKEN, BrokenRecords, Records, batches, check_sources
+from megatron_mea.data.records import MAX_BROKEN, BrokenRecords, Records
+from megatron_mea.data.sources import batches, check_sources
 from megatron_mea.data.tokenizer import load_tokenizer
 from megatron_mea.errors import Problem, RunError, UserError
 from megatron_mea.outputs import output_place

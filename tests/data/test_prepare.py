@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_mea.cli import main
-from megatron_mea.data import sources
+from megatron_mea.data import records
 from megatron_mea.data.indexed import IndexedReader
 from megatron_mea.data.prepare import Encoder, prepare
 from megatron_mea.data.sources import batches, documents
@@ -93,7 +93,7 @@ def test_workers_do_not_change_a_byte(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     # More batches than wait at once, each file more than one, and broken lines in two of them.
-    monkeypatch.setattr(sources, "_BATCH", 1 << 12)
+    monkeypatch.setattr(records, "_BATCH", 1 << 12)
     # Long documents first, so that the first batch is the last one to be ready.
     ordered = sorted(texts, key=len, reverse=True)
     inputs = [write(tmp_path / f"{name}.jsonl", ordered[part::3]) for part, name in enumerate("abc")]

@@ -14,7 +14,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megatron_mea.data.sources import BrokenRecords, documents
+from megatron_mea.data.records import BrokenRecords
+from megatron_mea.data.sources import documents
 from megatron_mea.errors import RunError, UserError
 
 TEXTS = [
