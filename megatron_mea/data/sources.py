@@ -153,6 +153,8 @@ def _read_json(raw: bytes, text_key: str) -> list[str]:
 
 
 def _read_value(text: Any, text_key: str) -> list[str]:
+    if isinstance(text, UnicodeDecodeError):
+        raise _not_utf8(text)
     if not isinstance(text, str):
         raise Unreadable(type(text).__name__, f"text in the field {text_key!r}", _TEXT_KEY)
     try:
@@ -167,8 +169,11 @@ def _decoded(raw: bytes) -> str:
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start)
-        raise Unreadable(f"not UTF-8 ({error.reason})", "UTF-8 text", line=line) from None
+        raise _not_utf8(error, line=raw.count(b"\n", 0, error.start)) from None
+
+
+def _not_utf8(error: UnicodeDecodeError, line: int = 0) -> Unreadable:
+    return Unreadable(f"not UTF-8 ({error.reason})", "UTF-8 text", line=line)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -205,9 +210,24 @@ def _parquet_values(path: Path, text_key: str) -> Iterator[Any]:
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
             _check_column(str(path), file.schema_arrow.names, text_key)
             for batch in file.iter_batches(batch_size=256, columns=[text_key]):
-                yield from batch.column(0).to_pylist()
+                yield from _values(batch.column(0))
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise UserError(str(path), f"not readable as parquet: {error}", "a parquet file") from None
+
+
+def _values(column: Any) -> list[Any]:
+    """The values of an Arrow column; where one is no UTF-8, the error that says so."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        return error
 
 
 def _from_datasets(source: str, text_key: str, split: str) -> Iterator[Records]:
@@ -223,14 +243,28 @@ def _dataset_values(source: str, text_key: str, split: str) -> Iterator[Any]:
         data = data.select_columns([text_key])
     rows = 0
     try:
-        for record in data:
-            _check_column(source, list(record), text_key)
-            yield record[text_key]
-            rows += 1
+        for values in _columns(data, source, text_key):
+            for value in values:
+                yield value
+                rows += 1
     except UserError:
         raise
     except Exception as error:
         raise RunError(f"{source} broke off after {rows:,} rows: {_reason(error)}") from error
+
+
+def _columns(data: Any, source: str, text_key: str) -> Iterator[list[Any]]:
+    """The column of a dataset, some values at a time."""
+    import datasets
+
+    if isinstance(data, datasets.Dataset):
+        # As Arrow holds it: a loop over records would end at the first text that is no UTF-8.
+        for table in data.with_format("arrow").iter(256):
+            yield _values(table.column(text_key))
+        return
+    for record in data:
+        _check_column(source, list(record), text_key)
+        yield [record[text_key]]
 
 
 def _open_dataset(source: str, split: str) -> Any:

@@ -306,6 +306,25 @@ def test_broken_lines_of_every_kind_are_left_out_counted_and_named(
         list(documents(sources, broken=BrokenRecords(11.99 / 1016)))
 
 
+@pytest.mark.parametrize("kind", ["plain.parquet", "dictionary.parquet", "datasets"])
+def test_a_row_that_is_no_utf8_is_left_out_counted_and_named(
+    kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path, texts = tmp_path / kind, [*(b"row %d" % i for i in range(700)), b"bad \xff\xfe", b"last"]
+    column = pyarrow.array(texts).view("string")
+    if kind == "datasets":
+        datasets.Dataset(pyarrow.table({"id": range(702), "text": column})).save_to_disk(path)
+    else:
+        column = column.dictionary_encode() if kind == "dictionary.parquet" else column
+        pyarrow.parquet.write_table(pyarrow.table({"text": column}), path)
+    assert list(documents([str(path)])) == [*(f"row {i}" for i in range(700)), "last"]
+    assert capfd.readouterr().err.endswith(
+        f"left out 1 of 702 lines and rows that are broken:\n  {path}, row 700: not UTF-8 (invalid start byte)\n"
+    )
+    with pytest.raises(UserError, match=rf"{path}, row 700\n.*not UTF-8 \(invalid start byte\)"):
+        list(documents([str(path)], broken=BrokenRecords(0)))
+
+
 def test_a_report_has_an_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "corpus.jsonl").write_bytes(lines(["a"] * 2000) + b"oops\n" * 20 + b"[]\n")
     assert len(list(documents([str(tmp_path / "corpus.jsonl")], broken=BrokenRecords(0.02)))) == 2000
