@@ -338,6 +338,8 @@ SOURCES = [  # name, contents, place in it, found, allowed
     ("a.jsonl.gz", gzip.compress(GOOD * 99)[:-9], "", "not readable: Compressed file ended...", "a readable, whole..."),
     ("a.jsonl.gz", gzip.compress(GOOD)[:10] + b"\xff" * 20, "", "not readable...", "a readable, whole file"),
     ("a.jsonl.gz", GOOD, "", "not readable: Not a gzipped file...", "a readable, whole file"),
+    ("a.jsonl.gz", b"", "", "not readable: 0 bytes: a truncated archive", "a readable, whole file"),
+    ("a.JSONL.ZST", b"", "", "not readable: 0 bytes: a truncated archive", "a readable, whole file"),
     ("a.jsonl.zst", GOOD, "", "not readable: ZSTD decompress failed...", "a readable, whole file"),
     ("a.parquet", b"PAR1 and no more", "", "not readable as parquet: Parquet magic bytes...", "a parquet file"),
     ("a.parquet", parquet(body=["a"]), "", "the columns body", "a column 'text'"),
@@ -355,7 +357,7 @@ def test_an_unreadable_source(work, refused, command, name, contents, place, fou
 
 
 @pytest.mark.parametrize(
-    ("name", "contents"), [("a.txt", b""), ("a.txt", b" \n"), ("a.jsonl", b'{"text": " "}\n'), ("a.jsonl.gz", b"")]
+    ("name", "contents"), [("a.txt", b""), ("a.txt", b" \n"), ("a.jsonl", b'{"text": " "}\n'), ("a.jsonl", b"")]
 )
 def test_no_text(work, refused, name, contents):
     Path(name).write_bytes(contents)
@@ -384,6 +386,12 @@ COMMANDS = [  # command, where, found, allowed, mend; tiny.yaml is a file, `toke
     (f"{PREPARE} train.jsonl --tokenizer no", "--tokenizer", "no, which is no folder", "a Hugging Face tokenizer..."),
     (f"{PREPARE} train.jsonl --workers 0", "--workers", "0", "at least 1"),
     (f"{PREPARE} train.jsonl --out tiny.yaml/new", "tiny.yaml/new.bin", "...", "a place that can be written"),
+    (f"{PREPARE} train.jsonl --out=", "--out", "''", "PREFIX, a name..."),
+    (f"{PREPARE} train.jsonl --out new/", "--out", "'new/'", "PREFIX, a name..."),
+    (f"{PREPARE} train.jsonl --out new/..", "--out", "'new/..'", "PREFIX, a name..."),
+    (f"{PREPARE} train.jsonl --out .", "--out", "'.'", "PREFIX, a name..."),
+    (f"{PREPARE} no.jsonl --input train.jsonl", "no.jsonl", "no such file or folder", "..."),
+    (f"{TOKENIZER} no.jsonl --input train.jsonl", "no.jsonl", "no such file or folder", "..."),
     (f"{TOKENIZER} no.txt", "no.txt", "no such file or folder", f"a {KINDS} file, a folder, or a hub name"),
     (
         f"{TOKENIZER} train.jsonl --vocab-size 260",

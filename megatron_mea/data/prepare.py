@@ -48,9 +48,11 @@ def prepare(
         max_broken: the share of lines and rows that may be broken; these are left out and reported on stderr.
 
     Raises:
-        UserError: sources or tokenizer are not usable, hold no text, or too many lines are broken.
+        UserError: PREFIX is no name, sources or tokenizer are not usable, hold no text, or too many lines are broken.
         RunError: a worker died, or a dataset broke off.
     """
+    if os.path.basename(prefix) in ("", ".", ".."):
+        raise UserError("--out", repr(str(prefix)), "PREFIX, a name that .bin and .idx are added to")
     check_sources(sources)
     encoder = Encoder.of(load_tokenizer(tokenizer_folder, "--tokenizer"), tokenizer_folder)
     broken = BrokenRecords(max_broken)

@@ -10,6 +10,7 @@ import codecs
 import gzip
 import io
 import json
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -63,16 +64,32 @@ def batches(sources: Sequence[str], text_key: str = "text", split: str = "train"
 
 
 def check_sources(sources: Sequence[str]) -> None:
-    """Raises UserError for a source that cannot exist, before any work is done."""
+    """Raises UserError for a source that cannot exist, before any work is done.
+
+    Says on stderr which files of a folder will be left out, since their kind is unknown.
+    """
+    notes = []
     for source in sources:
         path = Path(source)
         if path.is_dir():
             if not _is_datasets_folder(path):
                 _files(path)
+                notes += _left_out(path)
         elif path.is_file():
             _reader(path)
         elif _looks_like_a_file(source):
             raise UserError(source, "no such file or folder", f"a {_KINDS} file, a folder, or a hub name")
+    for note in notes:
+        print(note, file=sys.stderr)
+
+
+def _left_out(folder: Path) -> Iterator[str]:
+    """A line about the files of unknown kinds, where there are any."""
+    unknown = [path for path in folder.rglob("*") if path.is_file() and _suffix(path) not in _READERS]
+    names = sorted(str(path.relative_to(folder)) for path in unknown)
+    if names:
+        first = ", ".join(names[:5]) + (", ..." if names[5:] else "")
+        yield f"left out {len(names):,} file(s) of unknown kinds in {folder}: {first}"
 
 
 def _looks_like_a_file(source: str) -> bool:
@@ -189,6 +206,9 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _open_binary(path: Path) -> io.BufferedReader:
+    if path.suffix.lower() in (".gz", ".zst") and path.stat().st_size == 0:
+        # Decompression takes it for the end of a good stream.
+        raise EOFError("0 bytes: a truncated archive")
     if path.suffix.lower() == ".gz":
         return io.BufferedReader(gzip.open(path), 1 << 17)
     if path.suffix.lower() == ".zst":

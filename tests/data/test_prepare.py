@@ -178,15 +178,15 @@ def test_command(
     folder.save_to_disk(tmp_path / "b")
     monkeypatch.chdir(tmp_path)
     options = ["--text-key", "body", "--split", "validation", "--workers", "1", "--max-broken", "0.5"]
-    assert (
-        main(["prepare", "--input", "a.jsonl", "b", "--tokenizer", str(tokenizer), "--out", "deep/out", *options]) == 0
-    )
-    expected = encoded(tokenizer, [texts[0], *texts[2:4]])
+    # A second --input adds to the first.
+    inputs = ["--input", "a.jsonl", "b", "--input", "a.jsonl"]
+    assert main(["prepare", *inputs, "--tokenizer", str(tokenizer), "--out", "deep/out", *options]) == 0
+    expected = encoded(tokenizer, [texts[0], *texts[2:4], texts[0]])
     assert stored(tmp_path / "deep/out") == expected
     out, err = capsys.readouterr()
     assert "a.jsonl, line 2: broken JSON" in err
     assert "deep/out" in out
-    assert f"3 documents, {sum(map(len, expected)):,} tokens" in out
+    assert f"4 documents, {sum(map(len, expected)):,} tokens" in out
 
 
 def test_text_that_is_no_unicode_is_named(tokenizer: Path, tmp_path: Path) -> None:

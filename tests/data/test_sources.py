@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 
 from megatron_mea.data.records import BrokenRecords
-from megatron_mea.data.sources import documents
+from megatron_mea.data.sources import check_sources, documents
 from megatron_mea.errors import RunError, UserError
 
 TEXTS = [
@@ -167,6 +167,23 @@ def test_a_folder_gives_its_files_in_sorted_order(tmp_path: Path) -> None:
     order = sorted(tmp_path / name for name in names)
     expected = [f"{path.relative_to(tmp_path)} {i}" for path in order for i in range(3)]
     assert list(documents([str(tmp_path)])) == expected
+
+
+def test_files_of_unknown_kinds_in_a_folder_are_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_jsonl(tmp_path / "known.jsonl", TEXTS)
+    check_sources([str(tmp_path)])
+    assert capfd.readouterr().err == ""
+    (tmp_path / "deep").mkdir()
+    for name in ("a.csv", "b.txt.gz", "deep/c.json.gz"):
+        (tmp_path / name).write_bytes(b"")
+    check_sources([str(tmp_path), str(tmp_path / "known.jsonl")])
+    said = f"left out 3 file(s) of unknown kinds in {tmp_path}: a.csv, b.txt.gz, deep/c.json.gz"
+    assert capfd.readouterr().err == said + "\n"
+    for number in range(10):
+        (tmp_path / f"{number}.csv").write_bytes(b"")
+    check_sources([str(tmp_path)])
+    said = f"left out 13 file(s) of unknown kinds in {tmp_path}: 0.csv, 1.csv, 2.csv, 3.csv, 4.csv, ..."
+    assert capfd.readouterr().err == said + "\n"
 
 
 def test_several_sources_in_the_order_given(tmp_path: Path) -> None:
