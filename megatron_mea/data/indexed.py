@@ -15,12 +15,13 @@ import mmap
 import os
 import struct
 from bisect import bisect_left
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from megatron_mea.errors import UserError
+from megatron_mea.errors import RunError, UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -58,8 +59,10 @@ class IndexedWriter:
         _remove_leftovers(Path(prefix))
         # A process id in the names keeps two commands on the same prefix from writing into one file.
         self._bin, self._idx = (Path(f"{self.prefix}.{kind}.tmp-{os.getpid()}") for kind in ("bin", "idx"))
-        self._data: BinaryIO = self._bin.open("wb")
-        self._index: BinaryIO = self._idx.open("w+b")
+        with self._disk("bin"):
+            self._data: BinaryIO = self._bin.open("wb")
+        with self._disk("idx"):
+            self._index: BinaryIO = self._idx.open("w+b")
         for stream in (self._data, self._index):
             _lock(stream)
         # The lengths follow the header, so they can be written as they come.
@@ -70,18 +73,37 @@ class IndexedWriter:
 
         Raises:
             ValueError: an id does not fit the type of the file.
+            RunError: the disk refuses.
         """
         allowed = np.iinfo(self.dtype)
         if tokens.size and not (allowed.min <= tokens.min() and tokens.max() <= allowed.max):
             raise ValueError(f"ids from {tokens.min()} to {tokens.max()} do not fit {self.dtype}")
-        self._data.write(np.ascontiguousarray(tokens, dtype=self.dtype).tobytes())
-        self._index.write(np.asarray(lengths, dtype=np.int32).tobytes())
+        with self._disk("bin"):
+            self._data.write(np.ascontiguousarray(tokens, dtype=self.dtype).tobytes())
+        with self._disk("idx"):
+            self._index.write(np.asarray(lengths, dtype=np.int32).tobytes())
         self.documents += len(lengths)
         self.tokens += tokens.size
 
     def commit(self) -> tuple[int, int]:
-        """Flushes both files to disk and gives them their names; returns (documents, tokens)."""
-        _flush(self._data)
+        """Flushes both files to disk and gives them their names; returns (documents, tokens).
+
+        Raises:
+            RunError: the disk refuses.
+        """
+        with self._disk("bin"):
+            _flush(self._data)
+        with self._disk("idx"):
+            self._finish_index()
+            _flush(self._index)
+            # An old .idx must never describe a new .bin, so it goes first and the new one comes last.
+            Path(f"{self.prefix}.idx").unlink(missing_ok=True)
+            self._bin.replace(f"{self.prefix}.bin")
+            self._idx.replace(f"{self.prefix}.idx")
+        return self.documents, self.tokens
+
+    def _finish_index(self) -> None:
+        """What follows the lengths, and the header."""
         end = 0
         for start in range(0, self.documents, _BLOCK):
             count = min(_BLOCK, self.documents - start)
@@ -96,21 +118,29 @@ class IndexedWriter:
         code = next(code for code, kind in _TYPES.items() if np.dtype(kind) == self.dtype)
         self._index.seek(0)
         self._index.write(_HEADER.pack(MAGIC, 1, code, self.documents, self.documents + 1))
-        _flush(self._index)
-        # An old .idx must never describe a new .bin, so it goes first and the new one comes last.
-        Path(f"{self.prefix}.idx").unlink(missing_ok=True)
-        self._bin.replace(f"{self.prefix}.bin")
-        self._idx.replace(f"{self.prefix}.idx")
-        return self.documents, self.tokens
+
+    @contextlib.contextmanager
+    def _disk(self, kind: str) -> Iterator[None]:
+        """Takes back what was written where the disk refuses, and says why."""
+        try:
+            yield
+        except OSError as error:
+            self._remove()
+            raise RunError(f"{self.prefix}.{kind} cannot be written: {error.strerror}") from error
+
+    def _remove(self) -> None:
+        for path in (self._bin, self._idx):
+            path.unlink(missing_ok=True)
 
     def __enter__(self) -> IndexedWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._data.close()
-        self._index.close()
-        for path in (self._bin, self._idx):
-            path.unlink(missing_ok=True)
+        for stream in (self._data, self._index):
+            # A full disk refuses here again, what it has refused to write before.
+            with contextlib.suppress(OSError):
+                stream.close()
+        self._remove()
 
 
 def _remove_leftovers(prefix: Path) -> None:

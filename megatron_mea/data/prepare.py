@@ -49,7 +49,7 @@ def prepare(
 
     Raises:
         UserError: PREFIX is no name, sources or tokenizer are not usable, hold no text, or too many lines are broken.
-        RunError: a worker died, or a dataset broke off.
+        RunError: a worker died, a dataset broke off, or the disk is full.
     """
     if os.path.basename(prefix) in ("", ".", ".."):
         raise UserError("--out", repr(str(prefix)), "PREFIX, a name that .bin and .idx are added to")

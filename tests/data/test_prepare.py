@@ -267,6 +267,26 @@ def test_an_interrupted_prepare_leaves_nothing(tmp_path, tokenizer, delay):
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("limit", "kind"), [(10_000, "bin"), (500_000, "idx")])
+def test_a_full_disk_ends_with_a_message_and_leaves_nothing(
+    limit: int, kind: str, tokenizer: Path, texts: list[str], tmp_path: Path
+) -> None:
+    """A limit on the size of a file stands in for the disk; of short documents the index is the larger file."""
+    source = write(tmp_path / "corpus.jsonl", texts if kind == "bin" else ["a"] * 40_000)
+    script = f"""if True:
+        import resource, sys
+        from megatron_mea.cli import main
+        resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+        sys.exit(main(sys.argv[1:]))
+    """
+    command = ["prepare", "--input", source, "--tokenizer", str(tokenizer), "--out", "made/x", "--workers", "1"]
+    done = subprocess.run([sys.executable, "-c", script, *command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"megatron-mea: made/x.{kind} cannot be written: File too large"
+    assert "Traceback" not in done.stderr
+    assert names(tmp_path) == ["corpus.jsonl"]
+
+
 def children(pid: int) -> list[int]:
     stats = [path.read_text() for path in Path("/proc").glob("[0-9]*/stat") if path.exists()]
     return [int(stat.split()[0]) for stat in stats if int(stat.rpartition(")")[2].split()[1]) == pid]
