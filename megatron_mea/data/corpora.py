@@ -138,8 +138,9 @@ class Corpora:
     def fingerprint(self) -> list[dict[str, Any]]:
         """What decides on the samples, by corpus: rounded weight, size and a digest; not the path."""
         quotas = self.order.mixture.quota
+        # Without the mask, samples are the same wherever documents begin.
         return [
-            {"weight": int(quota), "tokens": int(reader.tokens.size), "digest": _digest(reader.tokens)}
+            {"weight": int(quota), "tokens": int(reader.tokens.size), "digest": _digest(reader, self.document_mask)}
             for quota, reader in zip(quotas, self.readers, strict=True)
         ]
 
@@ -156,9 +157,15 @@ class Corpora:
         return f"ids from 0 up to but not including model.vocab_size = {self.vocab_size}", mend
 
 
-def _digest(tokens: np.ndarray) -> str:
-    """A digest of 64 blocks spread over the corpus: cheap at any size, and sees another text."""
+def _digest(reader: IndexedReader, borders: bool) -> str:
+    """A digest of 64 blocks spread over the tokens, and over the index for `borders`: cheap at any size."""
     digest = hashlib.sha256()
-    for start in np.linspace(0, max(tokens.size - 2048, 0), 64, dtype=np.int64):
-        digest.update(np.ascontiguousarray(tokens[start : start + 2048], dtype=np.int64).tobytes())
+    parts = [(reader.tokens, 1)]
+    if borders:
+        # In tokens and not in bytes, which depend on the type of the file.
+        parts += [(reader.offsets, reader.dtype.itemsize), (reader.documents, 1)]
+    for array, unit in parts:
+        digest.update(f"{array.size} ".encode())
+        for start in np.linspace(0, max(array.size - 2048, 0), 64, dtype=np.int64):
+            digest.update((array[start : start + 2048].astype(np.int64) // unit).tobytes())
     return digest.hexdigest()[:16]

@@ -93,6 +93,21 @@ def test_fingerprint_sees_another_text_of_the_same_size(paths: list[str], tmp_pa
     assert opened([write(tmp_path / "a", changed), paths[1]]).fingerprint() != opened(paths).fingerprint()
 
 
+def test_fingerprint_sees_other_borders_where_they_decide(tmp_path: Path) -> None:
+    """The same .bin with another .idx: as many documents, and other ones; then one document more."""
+    tokens, prints = np.arange(42 * LENGTH), {}
+    for name, lengths in {"a": [100, 100, 136], "b": [100, 101, 135], "c": [100, 100, 100, 36], "d": [336]}.items():
+        with IndexedWriter(tmp_path / name, np.dtype("u2" if name < "c" else "i4")) as writer:
+            writer.add(tokens, np.asarray(lengths))
+            writer.commit()
+        corpus = [TrainCorpus(path=str(tmp_path / name))]
+        prints[name] = [Corpora(corpus, LENGTH, VOCABULARY, 1, "data.train", mask).fingerprint() for mask in (0, 1)]
+    # Without the mask all of them give the same samples.
+    assert all(found[0] == prints["a"][0] for found in prints.values())
+    masked = [found[1] for found in prints.values()]
+    assert all(masked[i] != masked[j] for i in range(4) for j in range(i))
+
+
 def configuration(batch: int, micro: int, steps: int, path: str = "nowhere") -> Config:
     return parse_config(
         {
