@@ -55,6 +55,9 @@ def work(tiny, tmp_path, monkeypatch):
         with IndexedWriter(name, np.dtype(np.int32)) as writer:
             writer.add(np.array(tokens), np.array([len(tokens)]))
             writer.commit()
+    with IndexedWriter("ones", np.dtype(np.uint16)) as writer:
+        writer.add(np.arange(2000) % 384, np.ones(2000, np.int32))
+        writer.commit()
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
 
@@ -170,6 +173,8 @@ OTHER_PLACES = [  # override, where, found, allowed
     ("data.train=[{path: short}]", "short.bin", "32 tokens", "more than data.seq_length = 32 tokens"),
     ("data.train=[{path: beyond}]", "beyond.bin", "token id 384", "ids from 0 up to...model.vocab_size = 384"),
     ("data.train=[{path: negative}]", "negative.bin", "token id -1", "ids from 0 up to...model.vocab_size = 384"),
+    ("data.train=[{path: ones}]", "data.train", "documents of one token in the first 4 samples", "a token to..."),
+    ("data.validation=[{path: ones}]", "data.validation", "documents of one token in the first 8...", "a token..."),
     ("model.num_component_heads=[1, 0]", "model.num_component_heads.1", "0", "greater than 0"),
 ]
 
@@ -318,6 +323,12 @@ def test_validation_with_too_few_batches(work, refused):
     check(problems, ("data.validation", found, f"at least evaluation.batches = {enough + 1} global batches"))
 
 
+@pytest.mark.parametrize("corpus", ["train", "validation"])
+def test_without_the_mask_a_token_foretells_the_next_document(work, corpus):
+    with pytest.raises(Accepted):
+        main(["train", "tiny.yaml", f"data.{corpus}=[{{path: ones}}]", "data.document_mask=false"])
+
+
 def parquet(**columns):
     stream = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.table(columns), stream)
@@ -366,9 +377,6 @@ def test_no_text(work, refused, name, contents):
 
 
 def test_data_without_a_token_to_predict(work, run, refused):
-    with IndexedWriter("ones", np.dtype(np.uint16)) as writer:
-        writer.add(np.arange(5), np.ones(5, np.int32))
-        writer.commit()
     check(
         refused("evaluate", "run", "--data", "ones"), ("--data", "documents of one token in ones", "a token to predict")
     )

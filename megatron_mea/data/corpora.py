@@ -117,7 +117,8 @@ class Corpora:
         return ", ".join(f"{self.paths[c]} window {w}" for c, w in zip(corpus, window, strict=True))
 
     def require(self, samples: int, batches: int, batch_size: int) -> None:
-        """Raises UserError where some corpus would have to repeat windows within the first `samples` samples."""
+        """Raises UserError where the first `samples` samples have no target, or repeat windows of a corpus."""
+        self.require_target(samples)
         corpus, number = self.order.mixture.locate(np.arange(samples))
         for index, path in enumerate(self.paths):
             needed = int(number[corpus == index].max(initial=-1)) + 1
@@ -130,6 +131,13 @@ class Corpora:
                     f"at least evaluation.batches = {batches} global batches",
                     "lower evaluation.batches or give more text",
                 )
+
+    def require_target(self, samples: int) -> None:
+        """Raises UserError where the first `samples` samples have no target at all."""
+        # Mostly the first one has, and the others are not looked at.
+        if not any(self.targets(np.asarray([sample])) for sample in range(samples)):
+            found, mend = f"documents of one token in the first {samples} samples", "set data.document_mask to false"
+            raise UserError(self.key, found, "a token to predict", mend)
 
     @property
     def tokens(self) -> int:
