@@ -86,7 +86,8 @@ class Corpora:
                 raise UserError(f"{path}.bin", f"{reader.tokens.size} tokens", allowed)
             reader.check_ids(vocab_size, *self._allowed_ids)
         windows = [(reader.tokens.size - 1) // seq_length for reader in self.readers]
-        self.order = SampleOrder(windows, [corpus.weight for corpus in corpora], seed)
+        self.weights = [corpus.weight for corpus in corpora]
+        self.order = SampleOrder(windows, self.weights, seed)
 
     def batch(self, samples: np.ndarray) -> Batch:
         """The windows of the given sample numbers (n,)."""
@@ -153,10 +154,11 @@ class Corpora:
         ]
 
     def shares(self) -> list[str]:
-        """One line a corpus: path, tokens, share of the samples, for the start of the log."""
+        """One line a corpus: path, tokens, weight as given, share of the samples, for the start of the log."""
+        rows = zip(self.paths, self.readers, self.weights, self.order.mixture.quota, strict=True)
         return [
-            f"{path}: {reader.tokens.size:,} tokens, {quota / PERIOD:.2%} of the samples"
-            for path, reader, quota in zip(self.paths, self.readers, self.order.mixture.quota, strict=True)
+            f"{path}: {reader.tokens.size:,} tokens, weight {weight}, {quota / PERIOD:.2%} of the samples"
+            for path, reader, weight, quota in rows
         ]
 
     @property

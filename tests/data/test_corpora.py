@@ -187,6 +187,13 @@ def test_require_counts_the_batches_that_there_are(paths: list[str]) -> None:
         corpora.require(44, 11, 4)
 
 
+def test_shares_name_the_weight_given_and_the_share_it_comes_to(paths: list[str]) -> None:
+    assert opened(paths, weights=(3, 4e-5)).shares() == [
+        f"{paths[0]}: 336 tokens, weight 3.0, 99.99% of the samples",
+        f"{paths[1]}: 161 tokens, weight 4e-05, 0.01% of the samples",
+    ]
+
+
 def test_describe_names_corpus_and_window(paths: list[str]) -> None:
     corpora = opened(paths[:1], seed=None)
     assert corpora.describe(np.asarray([3, 5])) == f"{paths[0]} window 3, {paths[0]} window 5"
