@@ -382,6 +382,15 @@ def test_data_without_a_token_to_predict(work, run, refused):
     )
 
 
+def test_evaluate_finds_an_id_that_no_sample_shows(work, run, refused):
+    tokens = np.zeros(600_000, np.int64)
+    tokens[300_000] = 384
+    with IndexedWriter("rare", np.dtype(np.uint16)) as writer:
+        writer.add(tokens, np.array([tokens.size]))
+        writer.commit()
+    check(refused("evaluate", "run", "--data", "rare"), ("rare.bin", "token id 384", "...the model's vocab_size = 384"))
+
+
 TWO_HEADS = "train tiny.yaml model.num_component_heads=2 model.attention_variant="
 COMMANDS = [  # command, where, found, allowed, mend; tiny.yaml is a file, `tokenizer` a folder and `run` a run
     ("train no.yaml", "no.yaml", "No such file or directory", "a readable YAML file"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -146,6 +147,10 @@ class Corpora:
 
     def fingerprint(self) -> list[dict[str, Any]]:
         """What decides on the samples, by corpus: rounded weight, size and a digest; not the path."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> list[dict[str, Any]]:
         quotas = self.order.mixture.quota
         # Without the mask, samples are the same wherever documents begin.
         return [

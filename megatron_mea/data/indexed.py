@@ -35,6 +35,11 @@ _TYPES = {
 }
 _BLOCK = 1 << 18
 """Documents whose places are handled at a time."""
+SAMPLE = 1 << 18
+"""Tokens, and entries of an index, that a start looks at: some megabytes a corpus, since each rank does it and there
+may be a thousand corpora. `prepare` guarantees all of them, a wrong tokenizer or a damaged copy shows in a sample, and
+ids are checked again as they are read.
+"""
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -192,16 +197,16 @@ class IndexedReader:
         expected = _HEADER.size + 12 * sequences + 8 * boundaries
         if index.stat().st_size != expected:
             raise UserError(str(index), f"{index.stat().st_size} bytes", f"the {expected} that its header announces")
-        raw = np.memmap(index, mode="r", dtype=np.uint8)
+        raw = _mapped(index, np.dtype(np.uint8))
         at = _HEADER.size
         self.lengths = np.frombuffer(raw, np.int32, sequences, at)
         self.offsets = np.frombuffer(raw, np.int64, sequences, at + 4 * sequences)
         self.documents = np.frombuffer(raw, np.int64, boundaries, at + 12 * sequences)
-        if not _contiguous(self.offsets, self.lengths, self.dtype.itemsize):
+        if not self._is_contiguous():
             raise UserError(
                 str(index), "sequences that do not follow one another", "sequences in the order of the .bin"
             )
-        if not _divides(self.documents, sequences):
+        if not self._is_divided():
             found = "documents that do not divide its sequences"
             raise UserError(str(index), found, f"rising boundaries from 0 to {sequences}")
         # By the last sequence alone: a sum would read the whole index, gigabytes of it for a large corpus.
@@ -219,18 +224,34 @@ class IndexedReader:
         sequences = self.documents[bisect_left(self.documents, first) : bisect_left(self.documents, last)]
         return np.unique(self.offsets[sequences] // size)
 
-    def check_ids(self, vocab_size: int, allowed: str, mend: str = "", sample: int = 1 << 27) -> None:
+    def check_ids(self, vocab_size: int, allowed: str, mend: str = "", sample: int = SAMPLE) -> None:
         """Looks at up to `sample` tokens, in 64 blocks spread evenly.
 
         Raises:
             UserError: an id is negative or not below `vocab_size`; `allowed` and `mend` are for its message.
         """
         path = f"{self.prefix}.bin"
-        for start, stop in _blocks(self.tokens.size, sample):
-            for at in range(start, stop, 1 << 20):
-                # From the file, whose blocks the kernel reads ahead, and not through the mapping.
-                tokens = np.fromfile(path, self.dtype, min(1 << 20, stop - at), offset=at * self.dtype.itemsize)
-                check_ids(tokens, vocab_size, path, allowed, mend)
+        for tokens in _read_blocks(path, self.dtype, 0, self.tokens.size, sample):
+            check_ids(tokens, vocab_size, path, allowed, mend)
+
+    def _is_contiguous(self) -> bool:
+        """Whether every sequence begins where the one before it ends, by a sample of a large index."""
+        count, path = self.offsets.size, f"{self.prefix}.idx"
+        if count and self.offsets[0] != 0:
+            return False
+        lengths = _read_blocks(path, self.lengths.dtype, _HEADER.size, count - 1)
+        offsets = _read_blocks(path, self.offsets.dtype, _HEADER.size + 4 * count, count - 1, overlap=1)
+        pairs = zip(offsets, lengths, strict=True)
+        return all(np.array_equal(np.diff(begin), length * np.int64(self.dtype.itemsize)) for begin, length in pairs)
+
+    def _is_divided(self) -> bool:
+        """Whether the boundaries rise from 0 to the number of sequences, by a sample of a large index."""
+        count, sequences = self.documents.size, self.offsets.size
+        if not count or self.documents[0] != 0 or self.documents[-1] != sequences:
+            return False
+        at = _HEADER.size + 12 * sequences
+        blocks = _read_blocks(f"{self.prefix}.idx", self.documents.dtype, at, count - 1, overlap=1)
+        return all((np.diff(block) >= 0).all() for block in blocks)
 
 
 def check_ids(tokens: np.ndarray, vocab_size: int, where: str, allowed: str, mend: str = "") -> None:
@@ -249,22 +270,21 @@ def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
     return np.frombuffer(mapped, dtype)
 
 
-def _contiguous(offsets: np.ndarray, lengths: np.ndarray, itemsize: int) -> bool:
-    """Whether every sequence begins where the one before it ends, by a sample of a large index."""
-    if offsets.size and offsets[0] != 0:
-        return False
-    for start, stop in _blocks(offsets.size - 1, 1 << 22):
-        expected = offsets[start:stop] + lengths[start:stop].astype(np.int64) * itemsize
-        if not np.array_equal(offsets[start + 1 : stop + 1], expected):
-            return False
-    return True
+def _read_blocks(
+    path: str, dtype: np.dtype, at: int, total: int, sample: int = SAMPLE, overlap: int = 0
+) -> Iterator[np.ndarray]:
+    """The blocks of a sample of the `total` entries from byte `at` on, and `overlap` entries after each.
 
-
-def _divides(documents: np.ndarray, sequences: int) -> bool:
-    """Whether the boundaries rise from 0 to the number of sequences, by a sample of a large index."""
-    if not documents.size or documents[0] != 0 or documents[-1] != sequences:
-        return False
-    return all((np.diff(documents[start : stop + 1]) >= 0).all() for start, stop in _blocks(documents.size, 1 << 22))
+    From the file and not through the mapping, which is read page by page.
+    """
+    with open(path, "rb", buffering=0) as stream:
+        if hasattr(os, "posix_fadvise"):
+            # Else the kernel reads megabytes behind every block.
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        for start, stop in _blocks(total, sample):
+            for first in range(start, stop, 1 << 20):
+                stream.seek(at + first * dtype.itemsize)
+                yield np.fromfile(stream, dtype, min(1 << 20, stop - first) + overlap)
 
 
 def _blocks(total: int, sample: int) -> list[tuple[int, int]]:

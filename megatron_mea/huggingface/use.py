@@ -80,7 +80,9 @@ def cross_entropy(model: str | Path, data: str | None) -> str:
 def _check(reader: IndexedReader, path: str, vocab_size: int) -> None:
     if reader.tokens.size < 2:
         raise UserError(f"{path}.bin", f"{reader.tokens.size} tokens", "at least 2")
-    reader.check_ids(vocab_size, f"ids from 0 up to but not including the model's vocab_size = {vocab_size}")
+    allowed = f"ids from 0 up to but not including the model's vocab_size = {vocab_size}"
+    # All of them, since all are read.
+    reader.check_ids(vocab_size, allowed, sample=reader.tokens.size)
 
 
 def _windows(reader: IndexedReader, window: int) -> Iterator[tuple[int, int, int, IndexedReader]]:

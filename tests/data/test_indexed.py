@@ -330,3 +330,29 @@ def test_check_of_ids_samples_a_huge_corpus(sparse: Path, place: int | str, seen
     with Path(f"{sparse}.bin").open("r+b") as stream:
         stream.seek(2 * at)
         stream.write(b"\0\0")
+
+
+def test_a_start_looks_at_some_megabytes_of_a_huge_corpus(sparse: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, fromfile = [], np.fromfile
+
+    def counted(*arguments, **more) -> np.ndarray:
+        seen.append(fromfile(*arguments, **more))
+        return seen[-1]
+
+    monkeypatch.setattr(np, "fromfile", counted)
+    IndexedReader(sparse).check_ids(1, "")
+    assert sum(block.nbytes for block in seen) < 5_000_000
+
+
+@pytest.mark.parametrize("part", ["offsets", "documents"])
+@pytest.mark.parametrize("entry", [5, 299_998])
+def test_a_large_index_is_sampled_to_both_ends(part: str, entry: int, tmp_path: Path) -> None:
+    with IndexedWriter(tmp_path / "corpus", np.dtype("u2")) as writer:
+        writer.add(np.zeros(300_000, np.int64), np.ones(300_000, np.int32))
+        writer.commit()
+    IndexedReader(tmp_path / "corpus")
+    with (tmp_path / "corpus.idx").open("r+b") as stream:
+        stream.seek(34 + (4 if part == "offsets" else 12) * 300_000 + 8 * entry)
+        stream.write(struct.pack("<q", 7))
+    with pytest.raises(UserError, match=r"corpus\.idx"):
+        IndexedReader(tmp_path / "corpus")
