@@ -23,7 +23,9 @@ import pyarrow.parquet
 import pytest
 
 from megatron_mea.cli import main
+from megatron_mea.config import load_config
 from megatron_mea.data.indexed import IndexedWriter
+from megatron_mea.data.order import PERIOD
 from megatron_mea.errors import Problem
 
 PROBLEM = re.compile(
@@ -173,6 +175,8 @@ OTHER_PLACES = [  # override, where, found, allowed
     ("data.train=[{path: short}]", "short.bin", "32 tokens", "more than data.seq_length = 32 tokens"),
     ("data.train=[{path: beyond}]", "beyond.bin", "token id 384", "ids from 0 up to...model.vocab_size = 384"),
     ("data.train=[{path: negative}]", "negative.bin", "token id -1", "ids from 0 up to...model.vocab_size = 384"),
+    ("data.train=[]", "data.train", "a list of 0", "at least 1"),
+    ("optimizer.betas=[1, 2, 3]", "optimizer.betas", "a list of 3", "at most 2"),
     ("data.train=[{path: ones}]", "data.train", "documents of one token in the first 4 samples", "a token to..."),
     ("data.validation=[{path: ones}]", "data.validation", "documents of one token in the first 8...", "a token..."),
     ("model.num_component_heads=[1, 0]", "model.num_component_heads.1", "0", "greater than 0"),
@@ -203,6 +207,15 @@ def test_numbers_with_an_exponent(work, place, number, lr):
         main(["train", "tiny.yaml", "training.steps=1e6", *([f"optimizer.lr={number}"] if place == "override" else [])])
     config = accepted.value.args[0]
     assert (config.optimizer.lr, config.training.steps, type(config.training.steps)) == (lr, 1_000_000, int)
+
+
+@pytest.mark.parametrize("key", ["data.train", "data.validation"])
+def test_as_many_corpora_as_a_mixture_has_parts(refused, key):
+    def corpora(count):
+        return f"{key}=[{', '.join(['{path: a}'] * count)}]"
+
+    assert len(getattr(load_config("tiny.yaml", [corpora(10_000)]).data, key[5:])) == PERIOD == 10_000
+    check(refused("train", "tiny.yaml", corpora(10_001)), (key, "a list of 10001", "at most 10000"))
 
 
 FILES = [  # contents of wrong.yaml, place in it, found, allowed

@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from megatron_mea.config.schema import TrainCorpus
-from megatron_mea.data.indexed import IndexedReader, check_ids
+from megatron_mea.data.indexed import IndexedReader, check_ids, open_readers, spread_blocks
 from megatron_mea.data.order import PERIOD, SampleOrder
 from megatron_mea.errors import UserError
 
@@ -80,7 +79,7 @@ class Corpora:
     ) -> None:
         self.seq_length, self.vocab_size, self.key, self.document_mask = seq_length, vocab_size, key, document_mask
         self.paths = [corpus.path for corpus in corpora]
-        self.readers = [IndexedReader(corpus.path) for corpus in corpora]
+        self.readers = open_readers(self.paths, key)
         for path, reader in zip(self.paths, self.readers, strict=True):
             if reader.tokens.size <= seq_length:
                 allowed = f"more than data.seq_length = {seq_length} tokens"
@@ -147,10 +146,6 @@ class Corpora:
 
     def fingerprint(self) -> list[dict[str, Any]]:
         """What decides on the samples, by corpus: rounded weight, size and a digest; not the path."""
-        return self._fingerprint
-
-    @cached_property
-    def _fingerprint(self) -> list[dict[str, Any]]:
         quotas = self.order.mixture.quota
         # Without the mask, samples are the same wherever documents begin.
         return [
@@ -181,6 +176,6 @@ def _digest(reader: IndexedReader, borders: bool) -> str:
         parts += [(reader.offsets, reader.dtype.itemsize), (reader.documents, 1)]
     for array, unit in parts:
         digest.update(f"{array.size} ".encode())
-        for start in np.linspace(0, max(array.size - 2048, 0), 64, dtype=np.int64):
-            digest.update((array[start : start + 2048].astype(np.int64) // unit).tobytes())
+        for start, stop in spread_blocks(array.size, 1 << 17):
+            digest.update((array[start:stop].astype(np.int64) // unit).tobytes())
     return digest.hexdigest()[:16]

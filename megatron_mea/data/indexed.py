@@ -13,9 +13,10 @@ import fcntl
 import glob
 import mmap
 import os
+import resource
 import struct
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -261,6 +262,27 @@ def check_ids(tokens: np.ndarray, vocab_size: int, where: str, allowed: str, men
             raise UserError(where, f"token id {extreme}", allowed, mend)
 
 
+def open_readers(prefixes: Sequence[str], where: str) -> list[IndexedReader]:
+    """A reader of each corpus; raises the limit on open files, two of which a corpus keeps, as far as that goes.
+
+    Args:
+        where: the key or option that named them, for the message.
+
+    Raises:
+        UserError: a corpus is not usable, or the system lets no more files be open.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = soft + 2 * len(prefixes)
+    if soft != resource.RLIM_INFINITY:
+        wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    try:
+        return [IndexedReader(prefix) for prefix in prefixes]
+    except OSError as error:
+        allowed = "two files a corpus that can be opened and stay open"
+        raise UserError(where, f"{len(prefixes):,} corpora: {error.strerror}", allowed, "see `ulimit -n`") from None
+
+
 def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
     """The file as a read-only array for windows in random order, each of a few pages."""
     with path.open("rb") as stream:
@@ -281,13 +303,13 @@ def _read_blocks(
         if hasattr(os, "posix_fadvise"):
             # Else the kernel reads megabytes behind every block.
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-        for start, stop in _blocks(total, sample):
+        for start, stop in spread_blocks(total, sample):
             for first in range(start, stop, 1 << 20):
                 stream.seek(at + first * dtype.itemsize)
                 yield np.fromfile(stream, dtype, min(1 << 20, stop - first) + overlap)
 
 
-def _blocks(total: int, sample: int) -> list[tuple[int, int]]:
+def spread_blocks(total: int, sample: int) -> list[tuple[int, int]]:
     """Begin and end of 64 blocks of `sample` entries together, spread evenly; of all entries where these are fewer."""
     if total <= sample:
         return [(0, max(total, 0))]

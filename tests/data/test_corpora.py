@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -192,6 +195,21 @@ def test_shares_name_the_weight_given_and_the_share_it_comes_to(paths: list[str]
         f"{paths[0]}: 336 tokens, weight 3.0, 99.99% of the samples",
         f"{paths[1]}: 161 tokens, weight 4e-05, 0.01% of the samples",
     ]
+
+
+def open_many(path: str, soft: int, hard: int) -> int | str:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    try:
+        return len(opened([path] * 200, weights=(1,) * 200).readers)
+    except UserError as error:
+        return str(error)
+
+
+def test_more_corpora_than_files_may_be_open(paths: list[str]) -> None:
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
+        assert pool.submit(open_many, paths[0], 100, 1000).result() == 200
+        found = pool.submit(open_many, paths[0], 100, 300).result()
+    assert found.startswith("error: data.train\n  found:   200 corpora: Too many open files\n")
 
 
 def test_describe_names_corpus_and_window(paths: list[str]) -> None:
