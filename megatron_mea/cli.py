@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         "train a sentencepiece BPE with byte fallback",
         "--input corpus.jsonl.gz --vocab-size 32000 --out tokenizer",
     )
-    sub.add_argument("--input", nargs="+", required=True, metavar="SOURCE", help=sources)
+    sub.add_argument("--input", nargs="+", action="extend", required=True, metavar="SOURCE", help=sources)
     sub.add_argument("--vocab-size", type=int, required=True, metavar="N", help="counts every id, special ones too")
     sub.add_argument("--out", required=True, metavar="DIR", help="the tokenizer folder to write")
     sub.add_argument("--text-key", default="text", help="field of a document's text (default: text)")
@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         "tokenise documents into PREFIX.bin and PREFIX.idx, Megatron's indexed format",
         "--input corpus.jsonl.gz --tokenizer tokenizer --out data/corpus",
     )
-    sub.add_argument("--input", nargs="+", required=True, metavar="SOURCE", help=sources)
+    sub.add_argument("--input", nargs="+", action="extend", required=True, metavar="SOURCE", help=sources)
     sub.add_argument("--tokenizer", required=True, metavar="DIR", help="a Hugging Face tokenizer folder")
     sub.add_argument("--out", required=True, metavar="PREFIX", help="PREFIX.bin and PREFIX.idx are written")
     sub.add_argument("--text-key", default="text", help="field of a document's text (default: text)")

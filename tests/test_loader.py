@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import json
+import os
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from distributed import run_distributed
 from engines import config
 
+from megatron_mea.cli import main
 from megatron_mea.config.schema import TrainCorpus
-from megatron_mea.data.corpora import Corpora
+from megatron_mea.data.corpora import Batch, Corpora
 from megatron_mea.data.indexed import IndexedWriter
 from megatron_mea.errors import UserError
-from megatron_mea.training.loader import AHEAD, Loader
+from megatron_mea.training.loader import AHEAD, ReadAhead, Waiting, training_steps, validation_batches
 
 SEQ = 12
 
@@ -29,11 +36,16 @@ def corpora(tmp_path):
 
 
 def loaded(corpora: Corpora, rank: int, size: int, first: int = 1) -> list:
-    loader = Loader(corpora, config(steps=5), SimpleNamespace(data_rank=rank, data_size=size), first)
+    waiting = Waiting()
+    loader = ReadAhead(training_steps(corpora, config(steps=5), grid(rank, size), first), waiting)
     data = list(loader)
     loader.close()
-    assert loader.waited > 0
+    assert waiting.seconds > 0
     return data
+
+
+def grid(rank: int = 0, size: int = 1) -> SimpleNamespace:
+    return SimpleNamespace(data_rank=rank, data_size=size)
 
 
 def test_the_steps_do_not_depend_on_the_ranks(corpora):
@@ -65,10 +77,56 @@ def test_nothing_to_foretell(tmp_path):
         loaded(corpora, 0, 1)
 
 
+def threads() -> int:
+    return sum(thread.name == "data" for thread in threading.enumerate())
+
+
 def test_it_reads_ahead_and_stops_when_asked(corpora):
-    loader = Loader(corpora, config(steps=1000), SimpleNamespace(data_rank=0, data_size=1), 1)
+    loader = ReadAhead(training_steps(corpora, config(steps=1000), grid(), 1), Waiting())
     next(iter(loader))
     while loader._ready.qsize() < AHEAD:
         time.sleep(0.01)
     loader.close()
-    assert not any(thread.name == "data" for thread in threading.enumerate())
+    assert threads() == 0
+
+
+@pytest.mark.parametrize("items", [(), (1, 2, 3), itertools.count()])
+def test_the_thread_ends_when_its_consumer_fails(items):
+    def fail() -> None:
+        with contextlib.closing(ReadAhead(items, Waiting())) as ahead:
+            next(iter(ahead), None)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert threads() == 0
+
+
+def test_validation_reads_its_batches_front_to_back(corpora):
+    parts = [list(validation_batches(corpora, config(), grid(rank, 2))) for rank in range(2)]
+    dealt = [micro for turn in zip(*parts, strict=True) for micro in turn]
+    whole = list(validation_batches(corpora, config(), grid()))
+    assert [micro.input_ids.tolist() for micro in dealt] == [micro.input_ids.tolist() for micro in whole]
+    assert len(whole) == 16 * 4
+
+
+def slow_validation_on_rank_1(config: str, folder: Path) -> None:
+    os.chdir(folder)
+    if os.environ["RANK"] == "1":
+        batch = Corpora.batch
+
+        def slow(self: Corpora, samples: np.ndarray) -> Batch:
+            time.sleep(0.5 if self.key == "data.validation" else 0)
+            return batch(self, samples)
+
+        Corpora.batch = slow
+    assert main(["train", config]) == 0
+
+
+def test_a_row_has_the_waiting_of_the_slowest_rank_and_of_validation(tiny, tmp_path):
+    """Two batches before the first step and two after each second one, of which the second is read ahead a bit."""
+    run_distributed(slow_validation_on_rank_1, 2, str(tiny.config), tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    waited = {row["step"]: row["data_wait_seconds"] for row in rows[1:]}
+    assert min(waited[1], waited[2], waited[4]) > 0.8
+    assert waited[3] < 0.4

@@ -23,7 +23,9 @@ import pyarrow.parquet
 import pytest
 
 from megatron_mea.cli import main
+from megatron_mea.config import load_config
 from megatron_mea.data.indexed import IndexedWriter
+from megatron_mea.data.order import PERIOD
 from megatron_mea.errors import Problem
 
 PROBLEM = re.compile(
@@ -55,6 +57,9 @@ def work(tiny, tmp_path, monkeypatch):
         with IndexedWriter(name, np.dtype(np.int32)) as writer:
             writer.add(np.array(tokens), np.array([len(tokens)]))
             writer.commit()
+    with IndexedWriter("ones", np.dtype(np.uint16)) as writer:
+        writer.add(np.arange(2000) % 384, np.ones(2000, np.int32))
+        writer.commit()
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
 
@@ -170,6 +175,10 @@ OTHER_PLACES = [  # override, where, found, allowed
     ("data.train=[{path: short}]", "short.bin", "32 tokens", "more than data.seq_length = 32 tokens"),
     ("data.train=[{path: beyond}]", "beyond.bin", "token id 384", "ids from 0 up to...model.vocab_size = 384"),
     ("data.train=[{path: negative}]", "negative.bin", "token id -1", "ids from 0 up to...model.vocab_size = 384"),
+    ("data.train=[]", "data.train", "a list of 0", "at least 1"),
+    ("optimizer.betas=[1, 2, 3]", "optimizer.betas", "a list of 3", "at most 2"),
+    ("data.train=[{path: ones}]", "data.train", "documents of one token in the first 4 samples", "a token to..."),
+    ("data.validation=[{path: ones}]", "data.validation", "documents of one token in the first 8...", "a token..."),
     ("model.num_component_heads=[1, 0]", "model.num_component_heads.1", "0", "greater than 0"),
 ]
 
@@ -198,6 +207,15 @@ def test_numbers_with_an_exponent(work, place, number, lr):
         main(["train", "tiny.yaml", "training.steps=1e6", *([f"optimizer.lr={number}"] if place == "override" else [])])
     config = accepted.value.args[0]
     assert (config.optimizer.lr, config.training.steps, type(config.training.steps)) == (lr, 1_000_000, int)
+
+
+@pytest.mark.parametrize("key", ["data.train", "data.validation"])
+def test_as_many_corpora_as_a_mixture_has_parts(refused, key):
+    def corpora(count):
+        return f"{key}=[{', '.join(['{path: a}'] * count)}]"
+
+    assert len(getattr(load_config("tiny.yaml", [corpora(10_000)]).data, key[5:])) == PERIOD == 10_000
+    check(refused("train", "tiny.yaml", corpora(10_001)), (key, "a list of 10001", "at most 10000"))
 
 
 FILES = [  # contents of wrong.yaml, place in it, found, allowed
@@ -318,6 +336,12 @@ def test_validation_with_too_few_batches(work, refused):
     check(problems, ("data.validation", found, f"at least evaluation.batches = {enough + 1} global batches"))
 
 
+@pytest.mark.parametrize("corpus", ["train", "validation"])
+def test_without_the_mask_a_token_foretells_the_next_document(work, corpus):
+    with pytest.raises(Accepted):
+        main(["train", "tiny.yaml", f"data.{corpus}=[{{path: ones}}]", "data.document_mask=false"])
+
+
 def parquet(**columns):
     stream = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.table(columns), stream)
@@ -338,6 +362,8 @@ SOURCES = [  # name, contents, place in it, found, allowed
     ("a.jsonl.gz", gzip.compress(GOOD * 99)[:-9], "", "not readable: Compressed file ended...", "a readable, whole..."),
     ("a.jsonl.gz", gzip.compress(GOOD)[:10] + b"\xff" * 20, "", "not readable...", "a readable, whole file"),
     ("a.jsonl.gz", GOOD, "", "not readable: Not a gzipped file...", "a readable, whole file"),
+    ("a.jsonl.gz", b"", "", "not readable: 0 bytes: a truncated archive", "a readable, whole file"),
+    ("a.JSONL.ZST", b"", "", "not readable: 0 bytes: a truncated archive", "a readable, whole file"),
     ("a.jsonl.zst", GOOD, "", "not readable: ZSTD decompress failed...", "a readable, whole file"),
     ("a.parquet", b"PAR1 and no more", "", "not readable as parquet: Parquet magic bytes...", "a parquet file"),
     ("a.parquet", parquet(body=["a"]), "", "the columns body", "a column 'text'"),
@@ -355,7 +381,7 @@ def test_an_unreadable_source(work, refused, command, name, contents, place, fou
 
 
 @pytest.mark.parametrize(
-    ("name", "contents"), [("a.txt", b""), ("a.txt", b" \n"), ("a.jsonl", b'{"text": " "}\n'), ("a.jsonl.gz", b"")]
+    ("name", "contents"), [("a.txt", b""), ("a.txt", b" \n"), ("a.jsonl", b'{"text": " "}\n'), ("a.jsonl", b"")]
 )
 def test_no_text(work, refused, name, contents):
     Path(name).write_bytes(contents)
@@ -364,12 +390,18 @@ def test_no_text(work, refused, name, contents):
 
 
 def test_data_without_a_token_to_predict(work, run, refused):
-    with IndexedWriter("ones", np.dtype(np.uint16)) as writer:
-        writer.add(np.arange(5), np.ones(5, np.int32))
-        writer.commit()
     check(
         refused("evaluate", "run", "--data", "ones"), ("--data", "documents of one token in ones", "a token to predict")
     )
+
+
+def test_evaluate_finds_an_id_that_no_sample_shows(work, run, refused):
+    tokens = np.zeros(600_000, np.int64)
+    tokens[300_000] = 384
+    with IndexedWriter("rare", np.dtype(np.uint16)) as writer:
+        writer.add(tokens, np.array([tokens.size]))
+        writer.commit()
+    check(refused("evaluate", "run", "--data", "rare"), ("rare.bin", "token id 384", "...the model's vocab_size = 384"))
 
 
 TWO_HEADS = "train tiny.yaml model.num_component_heads=2 model.attention_variant="
@@ -384,6 +416,12 @@ COMMANDS = [  # command, where, found, allowed, mend; tiny.yaml is a file, `toke
     (f"{PREPARE} train.jsonl --tokenizer no", "--tokenizer", "no, which is no folder", "a Hugging Face tokenizer..."),
     (f"{PREPARE} train.jsonl --workers 0", "--workers", "0", "at least 1"),
     (f"{PREPARE} train.jsonl --out tiny.yaml/new", "tiny.yaml/new.bin", "...", "a place that can be written"),
+    (f"{PREPARE} train.jsonl --out=", "--out", "''", "PREFIX, a name..."),
+    (f"{PREPARE} train.jsonl --out new/", "--out", "'new/'", "PREFIX, a name..."),
+    (f"{PREPARE} train.jsonl --out new/..", "--out", "'new/..'", "PREFIX, a name..."),
+    (f"{PREPARE} train.jsonl --out .", "--out", "'.'", "PREFIX, a name..."),
+    (f"{PREPARE} no.jsonl --input train.jsonl", "no.jsonl", "no such file or folder", "..."),
+    (f"{TOKENIZER} no.jsonl --input train.jsonl", "no.jsonl", "no such file or folder", "..."),
     (f"{TOKENIZER} no.txt", "no.txt", "no such file or folder", f"a {KINDS} file, a folder, or a hub name"),
     (
         f"{TOKENIZER} train.jsonl --vocab-size 260",

@@ -143,6 +143,10 @@ def _problems(error: ValidationError) -> Iterator[Problem]:
             yield Problem(where, "an unknown key", "keys of the configuration", f"did you mean {_nearest(path)}?")
         elif item["type"] == "missing":
             yield Problem(where, "nothing", "a value: the key is required")
+        elif item["type"] in ("too_short", "too_long"):
+            # Not the list itself, which may have thousands of entries.
+            bound = "at least {min_length}" if item["type"] == "too_short" else "at most {max_length}"
+            yield Problem(where, f"a list of {len(item['input'])}", bound.format_map(item["ctx"]))
         else:
             if item["type"].startswith("union_tag"):
                 yield Problem(f"{where}.rope_type", repr(item["input"]), "linear, dynamic, yarn or llama3")

@@ -119,6 +119,10 @@ class Model(Section):
         return {"rope_type": "default", "rope_theta": self.rope_theta} | scaling
 
 
+MAX_CORPORA = 10_000
+"""Weights are rounded to 1/10,000, and no corpus gets less."""
+
+
 class TrainCorpus(Section):
     path: Path
     weight: PositiveFloat = 1.0
@@ -126,8 +130,8 @@ class TrainCorpus(Section):
 
 class Data(Section):
     tokenizer: Path
-    train: Annotated[list[TrainCorpus], Field(min_length=1, max_length=1000)]
-    validation: Annotated[list[TrainCorpus], Field(max_length=1000)] = []
+    train: Annotated[list[TrainCorpus], Field(min_length=1, max_length=MAX_CORPORA)]
+    validation: Annotated[list[TrainCorpus], Field(max_length=MAX_CORPORA)] = []
     seq_length: PositiveInt = 1024
     document_mask: bool = True
 

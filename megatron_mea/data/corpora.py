@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_mea.config.schema import TrainCorpus
-from megatron_mea.data.indexed import IndexedReader, check_ids
+from megatron_mea.data.indexed import IndexedReader, check_ids, open_readers, spread_blocks
 from megatron_mea.data.order import PERIOD, SampleOrder
 from megatron_mea.errors import UserError
 
@@ -79,14 +79,15 @@ class Corpora:
     ) -> None:
         self.seq_length, self.vocab_size, self.key, self.document_mask = seq_length, vocab_size, key, document_mask
         self.paths = [corpus.path for corpus in corpora]
-        self.readers = [IndexedReader(corpus.path) for corpus in corpora]
+        self.readers = open_readers(self.paths, key)
         for path, reader in zip(self.paths, self.readers, strict=True):
             if reader.tokens.size <= seq_length:
                 allowed = f"more than data.seq_length = {seq_length} tokens"
                 raise UserError(f"{path}.bin", f"{reader.tokens.size} tokens", allowed)
             reader.check_ids(vocab_size, *self._allowed_ids)
         windows = [(reader.tokens.size - 1) // seq_length for reader in self.readers]
-        self.order = SampleOrder(windows, [corpus.weight for corpus in corpora], seed)
+        self.weights = [corpus.weight for corpus in corpora]
+        self.order = SampleOrder(windows, self.weights, seed)
 
     def batch(self, samples: np.ndarray) -> Batch:
         """The windows of the given sample numbers (n,)."""
@@ -117,7 +118,8 @@ class Corpora:
         return ", ".join(f"{self.paths[c]} window {w}" for c, w in zip(corpus, window, strict=True))
 
     def require(self, samples: int, batches: int, batch_size: int) -> None:
-        """Raises UserError where some corpus would have to repeat windows within the first `samples` samples."""
+        """Raises UserError where the first `samples` samples have no target, or repeat windows of a corpus."""
+        self.require_target(samples)
         corpus, number = self.order.mixture.locate(np.arange(samples))
         for index, path in enumerate(self.paths):
             needed = int(number[corpus == index].max(initial=-1)) + 1
@@ -131,6 +133,13 @@ class Corpora:
                     "lower evaluation.batches or give more text",
                 )
 
+    def require_target(self, samples: int) -> None:
+        """Raises UserError where the first `samples` samples have no target at all."""
+        # Mostly the first one has, and the others are not looked at.
+        if not any(self.targets(np.asarray([sample])) for sample in range(samples)):
+            found, mend = f"documents of one token in the first {samples} samples", "set data.document_mask to false"
+            raise UserError(self.key, found, "a token to predict", mend)
+
     @property
     def tokens(self) -> int:
         return sum(reader.tokens.size for reader in self.readers)
@@ -138,16 +147,18 @@ class Corpora:
     def fingerprint(self) -> list[dict[str, Any]]:
         """What decides on the samples, by corpus: rounded weight, size and a digest; not the path."""
         quotas = self.order.mixture.quota
+        # Without the mask, samples are the same wherever documents begin.
         return [
-            {"weight": int(quota), "tokens": int(reader.tokens.size), "digest": _digest(reader.tokens)}
+            {"weight": int(quota), "tokens": int(reader.tokens.size), "digest": _digest(reader, self.document_mask)}
             for quota, reader in zip(quotas, self.readers, strict=True)
         ]
 
     def shares(self) -> list[str]:
-        """One line a corpus: path, tokens, share of the samples, for the start of the log."""
+        """One line a corpus: path, tokens, weight as given, share of the samples, for the start of the log."""
+        rows = zip(self.paths, self.readers, self.weights, self.order.mixture.quota, strict=True)
         return [
-            f"{path}: {reader.tokens.size:,} tokens, {quota / PERIOD:.2%} of the samples"
-            for path, reader, quota in zip(self.paths, self.readers, self.order.mixture.quota, strict=True)
+            f"{path}: {reader.tokens.size:,} tokens, weight {weight}, {quota / PERIOD:.2%} of the samples"
+            for path, reader, weight, quota in rows
         ]
 
     @property
@@ -156,9 +167,15 @@ class Corpora:
         return f"ids from 0 up to but not including model.vocab_size = {self.vocab_size}", mend
 
 
-def _digest(tokens: np.ndarray) -> str:
-    """A digest of 64 blocks spread over the corpus: cheap at any size, and sees another text."""
+def _digest(reader: IndexedReader, borders: bool) -> str:
+    """A digest of 64 blocks spread over the tokens, and over the index for `borders`: cheap at any size."""
     digest = hashlib.sha256()
-    for start in np.linspace(0, max(tokens.size - 2048, 0), 64, dtype=np.int64):
-        digest.update(np.ascontiguousarray(tokens[start : start + 2048], dtype=np.int64).tobytes())
+    parts = [(reader.tokens, 1)]
+    if borders:
+        # In tokens and not in bytes, which depend on the type of the file.
+        parts += [(reader.offsets, reader.dtype.itemsize), (reader.documents, 1)]
+    for array, unit in parts:
+        digest.update(f"{array.size} ".encode())
+        for start, stop in spread_blocks(array.size, 1 << 17):
+            digest.update((array[start:stop].astype(np.int64) // unit).tobytes())
     return digest.hexdigest()[:16]

@@ -13,14 +13,16 @@ import fcntl
 import glob
 import mmap
 import os
+import resource
 import struct
 from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from megatron_mea.errors import UserError
+from megatron_mea.errors import RunError, UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -34,6 +36,11 @@ _TYPES = {
 }
 _BLOCK = 1 << 18
 """Documents whose places are handled at a time."""
+SAMPLE = 1 << 18
+"""Tokens, and entries of an index, that a start looks at: some megabytes a corpus, since each rank does it and there
+may be a thousand corpora. `prepare` guarantees all of them, a wrong tokenizer or a damaged copy shows in a sample, and
+ids are checked again as they are read.
+"""
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -58,8 +65,10 @@ class IndexedWriter:
         _remove_leftovers(Path(prefix))
         # A process id in the names keeps two commands on the same prefix from writing into one file.
         self._bin, self._idx = (Path(f"{self.prefix}.{kind}.tmp-{os.getpid()}") for kind in ("bin", "idx"))
-        self._data: BinaryIO = self._bin.open("wb")
-        self._index: BinaryIO = self._idx.open("w+b")
+        with self._disk("bin"):
+            self._data: BinaryIO = self._bin.open("wb")
+        with self._disk("idx"):
+            self._index: BinaryIO = self._idx.open("w+b")
         for stream in (self._data, self._index):
             _lock(stream)
         # The lengths follow the header, so they can be written as they come.
@@ -70,18 +79,37 @@ class IndexedWriter:
 
         Raises:
             ValueError: an id does not fit the type of the file.
+            RunError: the disk refuses.
         """
         allowed = np.iinfo(self.dtype)
         if tokens.size and not (allowed.min <= tokens.min() and tokens.max() <= allowed.max):
             raise ValueError(f"ids from {tokens.min()} to {tokens.max()} do not fit {self.dtype}")
-        self._data.write(np.ascontiguousarray(tokens, dtype=self.dtype).tobytes())
-        self._index.write(np.asarray(lengths, dtype=np.int32).tobytes())
+        with self._disk("bin"):
+            self._data.write(np.ascontiguousarray(tokens, dtype=self.dtype).tobytes())
+        with self._disk("idx"):
+            self._index.write(np.asarray(lengths, dtype=np.int32).tobytes())
         self.documents += len(lengths)
         self.tokens += tokens.size
 
     def commit(self) -> tuple[int, int]:
-        """Flushes both files to disk and gives them their names; returns (documents, tokens)."""
-        _flush(self._data)
+        """Flushes both files to disk and gives them their names; returns (documents, tokens).
+
+        Raises:
+            RunError: the disk refuses.
+        """
+        with self._disk("bin"):
+            _flush(self._data)
+        with self._disk("idx"):
+            self._finish_index()
+            _flush(self._index)
+            # An old .idx must never describe a new .bin, so it goes first and the new one comes last.
+            Path(f"{self.prefix}.idx").unlink(missing_ok=True)
+            self._bin.replace(f"{self.prefix}.bin")
+            self._idx.replace(f"{self.prefix}.idx")
+        return self.documents, self.tokens
+
+    def _finish_index(self) -> None:
+        """What follows the lengths, and the header."""
         end = 0
         for start in range(0, self.documents, _BLOCK):
             count = min(_BLOCK, self.documents - start)
@@ -96,21 +124,29 @@ class IndexedWriter:
         code = next(code for code, kind in _TYPES.items() if np.dtype(kind) == self.dtype)
         self._index.seek(0)
         self._index.write(_HEADER.pack(MAGIC, 1, code, self.documents, self.documents + 1))
-        _flush(self._index)
-        # An old .idx must never describe a new .bin, so it goes first and the new one comes last.
-        Path(f"{self.prefix}.idx").unlink(missing_ok=True)
-        self._bin.replace(f"{self.prefix}.bin")
-        self._idx.replace(f"{self.prefix}.idx")
-        return self.documents, self.tokens
+
+    @contextlib.contextmanager
+    def _disk(self, kind: str) -> Iterator[None]:
+        """Takes back what was written where the disk refuses, and says why."""
+        try:
+            yield
+        except OSError as error:
+            self._remove()
+            raise RunError(f"{self.prefix}.{kind} cannot be written: {error.strerror}") from error
+
+    def _remove(self) -> None:
+        for path in (self._bin, self._idx):
+            path.unlink(missing_ok=True)
 
     def __enter__(self) -> IndexedWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._data.close()
-        self._index.close()
-        for path in (self._bin, self._idx):
-            path.unlink(missing_ok=True)
+        for stream in (self._data, self._index):
+            # A full disk refuses here again, what it has refused to write before.
+            with contextlib.suppress(OSError):
+                stream.close()
+        self._remove()
 
 
 def _remove_leftovers(prefix: Path) -> None:
@@ -162,16 +198,16 @@ class IndexedReader:
         expected = _HEADER.size + 12 * sequences + 8 * boundaries
         if index.stat().st_size != expected:
             raise UserError(str(index), f"{index.stat().st_size} bytes", f"the {expected} that its header announces")
-        raw = np.memmap(index, mode="r", dtype=np.uint8)
+        raw = _mapped(index, np.dtype(np.uint8))
         at = _HEADER.size
         self.lengths = np.frombuffer(raw, np.int32, sequences, at)
         self.offsets = np.frombuffer(raw, np.int64, sequences, at + 4 * sequences)
         self.documents = np.frombuffer(raw, np.int64, boundaries, at + 12 * sequences)
-        if not _contiguous(self.offsets, self.lengths, self.dtype.itemsize):
+        if not self._is_contiguous():
             raise UserError(
                 str(index), "sequences that do not follow one another", "sequences in the order of the .bin"
             )
-        if not _divides(self.documents, sequences):
+        if not self._is_divided():
             found = "documents that do not divide its sequences"
             raise UserError(str(index), found, f"rising boundaries from 0 to {sequences}")
         # By the last sequence alone: a sum would read the whole index, gigabytes of it for a large corpus.
@@ -189,18 +225,34 @@ class IndexedReader:
         sequences = self.documents[bisect_left(self.documents, first) : bisect_left(self.documents, last)]
         return np.unique(self.offsets[sequences] // size)
 
-    def check_ids(self, vocab_size: int, allowed: str, mend: str = "", sample: int = 1 << 27) -> None:
+    def check_ids(self, vocab_size: int, allowed: str, mend: str = "", sample: int = SAMPLE) -> None:
         """Looks at up to `sample` tokens, in 64 blocks spread evenly.
 
         Raises:
             UserError: an id is negative or not below `vocab_size`; `allowed` and `mend` are for its message.
         """
         path = f"{self.prefix}.bin"
-        for start, stop in _blocks(self.tokens.size, sample):
-            for at in range(start, stop, 1 << 20):
-                # From the file, whose blocks the kernel reads ahead, and not through the mapping.
-                tokens = np.fromfile(path, self.dtype, min(1 << 20, stop - at), offset=at * self.dtype.itemsize)
-                check_ids(tokens, vocab_size, path, allowed, mend)
+        for tokens in _read_blocks(path, self.dtype, 0, self.tokens.size, sample):
+            check_ids(tokens, vocab_size, path, allowed, mend)
+
+    def _is_contiguous(self) -> bool:
+        """Whether every sequence begins where the one before it ends, by a sample of a large index."""
+        count, path = self.offsets.size, f"{self.prefix}.idx"
+        if count and self.offsets[0] != 0:
+            return False
+        lengths = _read_blocks(path, self.lengths.dtype, _HEADER.size, count - 1)
+        offsets = _read_blocks(path, self.offsets.dtype, _HEADER.size + 4 * count, count - 1, overlap=1)
+        pairs = zip(offsets, lengths, strict=True)
+        return all(np.array_equal(np.diff(begin), length * np.int64(self.dtype.itemsize)) for begin, length in pairs)
+
+    def _is_divided(self) -> bool:
+        """Whether the boundaries rise from 0 to the number of sequences, by a sample of a large index."""
+        count, sequences = self.documents.size, self.offsets.size
+        if not count or self.documents[0] != 0 or self.documents[-1] != sequences:
+            return False
+        at = _HEADER.size + 12 * sequences
+        blocks = _read_blocks(f"{self.prefix}.idx", self.documents.dtype, at, count - 1, overlap=1)
+        return all((np.diff(block) >= 0).all() for block in blocks)
 
 
 def check_ids(tokens: np.ndarray, vocab_size: int, where: str, allowed: str, mend: str = "") -> None:
@@ -208,6 +260,27 @@ def check_ids(tokens: np.ndarray, vocab_size: int, where: str, allowed: str, men
     for extreme in (int(tokens.max(initial=0)), int(tokens.min(initial=0))):
         if not 0 <= extreme < vocab_size:
             raise UserError(where, f"token id {extreme}", allowed, mend)
+
+
+def open_readers(prefixes: Sequence[str], where: str) -> list[IndexedReader]:
+    """A reader of each corpus; raises the limit on open files, two of which a corpus keeps, as far as that goes.
+
+    Args:
+        where: the key or option that named them, for the message.
+
+    Raises:
+        UserError: a corpus is not usable, or the system lets no more files be open.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = soft + 2 * len(prefixes)
+    if soft != resource.RLIM_INFINITY:
+        wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    try:
+        return [IndexedReader(prefix) for prefix in prefixes]
+    except OSError as error:
+        allowed = "two files a corpus that can be opened and stay open"
+        raise UserError(where, f"{len(prefixes):,} corpora: {error.strerror}", allowed, "see `ulimit -n`") from None
 
 
 def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
@@ -219,25 +292,24 @@ def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
     return np.frombuffer(mapped, dtype)
 
 
-def _contiguous(offsets: np.ndarray, lengths: np.ndarray, itemsize: int) -> bool:
-    """Whether every sequence begins where the one before it ends, by a sample of a large index."""
-    if offsets.size and offsets[0] != 0:
-        return False
-    for start, stop in _blocks(offsets.size - 1, 1 << 22):
-        expected = offsets[start:stop] + lengths[start:stop].astype(np.int64) * itemsize
-        if not np.array_equal(offsets[start + 1 : stop + 1], expected):
-            return False
-    return True
+def _read_blocks(
+    path: str, dtype: np.dtype, at: int, total: int, sample: int = SAMPLE, overlap: int = 0
+) -> Iterator[np.ndarray]:
+    """The blocks of a sample of the `total` entries from byte `at` on, and `overlap` entries after each.
+
+    From the file and not through the mapping, which is read page by page.
+    """
+    with open(path, "rb", buffering=0) as stream:
+        if hasattr(os, "posix_fadvise"):
+            # Else the kernel reads megabytes behind every block.
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        for start, stop in spread_blocks(total, sample):
+            for first in range(start, stop, 1 << 20):
+                stream.seek(at + first * dtype.itemsize)
+                yield np.fromfile(stream, dtype, min(1 << 20, stop - first) + overlap)
 
 
-def _divides(documents: np.ndarray, sequences: int) -> bool:
-    """Whether the boundaries rise from 0 to the number of sequences, by a sample of a large index."""
-    if not documents.size or documents[0] != 0 or documents[-1] != sequences:
-        return False
-    return all((np.diff(documents[start : stop + 1]) >= 0).all() for start, stop in _blocks(documents.size, 1 << 22))
-
-
-def _blocks(total: int, sample: int) -> list[tuple[int, int]]:
+def spread_blocks(total: int, sample: int) -> list[tuple[int, int]]:
     """Begin and end of 64 blocks of `sample` entries together, spread evenly; of all entries where these are fewer."""
     if total <= sample:
         return [(0, max(total, 0))]

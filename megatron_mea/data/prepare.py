@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_mea.data.indexed import IndexedWriter, token_dtype
-from megatron_mea.data.sources import MAX_BROKEN, BrokenRecords, Records, batches, check_sources
+from megatron_mea.data.records import MAX_BROKEN, BrokenRecords, Records
+from megatron_mea.data.sources import batches, check_sources
 from megatron_mea.data.tokenizer import load_tokenizer
 from megatron_mea.errors import Problem, RunError, UserError
 from megatron_mea.outputs import output_place
@@ -47,9 +48,11 @@ def prepare(
         max_broken: the share of lines and rows that may be broken; these are left out and reported on stderr.
 
     Raises:
-        UserError: sources or tokenizer are not usable, hold no text, or too many lines are broken.
-        RunError: a worker died, or a dataset broke off.
+        UserError: PREFIX is no name, sources or tokenizer are not usable, hold no text, or too many lines are broken.
+        RunError: a worker died, a dataset broke off, or the disk is full.
     """
+    if os.path.basename(prefix) in ("", ".", ".."):
+        raise UserError("--out", repr(str(prefix)), "PREFIX, a name that .bin and .idx are added to")
     check_sources(sources)
     encoder = Encoder.of(load_tokenizer(tokenizer_folder, "--tokenizer"), tokenizer_folder)
     broken = BrokenRecords(max_broken)

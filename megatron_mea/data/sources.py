@@ -13,97 +13,14 @@ import json
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_mea.errors import Problem, RunError, UserError
+from megatron_mea.data.records import BrokenRecords, Records, Unreadable, batched
+from megatron_mea.errors import RunError, UserError
 
 _KINDS = ".txt, .jsonl, .jsonl.gz, .jsonl.zst or .parquet"
 _TEXT_KEY = "give the right one with --text-key"
-_BATCH = 1 << 18
-"""Bytes of text in a batch, where its last record does not exceed it: some 0.1 s for a tokenizer."""
-
-MAX_BROKEN = 0.01
-"""The share of records that may be broken and left out."""
-
-
-class _Unreadable(Exception):
-    """A record that is no text: found, allowed, how to mend it, and how many lines into the record."""
-
-    def __init__(self, found: str, allowed: str, mend: str = "", line: int = 0) -> None:
-        super().__init__(found)
-        self.found, self.allowed, self.mend, self.line = found, allowed, mend, line
-
-
-@dataclass(frozen=True)
-class Records:
-    """Records of one source, not yet looked into.
-
-    Attributes:
-        source: the file or dataset.
-        unit: what the numbers count, `line` (from 1) or `row` (from 0).
-        numbers: where each record begins.
-        records: bytes of a file, or the values of a column.
-        read: the texts of a record, given the text key; raises `_Unreadable`.
-    """
-
-    source: str
-    unit: str
-    numbers: list[int]
-    records: list[Any]
-    read: Callable[[Any, str], list[str]]
-
-    def texts(self, text_key: str) -> tuple[list[str], list[Problem]]:
-        """The documents, empty ones left out, and what is wrong with each broken record."""
-        texts: list[str] = []
-        broken = []
-        for number, record in zip(self.numbers, self.records, strict=True):
-            try:
-                texts += [text for text in self.read(record, text_key) if not text.isspace() and text]
-            except _Unreadable as error:
-                where = f"{self.source}, {self.unit} {number + error.line}"
-                broken.append(Problem(where, error.found, error.allowed, error.mend))
-        return texts, broken
-
-
-class BrokenRecords:
-    """Counts records and the broken ones among them, and ends the work when these are too many.
-
-    Args:
-        share: what part of the records may be broken, from 0 to 1.
-    """
-
-    def __init__(self, share: float = MAX_BROKEN) -> None:
-        self.share, self.read, self.count = share, 0, 0
-        self.first: list[Problem] = []
-
-    def add(self, read: int, broken: Sequence[Problem]) -> None:
-        """Raises UserError as soon as even 10,000 records could not hold so many broken ones."""
-        self.read += read
-        self.count += len(broken)
-        self.first += broken[: 20 - len(self.first)]
-        if self.count > self.share * max(self.read, 10_000):
-            raise self._error()
-
-    def close(self) -> None:
-        """Raises UserError where, after the last record, too many were broken; else reports them on stderr."""
-        if self.count > self.share * self.read:
-            raise self._error()
-        if self.count:
-            print(f"left out {self._summary()}:", file=sys.stderr)
-            for problem in self.first:
-                print(f"  {problem.where}: {problem.found}", file=sys.stderr)
-            if self.count > len(self.first):
-                print(f"  ... and {self.count - len(self.first):,} more", file=sys.stderr)
-
-    def _error(self) -> UserError:
-        if self.count == 1:
-            return UserError.of(self.first)
-        return UserError.of(self.first[:3], f"{self._summary()}, and at most {self.share:.2%} may be")
-
-    def _summary(self) -> str:
-        return f"{self.count:,} of {self.read:,} lines and rows that are broken"
 
 
 def documents(
@@ -147,16 +64,32 @@ def batches(sources: Sequence[str], text_key: str = "text", split: str = "train"
 
 
 def check_sources(sources: Sequence[str]) -> None:
-    """Raises UserError for a source that cannot exist, before any work is done."""
+    """Raises UserError for a source that cannot exist, before any work is done.
+
+    Says on stderr which files of a folder will be left out, since their kind is unknown.
+    """
+    notes = []
     for source in sources:
         path = Path(source)
         if path.is_dir():
             if not _is_datasets_folder(path):
                 _files(path)
+                notes += _left_out(path)
         elif path.is_file():
             _reader(path)
         elif _looks_like_a_file(source):
             raise UserError(source, "no such file or folder", f"a {_KINDS} file, a folder, or a hub name")
+    for note in notes:
+        print(note, file=sys.stderr)
+
+
+def _left_out(folder: Path) -> Iterator[str]:
+    """A line about the files of unknown kinds, where there are any."""
+    unknown = [path for path in folder.rglob("*") if path.is_file() and _suffix(path) not in _READERS]
+    names = sorted(str(path.relative_to(folder)) for path in unknown)
+    if names:
+        first = ", ".join(names[:5]) + (", ..." if names[5:] else "")
+        yield f"left out {len(names):,} file(s) of unknown kinds in {folder}: {first}"
 
 
 def _looks_like_a_file(source: str) -> bool:
@@ -187,25 +120,8 @@ def _reader(path: Path) -> Callable[[Path, str], Iterator[Records]]:
         raise UserError(str(path), f"a file of kind {_suffix(path)!r}", f"{_KINDS}") from None
 
 
-def _batched(
-    source: str, unit: str, records: Iterator[tuple[int, Any]], read: Callable[[Any, str], list[str]]
-) -> Iterator[Records]:
-    numbers: list[int] = []
-    held: list[Any] = []
-    size = 0
-    for number, record in records:
-        numbers.append(number)
-        held.append(record)
-        size += len(record) if isinstance(record, (bytes, str)) else 1
-        if size >= _BATCH:
-            yield Records(source, unit, numbers, held, read)
-            numbers, held, size = [], [], 0
-    if held:
-        yield Records(source, unit, numbers, held, read)
-
-
 def _from_text(path: Path, text_key: str) -> Iterator[Records]:
-    return _batched(str(path), "line", _blocks(path), _read_block)
+    return batched(str(path), "line", _blocks(path), _read_block)
 
 
 def _blocks(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -235,7 +151,7 @@ def _read_block(raw: bytes, text_key: str) -> list[str]:
 
 def _from_json_lines(path: Path, text_key: str) -> Iterator[Records]:
     lines = ((number, line) for number, line in _lines(path) if not line.isspace())
-    return _batched(str(path), "line", lines, _read_json)
+    return batched(str(path), "line", lines, _read_json)
 
 
 def _read_json(raw: bytes, text_key: str) -> list[str]:
@@ -245,22 +161,24 @@ def _read_json(raw: bytes, text_key: str) -> list[str]:
         record = json.loads(line)
     # Besides broken JSON, numbers and nestings beyond Python's limits.
     except (ValueError, RecursionError) as error:
-        raise _Unreadable(f"broken JSON: {getattr(error, 'msg', error)}", "one JSON object a line") from None
+        raise Unreadable(f"broken JSON: {getattr(error, 'msg', error)}", "one JSON object a line") from None
     if not isinstance(record, dict):
-        raise _Unreadable(f"a JSON {type(record).__name__}", "one JSON object a line")
+        raise Unreadable(f"a JSON {type(record).__name__}", "one JSON object a line")
     if text_key not in record:
-        raise _Unreadable(f"the fields {', '.join(record)}", f"text in the field {text_key!r}", _TEXT_KEY)
+        raise Unreadable(f"the fields {', '.join(record)}", f"text in the field {text_key!r}", _TEXT_KEY)
     return _read_value(record[text_key], text_key)
 
 
 def _read_value(text: Any, text_key: str) -> list[str]:
+    if isinstance(text, UnicodeDecodeError):
+        raise _not_utf8(text)
     if not isinstance(text, str):
-        raise _Unreadable(type(text).__name__, f"text in the field {text_key!r}", _TEXT_KEY)
+        raise Unreadable(type(text).__name__, f"text in the field {text_key!r}", _TEXT_KEY)
     try:
         text.encode()
     except UnicodeEncodeError as error:
         # JSON can spell half of a surrogate pair, which is no character.
-        raise _Unreadable(f"no Unicode text ({error.reason})", "text that UTF-8 can write") from None
+        raise Unreadable(f"no Unicode text ({error.reason})", "text that UTF-8 can write") from None
     return [text]
 
 
@@ -268,8 +186,11 @@ def _decoded(raw: bytes) -> str:
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start)
-        raise _Unreadable(f"not UTF-8 ({error.reason})", "UTF-8 text", line=line) from None
+        raise _not_utf8(error, line=raw.count(b"\n", 0, error.start)) from None
+
+
+def _not_utf8(error: UnicodeDecodeError, line: int = 0) -> Unreadable:
+    return Unreadable(f"not UTF-8 ({error.reason})", "UTF-8 text", line=line)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -285,6 +206,9 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _open_binary(path: Path) -> io.BufferedReader:
+    if path.suffix.lower() in (".gz", ".zst") and path.stat().st_size == 0:
+        # Decompression takes it for the end of a good stream.
+        raise EOFError("0 bytes: a truncated archive")
     if path.suffix.lower() == ".gz":
         return io.BufferedReader(gzip.open(path), 1 << 17)
     if path.suffix.lower() == ".zst":
@@ -295,7 +219,7 @@ def _open_binary(path: Path) -> io.BufferedReader:
 
 
 def _from_parquet(path: Path, text_key: str) -> Iterator[Records]:
-    return _batched(str(path), "row", enumerate(_parquet_values(path, text_key)), _read_value)
+    return batched(str(path), "row", enumerate(_parquet_values(path, text_key)), _read_value)
 
 
 def _parquet_values(path: Path, text_key: str) -> Iterator[Any]:
@@ -306,13 +230,28 @@ def _parquet_values(path: Path, text_key: str) -> Iterator[Any]:
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
             _check_column(str(path), file.schema_arrow.names, text_key)
             for batch in file.iter_batches(batch_size=256, columns=[text_key]):
-                yield from batch.column(0).to_pylist()
+                yield from _values(batch.column(0))
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise UserError(str(path), f"not readable as parquet: {error}", "a parquet file") from None
 
 
+def _values(column: Any) -> list[Any]:
+    """The values of an Arrow column; where one is no UTF-8, the error that says so."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        return error
+
+
 def _from_datasets(source: str, text_key: str, split: str) -> Iterator[Records]:
-    return _batched(source, "row", enumerate(_dataset_values(source, text_key, split)), _read_value)
+    return batched(source, "row", enumerate(_dataset_values(source, text_key, split)), _read_value)
 
 
 def _dataset_values(source: str, text_key: str, split: str) -> Iterator[Any]:
@@ -324,14 +263,28 @@ def _dataset_values(source: str, text_key: str, split: str) -> Iterator[Any]:
         data = data.select_columns([text_key])
     rows = 0
     try:
-        for record in data:
-            _check_column(source, list(record), text_key)
-            yield record[text_key]
-            rows += 1
+        for values in _columns(data, source, text_key):
+            for value in values:
+                yield value
+                rows += 1
     except UserError:
         raise
     except Exception as error:
         raise RunError(f"{source} broke off after {rows:,} rows: {_reason(error)}") from error
+
+
+def _columns(data: Any, source: str, text_key: str) -> Iterator[list[Any]]:
+    """The column of a dataset, some values at a time."""
+    import datasets
+
+    if isinstance(data, datasets.Dataset):
+        # As Arrow holds it: a loop over records would end at the first text that is no UTF-8.
+        for table in data.with_format("arrow").iter(256):
+            yield _values(table.column(text_key))
+        return
+    for record in data:
+        _check_column(source, list(record), text_key)
+        yield [record[text_key]]
 
 
 def _open_dataset(source: str, split: str) -> Any:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_mea.data.corpora import IGNORE, read_window, stack
-from megatron_mea.data.indexed import IndexedReader
+from megatron_mea.data.indexed import IndexedReader, open_readers
 from megatron_mea.data.tokenizer import load_tokenizer
 from megatron_mea.errors import UserError
 from megatron_mea.huggingface.source import load_model
@@ -46,7 +46,7 @@ def cross_entropy(model: str | Path, data: str | None) -> str:
     paths = [corpus.path for corpus in config.data.validation] if data is None else [data]
     window = config.data.seq_length if config else min(loaded.config.max_position_embeddings, 2048)
     mask = config is None or config.data.document_mask
-    readers = [IndexedReader(path) for path in paths]
+    readers = open_readers(paths, "--data")
     for path, reader in zip(paths, readers, strict=True):
         _check(reader, path, loaded.config.vocab_size)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -80,7 +80,9 @@ def cross_entropy(model: str | Path, data: str | None) -> str:
 def _check(reader: IndexedReader, path: str, vocab_size: int) -> None:
     if reader.tokens.size < 2:
         raise UserError(f"{path}.bin", f"{reader.tokens.size} tokens", "at least 2")
-    reader.check_ids(vocab_size, f"ids from 0 up to but not including the model's vocab_size = {vocab_size}")
+    allowed = f"ids from 0 up to but not including the model's vocab_size = {vocab_size}"
+    # All of them, since all are read.
+    reader.check_ids(vocab_size, allowed, sample=reader.tokens.size)
 
 
 def _windows(reader: IndexedReader, window: int) -> Iterator[tuple[int, int, int, IndexedReader]]:

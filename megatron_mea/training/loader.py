@@ -1,4 +1,4 @@
-"""What a rank trains on, step by step, read ahead of the trainer by a thread."""
+"""What a rank trains and validates on, read ahead of the trainer by a thread."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import hashlib
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
+import torch
+import torch.distributed as dist
 
 from megatron_mea.config import Config
 from megatron_mea.data.corpora import Batch, Corpora
@@ -17,7 +20,79 @@ from megatron_mea.errors import UserError
 from megatron_mea.parallel.grid import Grid
 
 AHEAD = 2
-"""Steps that lie ready at most."""
+"""Items that lie ready at most."""
+
+Item = TypeVar("Item")
+
+
+@dataclass
+class Waiting:
+    """For how many seconds the trainer of this rank has waited for data."""
+
+    seconds: float = 0.0
+
+    def largest(self, device: torch.device) -> float:
+        """The seconds since the last call, of the rank that has waited longest; collective.
+
+        Args:
+            device: of this rank.
+        """
+        seconds = torch.tensor(self.seconds, dtype=torch.float64, device=device)
+        dist.all_reduce(seconds, dist.ReduceOp.MAX)
+        self.seconds = 0.0
+        return seconds.item()
+
+
+class ReadAhead(Generic[Item]):
+    """Iterates over `items` once, which a thread makes ready ahead of their use; `close` ends the thread.
+
+    Args:
+        items: made in the thread.
+        waiting: counts the time for which an item was not ready.
+    """
+
+    def __init__(self, items: Iterable[Item], waiting: Waiting) -> None:
+        self._items, self._waiting = items, waiting
+        self._ready: queue.Queue[Item | BaseException] = queue.Queue(AHEAD)
+        self._stop = threading.Event()
+        # A daemon does not keep a failing process from ending.
+        self._thread = threading.Thread(target=self._read, name="data", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[Item]:
+        """Raises what making an item raised."""
+        while True:
+            begin = time.monotonic()
+            item = self._ready.get()
+            self._waiting.seconds += time.monotonic() - begin
+            if isinstance(item, StopIteration):
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _read(self) -> None:
+        try:
+            for item in self._items:
+                if not self._put(item):
+                    return
+            self._put(StopIteration())
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, item: Item | BaseException) -> bool:
+        """Whether somebody still wants it."""
+        while not self._stop.is_set():
+            try:
+                self._ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                pass
+        return False
 
 
 @dataclass(frozen=True)
@@ -41,66 +116,32 @@ class StepData:
         ]
 
 
-class Loader:
-    """Iterates over the steps from `first` to the last of the configuration.
+def training_steps(corpora: Corpora, config: Config, grid: Grid, first: int) -> Iterator[StepData]:
+    """The steps of this rank from `first` to the last of the configuration.
 
-    Attributes:
-        waited: seconds that the trainer has waited here for data.
+    Raises:
+        UserError: an id is beyond the vocabulary, or a global batch has nothing to predict.
     """
-
-    def __init__(self, corpora: Corpora, config: Config, grid: Grid, first: int) -> None:
-        self.waited = 0.0
-        self._corpora, self._config, self._grid = corpora, config, grid
-        self._ready: queue.Queue[StepData | BaseException] = queue.Queue(AHEAD)
-        self._stop = threading.Event()
-        # A daemon does not keep a failing process from ending.
-        self._thread = threading.Thread(target=self._read, args=(first,), name="data", daemon=True)
-        self._thread.start()
-
-    def __iter__(self) -> Iterator[StepData]:
-        """Raises what reading raised, UserError for ids beyond the vocabulary."""
-        while True:
-            begin = time.monotonic()
-            data = self._ready.get()
-            self.waited += time.monotonic() - begin
-            if isinstance(data, StopIteration):
-                return
-            if isinstance(data, BaseException):
-                raise data
-            yield data
-
-    def close(self) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _read(self, first: int) -> None:
-        try:
-            for step in range(first, self._config.steps + 1):
-                if not self._put(self._load(step)):
-                    return
-            self._put(StopIteration())
-        except BaseException as error:
-            self._put(error)
-
-    def _load(self, step: int) -> StepData:
-        grid, training = self._grid, self._config.training
-        mine = rank_samples(step, self._config, grid.data_rank, grid.data_size)
-        everybody = (step - 1) * training.global_batch_size + np.arange(training.global_batch_size)
-        batches = [self._corpora.batch(micro) for micro in mine]
-        targets = self._corpora.targets(everybody)
+    size = config.training.global_batch_size
+    for step in range(first, config.steps + 1):
+        mine = rank_samples(step, config, grid.data_rank, grid.data_size)
+        batches = [corpora.batch(micro) for micro in mine]
+        targets = corpora.targets((step - 1) * size + np.arange(size))
         if targets == 0:
-            raise UserError("data.document_mask", "documents of one token", "a global batch with a token to predict")
-        return StepData(step, mine, batches, targets)
+            found = f"documents of one token alone in step {step}"
+            raise UserError(corpora.key, found, "a global batch with a token to predict")
+        yield StepData(step, mine, batches, targets)
 
-    def _put(self, item: StepData | BaseException) -> bool:
-        """Whether somebody still wants it."""
-        while not self._stop.is_set():
-            try:
-                self._ready.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                pass
-        return False
+
+def validation_batches(corpora: Corpora, config: Config, grid: Grid) -> Iterator[Batch]:
+    """This rank's micro-batches of the first `evaluation.batches` global batches.
+
+    Raises:
+        UserError: an id is beyond the vocabulary.
+    """
+    for step in range(1, config.evaluation.batches + 1):
+        for micro in rank_samples(step, config, grid.data_rank, grid.data_size):
+            yield corpora.batch(micro)
 
 
 def rank_samples(step: int, config: Config, rank: int, data_parallel_size: int) -> np.ndarray:

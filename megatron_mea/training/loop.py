@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,14 +17,14 @@ from megatron_mea.checkpoint.saver import Saver
 from megatron_mea.checkpoint.tensors import read_fragments
 from megatron_mea.config import Config
 from megatron_mea.config.layout import Layout
-from megatron_mea.data.corpora import Batch, Corpora
+from megatron_mea.data.corpora import Corpora
 from megatron_mea.errors import RunError, UserError
 from megatron_mea.huggingface.weights import WeightSource
 from megatron_mea.parallel.parameter import named_specs
 from megatron_mea.training import processes, records
 from megatron_mea.training.build import build_engine
 from megatron_mea.training.engine import NonFiniteError
-from megatron_mea.training.loader import Loader, StepData, rank_samples
+from megatron_mea.training.loader import ReadAhead, StepData, Waiting, training_steps, validation_batches
 from megatron_mea.training.ranks import Ranks
 from megatron_mea.training.replicas import check_replicas
 from megatron_mea.training.schedule import learning_rate
@@ -77,6 +77,7 @@ class _Run:
         self.dir, self.rank = Path(config.run.dir), inputs.ranks.rank
         self.versions, self.data = records.versions(), inputs.train.fingerprint()
         self.validation_loss: float | None = None
+        self.waiting = Waiting()
         self.lease, found = self._take_lease()
         choice = choose(found.existing, inputs.back_to, self._damage)
         self.meta = folder.Meta.read(choice.source) if choice.source else None
@@ -105,8 +106,7 @@ class _Run:
         config, validates = self.config, self.inputs.validation is not None
         if self.step == 0 and validates:
             self._record({"step": 0, "tokens": 0, "validation_loss": self._validate()})
-        loader = Loader(self.inputs.train, config, self.grid, self.step + 1)
-        waited = 0.0
+        loader = ReadAhead(training_steps(self.inputs.train, config, self.grid, self.step + 1), self.waiting)
         self.progress.start()
         for data in loader:
             step, lr = data.step, learning_rate(config, data.step)
@@ -131,11 +131,11 @@ class _Run:
             saving = last or result.stop or step % config.checkpoint.interval == 0
             if logging:
                 row["tokens_per_second"] = self.progress.tokens_per_second(step)
-                row["data_wait_seconds"], waited = loader.waited - waited, loader.waited
                 if config.logging.sample_hashes:
                     row["sample_hashes"] = self._all_hashes(data)
                 if validating:
                     row["validation_loss"] = self._validate()
+                row["data_wait_seconds"] = self.waiting.largest(self.engine.device)
                 self._record(row)
             if result.stop:
                 self._check_lease()
@@ -242,13 +242,10 @@ class _Run:
         corpora = self.inputs.validation
         assert corpora is not None
 
-        def batches() -> Iterator[Batch]:
-            for step in range(1, self.config.evaluation.batches + 1):
-                for micro in rank_samples(step, self.config, self.grid.data_rank, self.grid.data_size):
-                    yield corpora.batch(micro)
-
         count = self.config.evaluation.batches * self.engine.accumulation
-        self.validation_loss = self.engine.evaluate(batches(), count)
+        batches = validation_batches(corpora, self.config, self.grid)
+        with closing(ReadAhead(batches, self.waiting)) as ahead:
+            self.validation_loss = self.engine.evaluate(iter(ahead), count)
         return self.validation_loss
 
     def _meta(self) -> folder.Meta:

@@ -71,10 +71,11 @@ def check_inputs(
     vocab = config.model.vocab_size
     mask = data.document_mask
     train = Corpora(data.train, data.seq_length, vocab, config.training.seed, "data.train", mask)
+    batch = config.training.global_batch_size
+    train.require_target(batch)
     validation = None
     if data.validation:
         validation = Corpora(data.validation, data.seq_length, vocab, None, "data.validation", mask)
-        batch = config.training.global_batch_size
         validation.require(evaluation.batches * batch, evaluation.batches, batch)
     warnings = handicaps(config, layout)
     changes: list[str] = []

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +96,21 @@ def test_fingerprint_sees_another_text_of_the_same_size(paths: list[str], tmp_pa
     assert opened([write(tmp_path / "a", changed), paths[1]]).fingerprint() != opened(paths).fingerprint()
 
 
+def test_fingerprint_sees_other_borders_where_they_decide(tmp_path: Path) -> None:
+    """The same .bin with another .idx: as many documents, and other ones; then one document more."""
+    tokens, prints = np.arange(42 * LENGTH), {}
+    for name, lengths in {"a": [100, 100, 136], "b": [100, 101, 135], "c": [100, 100, 100, 36], "d": [336]}.items():
+        with IndexedWriter(tmp_path / name, np.dtype("u2" if name < "c" else "i4")) as writer:
+            writer.add(tokens, np.asarray(lengths))
+            writer.commit()
+        corpus = [TrainCorpus(path=str(tmp_path / name))]
+        prints[name] = [Corpora(corpus, LENGTH, VOCABULARY, 1, "data.train", mask).fingerprint() for mask in (0, 1)]
+    # Without the mask all of them give the same samples.
+    assert all(found[0] == prints["a"][0] for found in prints.values())
+    masked = [found[1] for found in prints.values()]
+    assert all(masked[i] != masked[j] for i in range(4) for j in range(i))
+
+
 def configuration(batch: int, micro: int, steps: int, path: str = "nowhere") -> Config:
     return parse_config(
         {
@@ -170,6 +188,28 @@ def test_require_counts_the_batches_that_there_are(paths: list[str]) -> None:
     corpora.require(40, 10, 4)
     with pytest.raises(UserError, match=r"enough for 10 global batches of 4(.|\n)*evaluation\.batches = 11"):
         corpora.require(44, 11, 4)
+
+
+def test_shares_name_the_weight_given_and_the_share_it_comes_to(paths: list[str]) -> None:
+    assert opened(paths, weights=(3, 4e-5)).shares() == [
+        f"{paths[0]}: 336 tokens, weight 3.0, 99.99% of the samples",
+        f"{paths[1]}: 161 tokens, weight 4e-05, 0.01% of the samples",
+    ]
+
+
+def open_many(path: str, soft: int, hard: int) -> int | str:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    try:
+        return len(opened([path] * 200, weights=(1,) * 200).readers)
+    except UserError as error:
+        return str(error)
+
+
+def test_more_corpora_than_files_may_be_open(paths: list[str]) -> None:
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
+        assert pool.submit(open_many, paths[0], 100, 1000).result() == 200
+        found = pool.submit(open_many, paths[0], 100, 300).result()
+    assert found.startswith("error: data.train\n  found:   200 corpora: Too many open files\n")
 
 
 def test_describe_names_corpus_and_window(paths: list[str]) -> None:

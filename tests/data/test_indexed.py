@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from megatron_mea.data import indexed
 from megatron_mea.data.indexed import IndexedReader, IndexedWriter, token_dtype
-from megatron_mea.errors import UserError
+from megatron_mea.errors import RunError, UserError
 
 CODES = {"u1": 1, "i1": 2, "i2": 3, "i4": 4, "i8": 5, "u2": 8}
 STRUCT = {1: "B", 2: "b", 3: "h", 4: "i", 5: "q", 8: "H"}
@@ -204,7 +204,7 @@ def test_a_full_disk_at_commit_changes_nothing(call: int, tmp_path: Path, monkey
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(RunError, match=rf"corpus\.{'bin' if call == 1 else 'idx'} cannot be written: No space"):
         write(tmp_path / "corpus", "i4", [[7, 8]])
     assert {name: (tmp_path / name).read_bytes() for name in names(tmp_path)} == before
 
@@ -330,3 +330,29 @@ def test_check_of_ids_samples_a_huge_corpus(sparse: Path, place: int | str, seen
     with Path(f"{sparse}.bin").open("r+b") as stream:
         stream.seek(2 * at)
         stream.write(b"\0\0")
+
+
+def test_a_start_looks_at_some_megabytes_of_a_huge_corpus(sparse: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, fromfile = [], np.fromfile
+
+    def counted(*arguments, **more) -> np.ndarray:
+        seen.append(fromfile(*arguments, **more))
+        return seen[-1]
+
+    monkeypatch.setattr(np, "fromfile", counted)
+    IndexedReader(sparse).check_ids(1, "")
+    assert sum(block.nbytes for block in seen) < 5_000_000
+
+
+@pytest.mark.parametrize("part", ["offsets", "documents"])
+@pytest.mark.parametrize("entry", [5, 299_998])
+def test_a_large_index_is_sampled_to_both_ends(part: str, entry: int, tmp_path: Path) -> None:
+    with IndexedWriter(tmp_path / "corpus", np.dtype("u2")) as writer:
+        writer.add(np.zeros(300_000, np.int64), np.ones(300_000, np.int32))
+        writer.commit()
+    IndexedReader(tmp_path / "corpus")
+    with (tmp_path / "corpus.idx").open("r+b") as stream:
+        stream.seek(34 + (4 if part == "offsets" else 12) * 300_000 + 8 * entry)
+        stream.write(struct.pack("<q", 7))
+    with pytest.raises(UserError, match=r"corpus\.idx"):
+        IndexedReader(tmp_path / "corpus")

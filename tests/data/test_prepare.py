@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pyarrow.parquet
 import pytest
 import sentencepiece
@@ -23,7 +24,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_mea.cli import main
-from megatron_mea.data import sources
+from megatron_mea.data import records
 from megatron_mea.data.indexed import IndexedReader
 from megatron_mea.data.prepare import Encoder, prepare
 from megatron_mea.data.sources import batches, documents
@@ -93,14 +94,15 @@ def test_workers_do_not_change_a_byte(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     # More batches than wait at once, each file more than one, and broken lines in two of them.
-    monkeypatch.setattr(sources, "_BATCH", 1 << 12)
+    monkeypatch.setattr(records, "_BATCH", 1 << 12)
     # Long documents first, so that the first batch is the last one to be ready.
     ordered = sorted(texts, key=len, reverse=True)
     inputs = [write(tmp_path / f"{name}.jsonl", ordered[part::3]) for part, name in enumerate("abc")]
     for path in inputs[:2]:
         Path(path).write_text("oops\n" + Path(path).read_text() + "[]\n")
     (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(Path(inputs[2]).read_bytes()))
-    pyarrow.parquet.write_table(pyarrow.table({"text": [*texts[:50], None]}), tmp_path / "e.parquet")
+    column = pyarrow.array([*(text.encode() for text in texts[:50]), None, b"\xff"]).view("string")
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "e.parquet")
     (tmp_path / "f.txt").write_text("\n\n".join(texts[:50]))
     inputs += [str(tmp_path / name) for name in ("d.jsonl.gz", "e.parquet", "f.txt")]
     assert len(list(batches(inputs))) > 30
@@ -108,7 +110,7 @@ def test_workers_do_not_change_a_byte(
     for workers in (1, 2, 3):
         prepare(inputs, tokenizer, tmp_path / f"out-{workers}", workers=workers)
         said.append(capfd.readouterr().err)
-    assert "left out 5 of " in said[0]
+    assert "left out 6 of " in said[0]
     assert said[0] == said[1] == said[2]
     for kind in ("bin", "idx"):
         first, *others = [(tmp_path / f"out-{workers}.{kind}").read_bytes() for workers in (1, 2, 3)]
@@ -176,15 +178,15 @@ def test_command(
     folder.save_to_disk(tmp_path / "b")
     monkeypatch.chdir(tmp_path)
     options = ["--text-key", "body", "--split", "validation", "--workers", "1", "--max-broken", "0.5"]
-    assert (
-        main(["prepare", "--input", "a.jsonl", "b", "--tokenizer", str(tokenizer), "--out", "deep/out", *options]) == 0
-    )
-    expected = encoded(tokenizer, [texts[0], *texts[2:4]])
+    # A second --input adds to the first.
+    inputs = ["--input", "a.jsonl", "b", "--input", "a.jsonl"]
+    assert main(["prepare", *inputs, "--tokenizer", str(tokenizer), "--out", "deep/out", *options]) == 0
+    expected = encoded(tokenizer, [texts[0], *texts[2:4], texts[0]])
     assert stored(tmp_path / "deep/out") == expected
     out, err = capsys.readouterr()
     assert "a.jsonl, line 2: broken JSON" in err
     assert "deep/out" in out
-    assert f"3 documents, {sum(map(len, expected)):,} tokens" in out
+    assert f"4 documents, {sum(map(len, expected)):,} tokens" in out
 
 
 def test_text_that_is_no_unicode_is_named(tokenizer: Path, tmp_path: Path) -> None:
@@ -263,6 +265,26 @@ def test_an_interrupted_prepare_leaves_nothing(tmp_path, tokenizer, delay):
         assert process.returncode == status, err
         assert "Traceback" not in err
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("limit", "kind"), [(10_000, "bin"), (500_000, "idx")])
+def test_a_full_disk_ends_with_a_message_and_leaves_nothing(
+    limit: int, kind: str, tokenizer: Path, texts: list[str], tmp_path: Path
+) -> None:
+    """A limit on the size of a file stands in for the disk; of short documents the index is the larger file."""
+    source = write(tmp_path / "corpus.jsonl", texts if kind == "bin" else ["a"] * 40_000)
+    script = f"""if True:
+        import resource, sys
+        from megatron_mea.cli import main
+        resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+        sys.exit(main(sys.argv[1:]))
+    """
+    command = ["prepare", "--input", source, "--tokenizer", str(tokenizer), "--out", "made/x", "--workers", "1"]
+    done = subprocess.run([sys.executable, "-c", script, *command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"megatron-mea: made/x.{kind} cannot be written: File too large"
+    assert "Traceback" not in done.stderr
+    assert names(tmp_path) == ["corpus.jsonl"]
 
 
 def children(pid: int) -> list[int]:

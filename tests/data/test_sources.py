@@ -14,7 +14,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megatron_mea.data.sources import BrokenRecords, documents
+from megatron_mea.data.records import BrokenRecords
+from megatron_mea.data.sources import check_sources, documents
 from megatron_mea.errors import RunError, UserError
 
 TEXTS = [
@@ -168,6 +169,23 @@ def test_a_folder_gives_its_files_in_sorted_order(tmp_path: Path) -> None:
     assert list(documents([str(tmp_path)])) == expected
 
 
+def test_files_of_unknown_kinds_in_a_folder_are_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_jsonl(tmp_path / "known.jsonl", TEXTS)
+    check_sources([str(tmp_path)])
+    assert capfd.readouterr().err == ""
+    (tmp_path / "deep").mkdir()
+    for name in ("a.csv", "b.txt.gz", "deep/c.json.gz"):
+        (tmp_path / name).write_bytes(b"")
+    check_sources([str(tmp_path), str(tmp_path / "known.jsonl")])
+    said = f"left out 3 file(s) of unknown kinds in {tmp_path}: a.csv, b.txt.gz, deep/c.json.gz"
+    assert capfd.readouterr().err == said + "\n"
+    for number in range(10):
+        (tmp_path / f"{number}.csv").write_bytes(b"")
+    check_sources([str(tmp_path)])
+    said = f"left out 13 file(s) of unknown kinds in {tmp_path}: 0.csv, 1.csv, 2.csv, 3.csv, 4.csv, ..."
+    assert capfd.readouterr().err == said + "\n"
+
+
 def test_several_sources_in_the_order_given(tmp_path: Path) -> None:
     for index, (suffix, write) in enumerate(WRITERS.items()):
         write(tmp_path / f"{9 - index}{suffix}", [f"{suffix} {i}" for i in range(3)])
@@ -303,6 +321,25 @@ def test_broken_lines_of_every_kind_are_left_out_counted_and_named(
     assert [line.split(": ")[0].strip() for line in said[1:]] == expected
     with pytest.raises(UserError, match=r"a\.jsonl, line 501(.|\n)*12 of 1,016 (.|\n)*at most 1\.18%"):
         list(documents(sources, broken=BrokenRecords(11.99 / 1016)))
+
+
+@pytest.mark.parametrize("kind", ["plain.parquet", "dictionary.parquet", "datasets"])
+def test_a_row_that_is_no_utf8_is_left_out_counted_and_named(
+    kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path, texts = tmp_path / kind, [*(b"row %d" % i for i in range(700)), b"bad \xff\xfe", b"last"]
+    column = pyarrow.array(texts).view("string")
+    if kind == "datasets":
+        datasets.Dataset(pyarrow.table({"id": range(702), "text": column})).save_to_disk(path)
+    else:
+        column = column.dictionary_encode() if kind == "dictionary.parquet" else column
+        pyarrow.parquet.write_table(pyarrow.table({"text": column}), path)
+    assert list(documents([str(path)])) == [*(f"row {i}" for i in range(700)), "last"]
+    assert capfd.readouterr().err.endswith(
+        f"left out 1 of 702 lines and rows that are broken:\n  {path}, row 700: not UTF-8 (invalid start byte)\n"
+    )
+    with pytest.raises(UserError, match=rf"{path}, row 700\n.*not UTF-8 \(invalid start byte\)"):
+        list(documents([str(path)], broken=BrokenRecords(0)))
 
 
 def test_a_report_has_an_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -250,6 +250,11 @@ def bench_first(folder: Path) -> None:
         rows.append([f"{samples:.0e}", f"{documents:,}", f"{size:.2f} GB", f"{cpu:.2f}", f"{wall:.2f}"])
         rows[-1].append(f"{private[1] - private[0]:.0f} MB")
     table(("windows of 512", "documents", ".idx", "CPU s to the first 1024 samples", "wall s", "memory kept"), rows)
+    many = [TrainCorpus(path=str(folder / f"sparse-{index}")) for index in range(1000)]
+    for corpus in many:
+        sparse_corpus(Path(corpus.path), 10**6, 512, 640_000)
+    cpu, wall = measured(lambda: Corpora(many, 512, 1000, 1, "data.train"))
+    print(f"opening {len(many):,} corpora of 10^6 windows and 640,000 documents: {cpu:.1f} CPU s, {wall:.1f} wall s")
 
 
 def main() -> None:
