@@ -28,6 +28,14 @@ Path = Annotated[str, Field(min_length=1)]
 Beta = Annotated[Float, Field(ge=0, lt=1)]
 
 
+def _newest_or_step(value: Any) -> Any:
+    # Not left to the union, whose first member alone would be named.
+    value = _as_integer(value)
+    if value == "newest" or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    raise ValueError("newest, or the step of a checkpoint")
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -207,7 +215,7 @@ class Logging(Section):
 class Run(Section):
     dir: Path
     init_from: Path | None = None
-    resume_from: Literal["newest"] | PositiveInt = "newest"
+    resume_from: Annotated[Literal["newest"] | int, BeforeValidator(_newest_or_step)] = "newest"
 
 
 class Config(Section):
