@@ -46,3 +46,13 @@ class UserError(Exception):
         error.problems = problems
         error.args = ("\n".join([*map(str, problems), *([footer] if footer else [])]),)
         return error
+
+    def __reduce__(self) -> tuple:
+        # Rank 0 sends what it finds to the others.
+        return _again, (self.problems, str(self))
+
+
+def _again(problems: list[Problem], message: str) -> UserError:
+    error = UserError.of(problems)
+    error.args = (message,)
+    return error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import re
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from megatron_mea.config.checks import handicaps
 from megatron_mea.config.layout import Layout
 from megatron_mea.config.load import known_keys, parse_config
 from megatron_mea.config.schema import Config
-from megatron_mea.errors import UserError
+from megatron_mea.errors import Problem, UserError
 from megatron_mea.training.schedule import learning_rate
 
 ROOT = Path(__file__).parents[1]
@@ -155,3 +156,10 @@ def test_the_handicap_of_small_embeddings_beside_a_head_norm():
         {"attention_variant": "plain"},
     ):
         assert handicaps(parse(model=wide | {"initializer_range": 0.06} | cure), ALONE) == []
+
+
+def test_an_error_travels_between_ranks():
+    error = UserError.of([Problem("a", 1, "2"), Problem("b", 3, "4", "mend")], "a footer")
+    again = pickle.loads(pickle.dumps(error))
+    assert str(again) == str(error)
+    assert again.problems == error.problems
