@@ -50,7 +50,14 @@ def test_retention(tmp_path_factory, steps, keep, every):
     assert {path.name for path in (run / "checkpoints").iterdir()} == {folder.folder_name(step) for step in expected}
 
 
+def unreadable(path: Path) -> None:
+    (path / "shard").unlink()
+    # A file whose reading fails with an input/output error.
+    (path / "shard").symlink_to("/proc/self/mem")
+
+
 DAMAGES = {
+    "a file unreadable": unreadable,
     "a byte flipped": lambda path: (path / "shard").write_bytes(bytes(99) + b"x2"),
     "a file truncated": lambda path: (path / "shard").write_bytes(b""),
     "a file missing": lambda path: (path / "tokenizer/tokenizer.json").unlink(),
@@ -73,6 +80,13 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, damage):
     damage(make(tmp_path, 2))
     newest_whole(tmp_path)
     assert (tmp_path / "checkpoints/damaged-step_00000002-2").is_dir()
+
+
+def test_what_one_node_wrote_elsewhere_makes_no_checkpoint(tmp_path):
+    """A rank's part whose checksum is known but which is not there: the run folder is not shared."""
+    with pytest.raises(OSError, match="all nodes share"):
+        folder.seal(tmp_path, {"__1_0.distcp": "0" * 64})
+    assert not (tmp_path / folder.COMPLETE).exists()
 
 
 def test_what_is_half_written_is_no_checkpoint(tmp_path):

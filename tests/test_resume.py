@@ -156,6 +156,18 @@ class TestInitFrom:
         moved = max((after[name] - before[name]).abs().max().item() for name in before)
         rate = rows(config, "from-export")[1]["lr"]
         assert 0.5 * rate < moved < 1.2 * rate
+        # Without a whole checkpoint of its own it begins with the weights again; no git program is needed.
+        for folder in (run / "checkpoints").iterdir():
+            (folder / "__0_0.distcp").write_bytes(b"")
+        (run / "FINISHED").unlink()
+        done = subprocess.run(
+            command(config, "from-export", f"run.init_from={exported}", "training.steps=2", "checkpoint.interval=1"),
+            env=environment() | {"PATH": "/nonexistent"},
+            capture_output=True,
+            text=True,
+        )
+        assert "the run begins anew" in done.stdout, done.stderr
+        assert rows(config, "from-export")[0]["validation_loss"] == pytest.approx(last, rel=1e-5)
         # Once it has a checkpoint of its own it goes on from that.
         train(config, "from-export", f"run.init_from={config.parent}/nothing", "training.steps=3")
         assert [row["step"] for row in rows(config, "from-export")] == [0, 1, 2, 3]

@@ -79,7 +79,11 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if sha256(path) != expected:
+        try:
+            digest = sha256(path)
+        except OSError as error:
+            return f"{name} is unreadable: {error.strerror}"
+        if digest != expected:
             return f"{name} does not match its checksum"
     return None
 
@@ -100,6 +104,9 @@ def seal(folder: Path, known: Mapping[str, str] | None = None) -> None:
         known: checksums, by name, of files that were flushed by those who wrote them.
     """
     checksums = dict(known or {})
+    for name in checksums:
+        if not (folder / name).is_file():
+            raise OSError(f"{folder / name} is not there: run.dir must lie on a file system that all nodes share")
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = str(path.relative_to(folder))
         if name not in checksums:

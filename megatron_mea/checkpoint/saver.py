@@ -21,6 +21,7 @@ from megatron_mea.data.tokenizer import copy_tokenizer
 from megatron_mea.errors import RunError
 
 T = TypeVar("T")
+_CPU = torch.device("cpu")
 _SPARE = 1 << 20
 """Bytes a checkpoint may need beyond its tensors: metadata, tokenizer."""
 
@@ -52,6 +53,7 @@ class Saver:
         self._dir, self._settings, self._tokenizer = run_dir, settings, tokenizer
         self.group, self._lease, self._say = group, lease, say
         self._rank = dist.get_rank(group)
+        self._device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU
         self._buffers: dict[str, torch.Tensor] = {}
         self._thread: threading.Thread | None = None
         self._failure = ""
@@ -101,6 +103,9 @@ class Saver:
         token: list[str | None] = [self._lease.token if self._lease else None]
         scratch = final
         try:
+            if self._device.type == "cuda":
+                # A thread begins on GPU 0, whatever the rank's.
+                torch.cuda.set_device(self._device)
             dist.broadcast_object_list(token, src=0, group=self.group)
             scratch = final.with_name(f".tmp-{final.name}-{token[0]}")
             size = self._write(scratch, final, meta, copies)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from megatron_mea.config import Config
 from megatron_mea.config.layout import Layout
 from megatron_mea.data.corpora import Corpora
 from megatron_mea.errors import RunError, UserError
-from megatron_mea.huggingface.weights import WeightSource
+from megatron_mea.huggingface.weights import WeightSource, open_weights
 from megatron_mea.parallel.parameter import named_specs
 from megatron_mea.training import processes, records
 from megatron_mea.training.build import build_engine
@@ -87,9 +87,15 @@ class _Run:
         if self.rank == 0:
             (self.dir / records.FINISHED).unlink(missing_ok=True)
             for one, why in choice.aside:
-                folder.set_aside(one, why)
+                # A job that was started at the same time may have renamed it.
+                with suppress(FileNotFoundError):
+                    folder.set_aside(one, why)
 
-        anew = choice.source is None and inputs.weights is None
+        self.weights = inputs.weights
+        if choice.source is None and self.weights is None and config.run.init_from is not None:
+            # There were checkpoints, and all of them are damaged.
+            self.weights = open_weights(Path(config.run.init_from), config.model)
+        anew = choice.source is None and self.weights is None
         self.engine = build_engine(config, device, initialized=anew)
         self.grid = self.engine.grid
         self._load(choice.source)
@@ -270,8 +276,8 @@ class _Run:
         if self.meta is not None and source is not None:
             self.validation_loss = self.meta.validation_loss
             read_fragments(source, self.engine.fragments())
-        elif self.inputs.weights is not None:
-            self.inputs.weights.read(self.engine.fragments(moments=False))
+        elif self.weights is not None:
+            self.weights.read(self.engine.fragments(moments=False))
         else:
             return
         self.engine.loaded(updates=self.step)

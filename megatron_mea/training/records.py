@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -155,6 +156,9 @@ def versions() -> dict[str, str]:
     root = Path(__file__).resolve().parents[2]
     if (root / ".git").exists():
         command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-        revision = subprocess.run(command, capture_output=True, text=True, check=False)
-        found["git"] = revision.stdout.strip() or "unknown"
+        found["git"] = "unknown"
+        # The program may be missing, in a container for example.
+        with contextlib.suppress(OSError):
+            revision = subprocess.run(command, capture_output=True, text=True, check=False)
+            found["git"] = revision.stdout.strip() or "unknown"
     return found
