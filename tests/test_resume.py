@@ -112,6 +112,10 @@ def test_going_back_on_purpose(config, whole, refused):
 def test_going_back_without_a_change_repeats_the_run(config, whole):
     run = config.parent / "again"
     shutil.copytree(whole, run)
+    # A line that is none costs itself alone.
+    metrics = run / "metrics.jsonl"
+    first, rest = metrics.read_text().split("\n", 1)
+    metrics.write_text(f"{first}\ngarbage\n{rest}")
     train(config, "again", "run.resume_from=8")
     assert rows(config, "again") == rows(config, "whole")
     assert (run / "FINISHED").exists()

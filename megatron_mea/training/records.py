@@ -55,20 +55,20 @@ class Metrics:
 
 
 def _keep_rows(path: Path, step: int) -> None:
-    """Cuts metrics.jsonl off after the last row of a step up to `step`."""
+    """Leaves the rows of steps up to `step` in metrics.jsonl, byte for byte."""
     if not path.exists():
         return
-    end = 0
-    with path.open("rb") as stream:
-        for line in stream:
-            try:
-                whole = line.endswith(b"\n") and json.loads(line)["step"] <= step
-            except (ValueError, KeyError, TypeError):
-                whole = False
-            if not whole:
-                break
-            end += len(line)
-    os.truncate(path, end)
+    content = path.read_bytes()
+    kept = b"".join(line for line in content.splitlines(keepends=True) if _is_row(line, step))
+    if kept != content:
+        write_atomically(path, kept.decode())
+
+
+def _is_row(line: bytes, step: int) -> bool:
+    try:
+        return line.endswith(b"\n") and json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 class Progress:
