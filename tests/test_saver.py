@@ -140,7 +140,7 @@ def checks_on_this_rank(root: Path) -> None:
 
     patches = [
         (folder, "sha256", broken_disk, "written: rank 1: [Errno 5] Input/output error"),
-        (shutil, "disk_usage", lambda path: usage(path)._replace(free=9), "has 0.000 GB free, and it needs 0.000 GB"),
+        (shutil, "disk_usage", lambda path: usage(path)._replace(free=9), "has 0.000 GB free, and it needs 0.001 GB"),
     ]
     for place, name, broken, reason in patches:
         with pytest.MonkeyPatch.context() as patch:

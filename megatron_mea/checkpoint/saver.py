@@ -130,9 +130,9 @@ class Saver:
     def _open(self, scratch: Path, size: int) -> None:
         self._check_lease()
         scratch.mkdir(parents=True)
-        free = shutil.disk_usage(scratch).free
-        if free < size + _SPARE:
-            raise OSError(f"{scratch.parent} has {free / 1e9:,.3f} GB free, and it needs {size / 1e9:,.3f} GB")
+        free, needed = shutil.disk_usage(scratch).free, size + _SPARE
+        if free < needed:
+            raise OSError(f"{scratch.parent} has {free / 1e9:,.3f} GB free, and it needs {needed / 1e9:,.3f} GB")
 
     def _publish(self, scratch: Path, final: Path, meta: folder.Meta, checksums: dict[str, str]) -> None:
         copy_tokenizer(self._tokenizer, scratch / folder.TOKENIZER)

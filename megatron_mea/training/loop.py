@@ -103,6 +103,8 @@ class _Run:
         tokenizer = Path(config.data.tokenizer)
         self.saver = Saver(self.dir, config.checkpoint, tokenizer, group, self.lease, self.progress.say)
         self.metrics = None
+        # Making and loading the model took a while, and what follows cuts the metrics of whoever has the folder now.
+        self._check_lease()
         if self.rank == 0:
             records.write_config(config, self.dir, self.versions)
             resumed = self.step if choice.source is not None else None
