@@ -20,12 +20,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status: 0 done, 2 the user's input was wrong."""
     arguments = _parser().parse_args(argv)
     try:
-        # `train` saves and stops instead. Elsewhere what was begun is taken back, as on Ctrl-C.
-        signal.signal(signal.SIGTERM, _leave)
+        # `train` saves and stops instead. Elsewhere what was begun is taken back.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _leave)
         arguments.run(arguments)
-    except KeyboardInterrupt:
-        print("megatron-mea: interrupted", file=sys.stderr)
-        return 130
     except (UserError, RunError) as error:
         if _rank() > 0:
             # Mostly every rank finds the same. Rank 0 says it, and the launcher ends the others meanwhile;
@@ -37,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _leave(number: int, frame: object) -> None:
+    # Not KeyboardInterrupt: one that is raised while a string is executed, as dataclasses do on import, makes Python
+    # end by that signal, also when it is caught.
+    print("megatron-mea: interrupted", file=sys.stderr, flush=True)
     sys.exit(128 + number)
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -44,3 +45,18 @@ def test_the_first_signal_is_remembered():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "SIGTERM\n")
+
+
+def test_an_interruption_while_python_executes_a_string_keeps_its_status(tmp_path: Path) -> None:
+    """A module that Python runs with -m ends by the signal where KeyboardInterrupt came out of such a string."""
+    (tmp_path / "command.py").write_text(f"""if True:
+        import argparse, sys
+        from megatron_mea import cli
+        text = "import os; os.kill(os.getpid(), {int(signal.SIGINT)})\\nwhile True: pass"
+        arguments = argparse.Namespace(run=lambda arguments: exec(text))
+        cli._parser = lambda: argparse.Namespace(parse_args=lambda argv: arguments)
+        sys.exit(cli.main())
+    """)
+    command = [sys.executable, "-m", "command"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (130, "megatron-mea: interrupted\n")
