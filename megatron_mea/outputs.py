@@ -1,4 +1,4 @@
-"""Places that commands write to: checked before any work, and left as they were when the work fails."""
+"""Places that commands write to: checked before any work, left as they were when it fails, with one message."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_mea.errors import UserError
+from megatron_mea.errors import RunError, UserError
 
 
 @contextmanager
@@ -38,3 +38,16 @@ def output_place(path: str | Path, folder: bool) -> Iterator[Path]:
             if parent.is_dir() and not any(parent.iterdir()):
                 parent.rmdir()
         raise
+
+
+@contextmanager
+def written(path: Path) -> Iterator[None]:
+    """Makes one message of what the disk refuses.
+
+    Raises:
+        RunError: `path`, and why it cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror or error}") from error

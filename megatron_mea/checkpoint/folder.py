@@ -27,6 +27,8 @@ from megatron_mea.errors import UserError
 
 _NAME = re.compile(r"step_(\d{8,})")
 COMPLETE, META, TOKENIZER = "COMPLETE", "meta.json", "tokenizer"
+SPARE = 1 << 20
+"""Bytes a checkpoint may need beyond its tensors: metadata, tokenizer."""
 
 
 def folder_name(step: int) -> str:
@@ -144,8 +146,10 @@ def retain(run_dir: str | Path, keep: int, keep_every: int | None) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Removes a checkpoint if it is there; cut short, it leaves a scratch folder that the next save removes."""
-    if folder.exists():
+    """Removes a checkpoint if it is there; cut short, it leaves a scratch folder that the next start removes."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
         scratch = folder.with_name(f".tmp-{folder.name}-removed")
         folder.rename(scratch)
         shutil.rmtree(scratch)

@@ -139,5 +139,7 @@ def _data_changes(meta: Meta, fingerprint: list[dict[str, Any]]) -> Iterator[Pro
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
+        if isinstance(value, list):
+            value = dict(enumerate(value))
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat

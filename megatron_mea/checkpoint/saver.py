@@ -22,8 +22,6 @@ from megatron_mea.errors import RunError
 
 T = TypeVar("T")
 _CPU = torch.device("cpu")
-_SPARE = 1 << 20
-"""Bytes a checkpoint may need beyond its tensors: metadata, tokenizer."""
 
 
 class Saver:
@@ -130,7 +128,7 @@ class Saver:
     def _open(self, scratch: Path, size: int) -> None:
         self._check_lease()
         scratch.mkdir(parents=True)
-        free, needed = shutil.disk_usage(scratch).free, size + _SPARE
+        free, needed = shutil.disk_usage(scratch).free, size + folder.SPARE
         if free < needed:
             raise OSError(f"{scratch.parent} has {free / 1e9:,.3f} GB free, and it needs {needed / 1e9:,.3f} GB")
 
@@ -141,7 +139,11 @@ class Saver:
         self._check_lease()
         folder.remove(final)
         folder.publish(scratch, final)
-        folder.retain(self._dir, self._settings.keep, self._settings.keep_every)
+        try:
+            folder.retain(self._dir, self._settings.keep, self._settings.keep_every)
+        except OSError as error:
+            # The new one is whole all the same.
+            self._say(f"warning: a checkpoint beyond checkpoint.keep cannot be removed: {error}")
 
     def _check_lease(self) -> None:
         if self._lease and (other := self._lease.lost_to()):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +22,7 @@ from megatron_mea.config.layout import Layout
 from megatron_mea.data.corpora import Corpora
 from megatron_mea.errors import RunError, UserError
 from megatron_mea.huggingface.weights import WeightSource, open_weights
+from megatron_mea.outputs import written
 from megatron_mea.parallel.parameter import named_specs
 from megatron_mea.training import processes, records
 from megatron_mea.training.build import build_engine
@@ -29,6 +32,10 @@ from megatron_mea.training.ranks import Ranks
 from megatron_mea.training.replicas import check_replicas
 from megatron_mea.training.schedule import learning_rate
 from megatron_mea.training.signals import StopSignal
+
+T = TypeVar("T")
+_SHOWN = 20
+"""Changed keys that are printed: every path of thousands of corpora may have changed."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +58,6 @@ class Inputs:
     changes: list[str]
 
 
-@dataclass(frozen=True)
-class _Found:
-    """(step, folder) of what stands in the run folder, oldest first, and lines to print."""
-
-    existing: list[tuple[int, Path]]
-    notes: list[str]
-
-
 def run(config: Config, inputs: Inputs, stop: StopSignal) -> None:
     """Trains until the last step, or until a rank is asked to stop."""
     if config.training.deterministic:
@@ -78,13 +77,15 @@ class _Run:
         self.versions, self.data = records.versions(), inputs.train.fingerprint()
         self.validation_loss: float | None = None
         self.waiting = Waiting()
-        self.lease, found = self._take_lease()
-        choice = choose(found.existing, inputs.back_to, self._damage)
+        self.lease: Lease | None = None
+        choice, notes = self._choose()
         self.meta = folder.Meta.read(choice.source) if choice.source else None
         self.step = self.meta.step if self.meta else 0
         self.progress = records.Progress(config, self.rank, self.step)
-        self._say_start(device, choice, found.notes)
+        self._say_start(device, choice, notes)
+        self._check_lease()
         if self.rank == 0:
+            folder.remove_leftovers(self.dir)
             (self.dir / records.FINISHED).unlink(missing_ok=True)
             for one, why in choice.aside:
                 # A job that was started at the same time may have renamed it.
@@ -106,9 +107,10 @@ class _Run:
         # Making and loading the model took a while, and what follows cuts the metrics of whoever has the folder now.
         self._check_lease()
         if self.rank == 0:
-            records.write_config(config, self.dir, self.versions)
             resumed = self.step if choice.source is not None else None
-            self.metrics = records.Metrics(self.dir, resumed, config.logging.tensorboard)
+            with written(self.dir):
+                records.write_config(config, self.dir, self.versions)
+                self.metrics = records.Metrics(self.dir, resumed, config.logging.tensorboard)
 
     def train(self, stop: StopSignal) -> None:
         config, validates = self.config, self.inputs.validation is not None
@@ -159,31 +161,45 @@ class _Run:
             self.progress.say(f"asked to stop: saved step {self.step}; the same command goes on from here")
         else:
             if self.rank == 0:
-                records.write_finished(self.dir, self.step)
+                with written(self.dir / records.FINISHED):
+                    records.write_finished(self.dir, self.step)
             self.progress.say(f"finished at step {self.step}: {self.dir}")
-        if self.metrics is not None:
-            self.metrics.close()
-        if self.lease is not None:
-            self.lease.end()
+        with written(self.dir):
+            if self.metrics is not None:
+                self.metrics.close()
+            if self.lease is not None:
+                self.lease.end()
         dist.barrier()
 
-    def _take_lease(self) -> tuple[Lease | None, _Found]:
-        """Rank 0 makes the run folder its own, and says what all ranks find there."""
-        lease, found = None, [None]
+    def _choose(self) -> tuple[Choice, list[str]]:
+        """Chooses what to go on from, then takes the lease: a start that is refused must not stop a job that runs."""
+        back_to, existing = self._of_first(lambda: (self.inputs.back_to, folder.all_checkpoints(self.dir)))
+        choice = choose(existing, back_to, self._damage)
+        notes, later = self._of_first(lambda: (self._take_lease(), folder.all_checkpoints(self.dir)))
+        if later != existing:
+            # The job that had the folder has saved meanwhile.
+            choice = choose(later, back_to, self._damage)
+        return choice, notes
+
+    def _take_lease(self) -> list[str]:
+        """Makes the run folder this job's own; returns lines to print."""
+        self.dir.mkdir(parents=True, exist_ok=True)
+        self.lease = Lease(self.dir)
+        other = self.lease.take()
+        return [f"{other} may still be writing {self.dir}: it is made to stop"] if other else []
+
+    def _of_first(self, work: Callable[[], T]) -> T:
+        """What `work` returns on rank 0; where the run folder cannot be written, all ranks raise UserError."""
+        found: list[Any] = [None]
         if self.rank == 0:
             try:
-                self.dir.mkdir(parents=True, exist_ok=True)
-                lease = Lease(self.dir)
-                other = lease.take()
-                notes = [f"{other} may still be writing {self.dir}: it is made to stop"] if other else []
-                folder.remove_leftovers(self.dir)
-                found = [_Found(folder.all_checkpoints(self.dir), notes)]
+                found = [work()]
             except OSError as error:
                 found = [UserError("run.dir", f"{self.dir}: {error.strerror}", "a folder that can be written")]
         dist.broadcast_object_list(found)
         if isinstance(found[0], UserError):
             raise found[0]
-        return lease, found[0]
+        return found[0]
 
     def _damage(self, checkpoint: Path) -> str | None:
         """What is wrong with a checkpoint; the ranks read it together."""
@@ -216,7 +232,8 @@ class _Run:
             say(f"warning: {line}")
         if choice.source is not None:
             say(f"resuming from {choice.source}")
-            for line in self.inputs.changes:
+            changes, more = self.inputs.changes[:_SHOWN], len(self.inputs.changes) - _SHOWN
+            for line in [*changes, *([f"{more} more keys"] if more > 0 else [])]:
                 say(f"changed since then: {line}")
 
     def _record(self, row: dict) -> None:
@@ -229,7 +246,8 @@ class _Run:
             more = records.hlc_statistics({name: self.engine.weight(name).cpu() for name in names})
             more = self._of_all_stages(more)
         if self.metrics is not None and not self.lease.lost_to():
-            self.metrics.write(row, more)
+            with written(self.dir / "metrics.jsonl"):
+                self.metrics.write(row, more)
 
     def _all_hashes(self, data: StepData) -> list[str]:
         """Of every sample of the global batch, in its order."""

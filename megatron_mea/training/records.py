@@ -33,10 +33,15 @@ class Metrics:
         _keep_rows(path, -1 if step is None else step)
         self._file = path.open("a", encoding="utf-8")
         self._board = None
-        if tensorboard:
+        board = run_dir / "tensorboard"
+        if tensorboard or board.exists():
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(run_dir / "tensorboard", purge_step=0 if step is None else step + 1)
+            self._board = SummaryWriter(board, purge_step=0 if step is None else step + 1)
+            if not tensorboard:
+                # What was purged stays so when it is written again one day.
+                self._board.close()
+                self._board = None
 
     def write(self, row: Mapping[str, Any], more: Mapping[str, float] | None = None) -> None:
         """One row, flushed to disk; `more` are scalars for TensorBoard alone."""

@@ -9,11 +9,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_mea.checkpoint.folder import Meta, checkpoints_of, description_is_whole
+from megatron_mea.checkpoint.folder import SPARE, Meta, checkpoints_of, description_is_whole
 from megatron_mea.checkpoint.resume import check_resume, step_to_go_back_to
 from megatron_mea.config import Config
 from megatron_mea.config.checks import handicaps
 from megatron_mea.config.layout import Layout, check_layout
+from megatron_mea.config.schema import Model
 from megatron_mea.data.corpora import Corpora
 from megatron_mea.data.tokenizer import check_tokenizer_folder, load_tokenizer
 from megatron_mea.errors import UserError
@@ -35,8 +36,9 @@ def train(config: Config, stop: StopSignal) -> None:
     ranks = Ranks.from_environment()
     layout = check_layout(config, ranks.world_size)
     run_dir = Path(config.run.dir)
-    if run_dir.exists() and not run_dir.is_dir():
-        raise UserError("run.dir", f"{run_dir}, which is a file", "a folder, or a name that is free")
+    for place in (run_dir, run_dir / "checkpoints"):
+        if place.exists() and not place.is_dir():
+            raise UserError("run.dir", f"{place}, which is a file", "a folder, or a name that is free")
     existing = whole_descriptions(run_dir)
     back_to = step_to_go_back_to(config.run.resume_from, existing)
     finished = finished_step(run_dir)
@@ -78,6 +80,9 @@ def check_inputs(
         validation = Corpora(data.validation, data.seq_length, vocab, None, "data.validation", mask)
         validation.require(evaluation.batches * batch, evaluation.batches, batch)
     warnings = handicaps(config, layout)
+    if config.run.resume_from != "newest" and back_to is None:
+        step = config.run.resume_from
+        warnings.append(f"this run has gone back to step {step} before (run.resume_from), and goes on from its newest")
     changes: list[str] = []
     weights = None
     if existing:
@@ -105,7 +110,7 @@ def check_space(config: Config, existing: int) -> list[str]:
     place = Path(config.run.dir).absolute()
     while not place.exists():
         place = place.parent
-    free, size = shutil.disk_usage(place).free, 3 * 4 * sum(map(math.prod, parameter_shapes(config.model).values()))
+    free, size = shutil.disk_usage(place).free, checkpoint_bytes(config.model)
     allowed = f"{size / 1e9:,.3f} GB for a checkpoint (12 bytes a parameter)"
     if free < size:
         raise UserError("run.dir", f"{config.run.dir}, where {free / 1e9:,.3f} GB are free", f"at least {allowed}")
@@ -113,6 +118,11 @@ def check_space(config: Config, existing: int) -> list[str]:
     if free < missing * size:
         return [f"run.dir has {free / 1e9:,.3f} GB free, and checkpoint.keep needs {missing} times {allowed}"]
     return []
+
+
+def checkpoint_bytes(model: Model) -> int:
+    """Of one checkpoint: float32 weights and both moments, and what comes with them."""
+    return 3 * 4 * sum(map(math.prod, parameter_shapes(model).values())) + SPARE
 
 
 def whole_descriptions(run_dir: Path) -> list[tuple[int, Path]]:
