@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 from megatron_mea import __version__
 from megatron_mea.errors import RunError, UserError
+from megatron_mea.failures import lost_others, note_failure
 
 MODEL_HELP = "a checkpoint folder, a run folder (its newest checkpoint) or a Hugging Face folder"
 
@@ -24,14 +25,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _leave)
         arguments.run(arguments)
-    except (UserError, RunError) as error:
-        if _rank() > 0:
-            # Mostly every rank finds the same. Rank 0 says it, and the launcher ends the others meanwhile;
-            # what only this rank sees must still be said.
-            time.sleep(3)
-        _say(error)
-        return 2 if isinstance(error, UserError) else 1
+    except Exception as error:
+        return _failed(error)
     return 0
+
+
+def _failed(error: Exception) -> int:
+    """Says what went wrong, and returns the exit status; raises what is nobody's mistake."""
+    status = 2 if isinstance(error, UserError) else 1
+    lost = lost_others(error)
+    if not lost:
+        note_failure(status, error)
+        if not isinstance(error, (UserError, RunError)):
+            raise error
+    if lost or _rank() > 0:
+        # Mostly every rank finds the same. Rank 0 says it, and the launcher ends the others meanwhile;
+        # what only this rank sees must still be said.
+        time.sleep(3)
+    if lost:
+        error = RunError(f"another process or its network is gone: {str(error).strip().partition(chr(10))[0]}")
+    _say(error)
+    return status
 
 
 def _leave(number: int, frame: object) -> None:

@@ -48,10 +48,10 @@ def interrupt(config: Path, name: str, step: int, number: int, *overrides: str, 
 
 
 def rows(config: Path, name: str) -> list[dict]:
-    """The metrics without the one field that no two runs share."""
+    """The metrics without the fields that no two runs share: times."""
     lines = (config.parent / name / "metrics.jsonl").read_text().splitlines()
     found = [json.loads(line) for line in lines]
     for row in found:
-        row.pop("tokens_per_second", None)
-        row.pop("data_wait_seconds", None)
+        for key in [key for key in row if "second" in key]:
+            del row[key]
     return found

@@ -54,12 +54,14 @@ class Saver:
         self._device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU
         self._buffers: dict[str, torch.Tensor] = {}
         self._thread: threading.Thread | None = None
-        self._failure = ""
+        self._failure: RunError | None = None
+        self.seconds: float | None = None
+        """How long the last checkpoint took, from its copy to its name."""
 
     @property
     def failed(self) -> bool:
         """Whether a checkpoint could not be written; the same on all ranks, though not at the same moment."""
-        return bool(self._failure)
+        return self._failure is not None
 
     def save(self, meta: folder.Meta, fragments: Iterable[Fragment]) -> None:
         """Saves a checkpoint, after the one before; returns when it is copied, or written without `async_save`.
@@ -86,8 +88,8 @@ class Saver:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if self._failure:
-            raise RunError(self._failure)
+        if self._failure is not None:
+            raise self._failure
 
     def _buffer(self, fragment: Fragment) -> torch.Tensor:
         """Memory of the host that is kept for the next save."""
@@ -108,11 +110,13 @@ class Saver:
             scratch = final.with_name(f".tmp-{final.name}-{token[0]}")
             size = self._write(scratch, final, meta, copies)
         except (Exception, CheckpointException) as error:
-            self._failure = f"the checkpoint of step {meta.step} could not be written: {_reason(error)}"
+            self._failure = RunError(f"the checkpoint of step {meta.step} could not be written: {_reason(error)}")
+            self._failure.__cause__ = error
             if self._rank == 0 and scratch != final:
                 shutil.rmtree(scratch, ignore_errors=True)
             return
-        self._say(f"saved step {meta.step}: {size / 1e6:,.1f} MB in {time.monotonic() - began:.1f} s")
+        self.seconds = time.monotonic() - began
+        self._say(f"saved step {meta.step}: {size / 1e6:,.1f} MB in {self.seconds:.1f} s")
 
     def _write(self, scratch: Path, final: Path, meta: folder.Meta, copies: list[Fragment]) -> int:
         """Writes beside and publishes; returns the bytes of all ranks' tensors."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +28,12 @@ from megatron_mea.training import processes, records
 from megatron_mea.training.build import build_engine
 from megatron_mea.training.engine import NonFiniteError
 from megatron_mea.training.loader import ReadAhead, StepData, Waiting, training_steps, validation_batches
+from megatron_mea.training.pace import Pace
 from megatron_mea.training.ranks import Ranks
 from megatron_mea.training.replicas import check_replicas
 from megatron_mea.training.schedule import learning_rate
 from megatron_mea.training.signals import StopSignal
+from megatron_mea.training.watchdog import Watchdog
 
 T = TypeVar("T")
 _SHOWN = 20
@@ -66,7 +68,9 @@ def run(config: Config, inputs: Inputs, stop: StopSignal) -> None:
         torch.use_deterministic_algorithms(True)
     device = processes.start_distributed(inputs.ranks)
     # Not where this fails: leaving a group may wait for the others, or end them before this rank has said why.
-    _Run(config, inputs, device).train(stop)
+    training = _Run(config, inputs, device)
+    with closing(training.watchdog):
+        training.train(stop)
     processes.stop_distributed()
 
 
@@ -103,7 +107,8 @@ class _Run:
         group = processes.writers_group()
         tokenizer = Path(config.data.tokenizer)
         self.saver = Saver(self.dir, config.checkpoint, tokenizer, group, self.lease, self.progress.say)
-        self.metrics = None
+        self.metrics, self.heartbeat = None, None
+        self.pace = Pace(self.engine.model, self.grid, device)
         # Making and loading the model took a while, and what follows cuts the metrics of whoever has the folder now.
         self._check_lease()
         if self.rank == 0:
@@ -111,6 +116,8 @@ class _Run:
             with written(self.dir):
                 records.write_config(config, self.dir, self.versions)
                 self.metrics = records.Metrics(self.dir, resumed, config.logging.tensorboard)
+            self.heartbeat = records.Heartbeat(self.dir)
+        self.watchdog = Watchdog(self.rank, processes.START_MINUTES)
 
     def train(self, stop: StopSignal) -> None:
         config, validates = self.config, self.inputs.validation is not None
@@ -124,7 +131,9 @@ class _Run:
                 result = self.engine.train_step(data.batches, data.targets, lr, self._wants_to_stop(stop))
             except NonFiniteError as error:
                 raise NonFiniteError(self._explain(error, data)) from None
+            self.watchdog.mark()
             if step == self.progress.first_step + 1:
+                self.watchdog.minutes = config.parallel.timeout_minutes
                 processes.shorten_timeouts(config.parallel.timeout_minutes, but=self.saver.group)
             self.step, last = step, step == config.steps
             row = {
@@ -146,17 +155,24 @@ class _Run:
                 if validating:
                     row["validation_loss"] = self._validate()
                 row["data_wait_seconds"] = self.waiting.largest(self.engine.device)
-                self._record(row)
+                spread, outliers = self.pace.report()
+                self._record(row | spread)
+                for line in outliers:
+                    self.progress.say(f"warning: {line}")
             if result.stop:
                 self._check_lease()
             if saving:
-                self.saver.save(self._meta(), self.engine.fragments(owned=True))
+                with self.watchdog.paused():
+                    self.saver.save(self._meta(), self.engine.fragments(owned=True))
+            self._beat(row, now=saving)
             if logging or saving:
                 self.progress.mark(step)
             if result.stop and not last:
                 break
         loader.close()
-        self.saver.wait()
+        with self.watchdog.paused():
+            self.saver.wait()
+        self._beat(row={}, now=True)
         if self.step < config.steps:
             self.progress.say(f"asked to stop: saved step {self.step}; the same command goes on from here")
         else:
@@ -170,6 +186,12 @@ class _Run:
             if self.lease is not None:
                 self.lease.end()
         dist.barrier()
+
+    def _beat(self, row: dict, now: bool) -> None:
+        if self.heartbeat is not None:
+            facts = {"steps": self.config.steps, "save_seconds": self.saver.seconds}
+            facts |= {key: row[key] for key in ("loss", "tokens_per_second") if key in row}
+            self.heartbeat.beat(self.step, facts, now)
 
     def _choose(self) -> tuple[Choice, list[str]]:
         """Chooses what to go on from, then takes the lease: a start that is refused must not stop a job that runs."""
@@ -271,8 +293,14 @@ class _Run:
         count = self.config.evaluation.batches * self.engine.accumulation
         batches = validation_batches(corpora, self.config, self.grid)
         with closing(ReadAhead(batches, self.waiting)) as ahead:
-            self.validation_loss = self.engine.evaluate(iter(ahead), count)
+            self.validation_loss = self.engine.evaluate(self._marked(ahead), count)
         return self.validation_loss
+
+    def _marked(self, batches: Iterable[T]) -> Iterator[T]:
+        """All of them may take longer than one of them may."""
+        for batch in batches:
+            self.watchdog.mark()
+            yield batch
 
     def _meta(self) -> folder.Meta:
         layout = self.inputs.layout

@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import os
+import socket
 import warnings
 from datetime import timedelta
 from typing import Any
@@ -18,11 +19,36 @@ from megatron_mea.errors import UserError
 from megatron_mea.parallel.grid import Grid, TensorGroup
 from megatron_mea.training.ranks import Ranks
 
+START_MINUTES = 30.0
+"""Patience of collectives and of the watchdog until the first step has warmed everything."""
+_LATER = 1.0
+"""Minutes by which a collective gives up later than the watchdog, which says more."""
+
+
+def choose_device(ranks: Ranks) -> torch.device:
+    """The device of this rank: a GPU where torch can use one.
+
+    Raises:
+        UserError: the node has fewer GPUs than ranks; or torch is made for GPUs and finds none in a job that has asked
+            for some, since training would be slow without a word.
+    """
+    if not torch.cuda.is_available():
+        if torch.version.cuda and any(os.environ.get(key) for key in ("SLURM_GPUS_ON_NODE", "SLURM_JOB_GPUS")):
+            found = f"no GPU that torch {torch.__version__} can use on {socket.gethostname()}, in a job that has some"
+            raise UserError("environment", found, "as many GPUs as ranks on every node", "look at nvidia-smi there")
+        return torch.device("cpu")
+    visible = torch.cuda.device_count()
+    # A scheduler may show each rank its own GPU only, which then is number 0.
+    if ranks.local_rank >= visible > 1:
+        raise UserError("environment", f"LOCAL_RANK={ranks.local_rank} with {visible} GPUs", "a GPU for each rank")
+    return torch.device("cuda", ranks.local_rank if visible > 1 else 0)
+
 
 def start_distributed(ranks: Ranks) -> torch.device:
     """Joins the process group (NCCL on GPUs, gloo elsewhere) and returns this rank's device."""
+    device = choose_device(ranks)
     ranks.export()
-    cuda = torch.cuda.is_available()
+    cuda = device.type == "cuda"
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # DeepSpeed announces its defaults on every rank, and uses names that torch has deprecated.
@@ -33,13 +59,7 @@ def start_distributed(ranks: Ranks) -> torch.device:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
-    device = torch.device("cpu")
     if cuda:
-        visible = torch.cuda.device_count()
-        # A scheduler may show each rank its own GPU only, which then is number 0.
-        if ranks.local_rank >= visible > 1:
-            raise UserError("environment", f"LOCAL_RANK={ranks.local_rank} with {visible} GPUs", "a GPU for each rank")
-        device = torch.device("cuda", ranks.local_rank if visible > 1 else 0)
         torch.cuda.set_device(device)
         # DeepSpeed takes it for the number of the device.
         os.environ["LOCAL_RANK"] = str(device.index)
@@ -49,7 +69,7 @@ def start_distributed(ranks: Ranks) -> torch.device:
         dist_backend="nccl" if cuda else "gloo",
         auto_mpi_discovery=False,
         verbose=False,
-        timeout=timedelta(minutes=30),
+        timeout=timedelta(minutes=START_MINUTES),
         distributed_port=ranks.master_port,
     )
     return device
@@ -87,13 +107,14 @@ def shorten_timeouts(minutes: float, but: Any) -> None:
     """Sets the time after which a collective gives up; long only until the first step has warmed everything.
 
     Args:
+        minutes: of the watchdog, which is to speak first.
         but: a process group that keeps its own.
     """
     from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
     for group in list(_world.pg_map):
         if group is not but:
-            _set_pg_timeout(timedelta(minutes=minutes), group)
+            _set_pg_timeout(timedelta(minutes=minutes + _LATER), group)
 
 
 def stop_distributed() -> None:

@@ -19,6 +19,9 @@ from megatron_mea.checkpoint.folder import flush
 from megatron_mea.config import Config, dump_config
 
 FINISHED = "FINISHED"
+HEARTBEAT = "heartbeat.json"
+_BEAT = 5.0
+"""Seconds between two heartbeats at least."""
 
 
 class Metrics:
@@ -57,6 +60,28 @@ class Metrics:
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+class Heartbeat:
+    """A small file that is replaced as the run goes on, for those who watch it from outside; for rank 0."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path, self._last = run_dir / HEARTBEAT, 0.0
+        self._facts: dict[str, Any] = {}
+
+    def beat(self, step: int, facts: Mapping[str, Any], now: bool = False) -> None:
+        """Writes step, time and the newest `facts`, unless it has just been written; `now`: in any case."""
+        self._facts |= facts
+        if not now and time.monotonic() - self._last < _BEAT:
+            return
+        self._last = time.monotonic()
+        job = {"job": os.environ["SLURM_JOB_ID"]} if "SLURM_JOB_ID" in os.environ else {}
+        beat = {"step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **self._facts, **job}
+        scratch = self._path.with_name(f".{self._path.name}.tmp")
+        # A full disk is told by what matters more.
+        with contextlib.suppress(OSError):
+            scratch.write_text(json.dumps(beat) + "\n")
+            scratch.replace(self._path)
 
 
 def _keep_rows(path: Path, step: int) -> None:
