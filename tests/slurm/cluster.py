@@ -86,8 +86,8 @@ class Cluster:
     """Nodes `node1` to `nodeN`, each with 96 CPUs, 1 TB and 8 GPUs that it only claims to have.
 
     Partitions: `train` (the default), `urgent` (takes nodes from the others, whose jobs have 20 seconds to save and
-    are requeued if they have not ended by then) and `short` (at most 5 minutes). To be used as root, from the main thread:
-    the daemons end with it.
+    are requeued if they have not ended by then) and `short` (at most 5 minutes). To be used as root, from
+    the main thread: the daemons end with it.
 
     Attributes:
         names: of the nodes.
