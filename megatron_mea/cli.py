@@ -7,45 +7,38 @@ import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Sequence
 
 from megatron_mea import __version__
-from megatron_mea.errors import RunError, UserError
-from megatron_mea.failures import lost_others, note_failure
+from megatron_mea.errors import UserError
+from megatron_mea.failures import exit_status
 
+_SUBMITTING = ("submit", "sweep")
+"""Verbs that hand what stands behind -- to sbatch."""
 MODEL_HELP = "a checkpoint folder, a run folder (its newest checkpoint) or a Hugging Face folder"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status: 0 done, 2 the user's input was wrong."""
-    arguments = _parser().parse_args(argv)
-    try:
-        # `train` saves and stops instead. Elsewhere what was begun is taken back.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, _leave)
-        arguments.run(arguments)
-    except Exception as error:
-        return _failed(error)
-    return 0
+    arguments = _parse(sys.argv[1:] if argv is None else list(argv))
+    # `train` saves and stops instead. Elsewhere what was begun is taken back.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _leave)
+    return exit_status(lambda: arguments.run(arguments))
 
 
-def _failed(error: Exception) -> int:
-    """Says what went wrong, and returns the exit status; raises what is nobody's mistake."""
-    status = 2 if isinstance(error, UserError) else 1
-    lost = lost_others(error)
-    if not lost:
-        note_failure(status, error)
-        if not isinstance(error, (UserError, RunError)):
-            raise error
-    if lost or _rank() > 0:
-        # Mostly every rank finds the same. Rank 0 says it, and the launcher ends the others meanwhile;
-        # what only this rank sees must still be said.
-        time.sleep(3)
-    if lost:
-        error = RunError(f"another process or its network is gone: {str(error).strip().partition(chr(10))[0]}")
-    _say(error)
-    return status
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser, options = _parser(), []
+    if "--" in argv and argv[0] in _SUBMITTING:
+        argv, options = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
+    arguments, more = parser.parse_known_args(argv)
+    # argparse takes no overrides behind an option.
+    if more and (not hasattr(arguments, "overrides") or any("=" not in one or one[0] == "-" for one in more)):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:
+        arguments.overrides += more
+    arguments.sbatch_options = options
+    return arguments
 
 
 def _leave(number: int, frame: object) -> None:
@@ -53,16 +46,6 @@ def _leave(number: int, frame: object) -> None:
     # end by that signal, also when it is caught.
     print("megatron-mea: interrupted", file=sys.stderr, flush=True)
     sys.exit(128 + number)
-
-
-def _rank() -> int:
-    value = os.environ.get("RANK", "")
-    return int(value) if value.isdecimal() else 0
-
-
-def _say(error: Exception) -> None:
-    prefix = f"rank {_rank()}: " if _rank() else ""
-    print(f"megatron-mea: {prefix}{error}", file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -89,6 +72,16 @@ def _parser() -> argparse.ArgumentParser:
     def configuration(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("config", metavar="CONFIG", help="a YAML file")
         sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted keys of the YAML and new values")
+
+    def resources(sub: argparse.ArgumentParser) -> None:
+        sub.usage = f"megatron-mea {sub.prog.split()[-1]} CONFIG [KEY=VALUE ...] [options] [-- SBATCH_OPTION ...]"
+        sub.add_argument("--nodes", type=int, required=True, metavar="N")
+        sub.add_argument("--gpus-per-node", type=int, required=True, metavar="G", help="processes a node, one a GPU")
+        sub.add_argument(
+            "--time", required=True, metavar="T", help="limit of a job, H:M:S or D-H:M:S; it goes on after"
+        )
+        chain = "jobs in a row, for clusters that forbid to requeue (default: one job that requeues itself)"
+        sub.add_argument("--chain", type=int, default=1, metavar="JOBS", help=chain)
 
     sources = "text: .txt, .jsonl(.gz, .zst), .parquet, a folder of those or of `datasets`, or a hub NAME[:CONFIG]"
 
@@ -135,6 +128,16 @@ def _parser() -> argparse.ArgumentParser:
     configuration(sub)
     sub.add_argument("--world-size", type=int, metavar="N", help="processes (default: one copy of the model)")
     sub.add_argument("--json", action="store_true", help="for machines: bytes, counts and FLOPs")
+
+    sub = verb(
+        "submit",
+        _submit,
+        "check everything, and submit a SLURM job that trains, requeues and resumes by itself",
+        "my.yaml optimizer.lr=1e-3 --nodes 2 --gpus-per-node 8 --time 24:00:00 -- --qos=high",
+    )
+    configuration(sub)
+    resources(sub)
+    sub.add_argument("--dry-run", action="store_true", help="print the script instead")
 
     sub = verb("inspect", _inspect, "show a checkpoint and verify it", "runs/quickstart/run/checkpoints/step_00000500")
     sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint folder, or a run folder (its newest)")
@@ -217,6 +220,17 @@ def _plan(arguments: argparse.Namespace) -> None:
 
     plan = make_plan(config, arguments.world_size)
     print(json.dumps(as_json(plan), indent=2) if arguments.json else as_text(plan))
+
+
+def _submit(arguments: argparse.Namespace) -> None:
+    from megatron_mea.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+
+    from megatron_mea.cluster.submit import Resources, submit
+
+    given = arguments.nodes, arguments.gpus_per_node, arguments.time, arguments.chain, tuple(arguments.sbatch_options)
+    print(submit(config, Resources(*given), arguments.dry_run))
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

@@ -31,6 +31,10 @@ class RunError(RuntimeError):
     """Ends a command with one message and exit status 1: something failed that is not the user's input."""
 
 
+class MachineError(RunError):
+    """A node, a GPU or a network that does not do what it must: the same work may succeed on another one."""
+
+
 class UserError(Exception):
     """Ends a command with one message on stderr and exit status 2, without a traceback."""
 

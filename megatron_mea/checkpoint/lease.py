@@ -15,6 +15,12 @@ _PATIENCE = 1.0
 """Seconds between two looks at the file."""
 
 
+def holder(run_dir: Path) -> str | None:
+    """The job that has a run folder and has not said that it has ended, in words."""
+    found = Lease(run_dir).read()
+    return None if found is None or found.get("ended") or _is_dead(found) else _in_words(found)
+
+
 class Lease:
     """The right to write into a run folder, for rank 0 of a job: a file that names the job.
 
@@ -30,7 +36,7 @@ class Lease:
 
     def take(self) -> str | None:
         """Takes the lease; returns the job that may still be writing, in words."""
-        earlier = self._read()
+        earlier = self.read()
         self._write({"ended": False})
         if earlier is None or earlier.get("ended") or _is_dead(earlier):
             return None
@@ -45,7 +51,7 @@ class Lease:
         if self._lost_to or not (now or time.monotonic() - self._looked > _PATIENCE):
             return self._lost_to
         self._looked = time.monotonic()
-        found = self._read()
+        found = self.read()
         if found is not None and found["token"] != self.token:
             self._lost_to = _in_words(found)
         return self._lost_to
@@ -55,7 +61,8 @@ class Lease:
         if not self.lost_to():
             self._write({"ended": True})
 
-    def _read(self) -> dict[str, Any] | None:
+    def read(self) -> dict[str, Any] | None:
+        """What the file says, whoever has written it."""
         try:
             found = json.loads(self._path.read_text())
         except (OSError, ValueError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,6 +36,45 @@ def train(config: Config, stop: StopSignal) -> None:
     """
     ranks = Ranks.from_environment()
     layout = check_layout(config, ranks.world_size)
+    before = look_at(config)
+    if before.finished is not None:
+        if ranks.rank == 0:
+            print(f"{config.run.dir} is finished at step {before.finished}; raise training.steps to go on", flush=True)
+        return
+    if find_spec("deepspeed") is None:
+        raise UserError(
+            "environment", "no deepspeed", "deepspeed 0.19.8: training needs it", "pip install deepspeed==0.19.8"
+        )
+    inputs = check_inputs(config, ranks, layout, before)
+
+    from megatron_mea.training.loop import run
+
+    run(config, inputs, stop)
+
+
+@dataclass(frozen=True)
+class Before:
+    """What stands in a run folder before a start.
+
+    Args:
+        existing: (step, folder) of the checkpoints, oldest first.
+        back_to: the step of the one that `run.resume_from` asks for; None for the newest.
+        finished: the last step, where nothing is left to do.
+    """
+
+    existing: list[tuple[int, Path]]
+    back_to: int | None
+    finished: int | None
+
+    @property
+    def source(self) -> tuple[int, Path] | None:
+        """The checkpoint that the run goes on from, unless it turns out to be damaged."""
+        wanted = (each for each in reversed(self.existing) if self.back_to in (None, each[0]))
+        return next(wanted, None)
+
+
+def look_at(config: Config) -> Before:
+    """Raises UserError where the run folder is none, has no step to go back to, or is finished with other settings."""
     run_dir = Path(config.run.dir)
     for place in (run_dir, run_dir / "checkpoints"):
         if place.exists() and not place.is_dir():
@@ -42,32 +82,15 @@ def train(config: Config, stop: StopSignal) -> None:
     existing = whole_descriptions(run_dir)
     back_to = step_to_go_back_to(config.run.resume_from, existing)
     finished = finished_step(run_dir)
-    if finished is not None and finished >= config.steps and back_to is None:
-        for _, folder in existing[-1:]:
-            check_resume(Meta.read(folder), config, None)
-        if ranks.rank == 0:
-            print(f"{run_dir} is finished at step {finished}; raise training.steps to go on", flush=True)
-        return
-    if find_spec("deepspeed") is None:
-        raise UserError(
-            "environment", "no deepspeed", "deepspeed 0.19.8: training needs it", "pip install deepspeed==0.19.8"
-        )
-    inputs = check_inputs(config, ranks, layout, existing, back_to)
-
-    from megatron_mea.training.loop import run
-
-    run(config, inputs, stop)
+    if finished is None or finished < config.steps or back_to is not None:
+        return Before(existing, back_to, None)
+    for _, folder in existing[-1:]:
+        check_resume(Meta.read(folder), config, None)
+    return Before(existing, back_to, finished)
 
 
-def check_inputs(
-    config: Config, ranks: Ranks, layout: Layout, existing: list[tuple[int, Path]], back_to: int | None
-) -> Inputs:
-    """Opens data, tokenizer and weights, and compares with the checkpoint that the run goes on from; writes nothing.
-
-    Args:
-        existing: (step, folder) of the run's checkpoints, oldest first.
-        back_to: the step of the one to go on from; None for the newest.
-    """
+def check_inputs(config: Config, ranks: Ranks, layout: Layout, before: Before) -> Inputs:
+    """Opens data, tokenizer and weights, and compares with the checkpoint that the run goes on from; writes nothing."""
     data, evaluation = config.data, config.evaluation
     check_tokenizer_folder(data.tokenizer, "data.tokenizer")
     vocab = config.model.vocab_size
@@ -80,25 +103,24 @@ def check_inputs(
         validation = Corpora(data.validation, data.seq_length, vocab, None, "data.validation", mask)
         validation.require(evaluation.batches * batch, evaluation.batches, batch)
     warnings = handicaps(config, layout)
-    if config.run.resume_from != "newest" and back_to is None:
+    if config.run.resume_from != "newest" and before.back_to is None:
         step = config.run.resume_from
         warnings.append(f"this run has gone back to step {step} before (run.resume_from), and goes on from its newest")
     changes: list[str] = []
     weights = None
-    if existing:
-        source = next(folder for step, folder in reversed(existing) if back_to in (None, step))
-        changes = check_resume(Meta.read(source), config, train.fingerprint())
+    if before.source is not None:
+        changes = check_resume(Meta.read(before.source[1]), config, train.fingerprint())
     elif config.run.init_from is not None:
         weights = open_weights(Path(config.run.init_from), config.model, ranks.rank, ranks.world_size)
         warnings += weights.warnings
     size = len(load_tokenizer(data.tokenizer))
     if size > vocab:
         raise UserError("model.vocab_size", vocab, f"at least the {size} ids of data.tokenizer = {data.tokenizer}")
-    warnings += check_space(config, len(existing))
+    warnings += check_space(config, len(before.existing))
 
     from megatron_mea.training.loop import Inputs
 
-    return Inputs(ranks, layout, train, validation, weights, back_to, warnings, changes)
+    return Inputs(ranks, layout, train, validation, weights, before.back_to, warnings, changes)
 
 
 def check_space(config: Config, existing: int) -> list[str]:

@@ -1,0 +1,135 @@
+"""What SLURM says and does: its commands, as far as a submission needs them (tested with 22.05)."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_mea.errors import RunError, UserError
+
+_PROGRAMS = ("sbatch", "scontrol", "squeue", "sinfo")
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A part of the cluster; `cpus` and `gpus` of its smallest node, `limit` in seconds (None: unlimited)."""
+
+    name: str
+    is_default: bool
+    limit: int | None
+    nodes: int
+    cpus: int
+    gpus: int
+
+
+@dataclass(frozen=True)
+class Job:
+    id: str
+    state: str
+    script: str
+
+
+def is_installed() -> bool:
+    return all(shutil.which(program) for program in _PROGRAMS)
+
+
+def check_answers() -> None:
+    """Raises UserError where this is no machine of a cluster, or its scheduler is down."""
+    if missing := [program for program in _PROGRAMS if not shutil.which(program)]:
+        raise UserError("environment", f"no {', '.join(missing)}", "a login node of a SLURM cluster")
+    found = _run("scontrol", "ping")
+    if " UP" not in found:
+        raise UserError("environment", f"scontrol ping: {found.strip()}", "a SLURM controller that is UP")
+
+
+def partitions() -> dict[str, Partition]:
+    """By name; each appears once, whatever nodes it has."""
+    found: dict[str, Partition] = {}
+    for line in _run("sinfo", "--noheader", "--Node", "--format=%P|%l|%c|%G").splitlines():
+        name, limit, cpus, gres = line.strip().split("|")
+        gpus = sum(int(count) for count in re.findall(r"\bgpu:(?:[^,(]*:)?(\d+)", gres))
+        key = name.rstrip("*")
+        before = found.get(key)
+        found[key] = Partition(
+            key,
+            name.endswith("*"),
+            None if limit == "infinite" else seconds(limit),
+            1 + (before.nodes if before else 0),
+            min(int(cpus.rstrip("+")), before.cpus) if before else int(cpus.rstrip("+")),
+            min(gpus, before.gpus) if before else gpus,
+        )
+    return found
+
+
+def jobs_of(script: str) -> list[Job]:
+    """The jobs that wait or run with this script."""
+    lines = _run("squeue", "--noheader", "--format=%i|%T|%o").splitlines()
+    jobs = [Job(*line.strip().split("|", 2)) for line in lines]
+    return [job for job in jobs if job.script == script]
+
+
+def check_script(script: str) -> str:
+    """What sbatch would do with a script: when and where it would start it.
+
+    Raises:
+        UserError: sbatch refuses it.
+    """
+    done = subprocess.run(["sbatch", "--test-only"], input=script, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError("sbatch", _without_name(done.stderr), "what `sbatch --test-only` accepts")
+    return _without_name(done.stderr)
+
+
+def submit(path: str, after: str | None = None) -> str:
+    """Submits a script and returns the number of the job.
+
+    Args:
+        after: a job that must have ended, however it did.
+
+    Raises:
+        RunError: sbatch refuses.
+    """
+    dependency = [f"--dependency=afterany:{after}"] if after else []
+    return _run("sbatch", "--parsable", *dependency, path).strip().split(";")[0]
+
+
+def seconds(time: str) -> int | None:
+    """SLURM's M, M:S, H:M:S, D-H, D-H:M or D-H:M:S in seconds; None where it is none of them."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
+    if not match:
+        return None
+    days, first, second, third = (int(part) if part else None for part in match.groups())
+    if days is not None or third is not None:
+        hours, minutes, rest = first, second or 0, third or 0
+    else:
+        hours, minutes, rest = 0, first, second or 0
+    return (((days or 0) * 24 + hours) * 60 + minutes) * 60 + rest
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RunError(f"{' '.join(command)}: {_without_name(done.stderr) or f'status {done.returncode}'}")
+    return done.stdout
+
+
+def _without_name(output: str) -> str:
+    """The first lines of an error, without `sbatch: error:`."""
+    return "; ".join(re.sub(r"^\w+: (error: )?", "", line) for line in output.strip().splitlines())
+
+
+def option(options: Sequence[str], *names: str) -> str | None:
+    """The value of an option of sbatch, the last one given: `--name value`, `--name=value`, `-n value` or `-nvalue`."""
+    value = None
+    for index, word in enumerate(options):
+        for name in names:
+            if word == name:
+                value = options[index + 1] if index + 1 < len(options) else ""
+            elif name.startswith("--") and word.startswith(f"{name}="):
+                value = word.partition("=")[2]
+            elif not name.startswith("--") and word.startswith(name) and not word.startswith("--"):
+                value = word[len(name) :]
+    return value

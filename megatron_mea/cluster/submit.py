@@ -1,0 +1,296 @@
+"""The `submit` verb: everything that can be checked before a job waits in a queue for hours, then sbatch."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from megatron_mea.checkpoint.lease import holder
+from megatron_mea.cluster import slurm
+from megatron_mea.cluster.script import Site, render
+from megatron_mea.config import Config, dump_config
+from megatron_mea.config.layout import Layout, check_layout
+from megatron_mea.errors import Problem, UserError
+from megatron_mea.outputs import output_place
+from megatron_mea.training.ranks import Ranks
+from megatron_mea.training.run import check_inputs, checkpoint_bytes, look_at
+
+OURS = {
+    **{"--nodes": "--nodes", "-N": "--nodes", "--time": "--time", "-t": "--time", "--requeue": "--chain"},
+    **dict.fromkeys(("--ntasks", "-n", "--ntasks-per-node", "--gpus", "-G", "--gpus-per-node"), "--gpus-per-node"),
+    **dict.fromkeys(("--gpus-per-task", "--gres", "--ntasks-per-gpu"), "--gpus-per-node"),
+    **{"--output": "nothing: the log lies in the run folder", "-o": "nothing: the log lies in the run folder"},
+    **{"--open-mode": "nothing", "--no-requeue": "--chain", "--array": "the verb sweep", "-a": "the verb sweep"},
+    **{"--no-kill": "nothing: training needs all its nodes", "-k": "nothing: training needs all its nodes"},
+}
+"""Options of sbatch that this package sets, and what to use instead."""
+
+_DISK = 2e8
+"""Bytes a second that a node writes at least, where no checkpoint has been timed yet."""
+_LEAST = 5.0
+"""Seconds that a step, or a save, is taken to last at least."""
+_ALIVE = 90.0
+"""Seconds after its last heartbeat for which a run counts as one that goes on."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a job asks for.
+
+    Args:
+        time: as SLURM writes it.
+        chain: jobs in a row, each going on where the one before it has stopped; 1: one job that requeues itself.
+        options: of sbatch, as the user gave them.
+    """
+
+    nodes: int
+    gpus_per_node: int
+    time: str
+    chain: int = 1
+    options: tuple[str, ...] = ()
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+
+def submit(config: Config, resources: Resources, dry_run: bool) -> str:
+    """Checks, and submits; returns what to print: the job and how to follow it, or with `dry_run` the script.
+
+    Raises:
+        UserError: anything that would fail in the queue or afterwards; nothing was written or submitted.
+    """
+    if problems := list(_contradictions(resources, None)):
+        raise UserError.of(problems)
+    layout, step, warnings = check_run(config, resources)
+    site = Site.read()
+    state = Path(config.run.dir).absolute() / "slurm"
+    path = state / "train.sbatch"
+    options, more = check_resources([config], resources, site, path, needs_scheduler=not dry_run)
+    script = render(
+        "train.sbatch",
+        site,
+        options,
+        {
+            **header(config, resources, f"mea-{state.parent.name}", state / "%j.log"),
+            "RUN_DIR": str(state.parent),
+            "CONFIG": str(state / "config.yaml"),
+            "STEPS": config.steps,
+        },
+    )
+    warned = [f"warning: {line}" for line in [*warnings, *more]]
+    if dry_run:
+        return "\n".join([script, *(f"# {line}" for line in warned)])
+    expected = slurm.check_script(script)
+    jobs = []
+    with output_place(path, folder=False):
+        write_job(path, script, [config])
+        for _ in range(resources.chain):
+            jobs.append(slurm.submit(str(path), after=jobs[-1] if jobs else None))
+    return "\n".join(_told(jobs, config, resources, layout, step, path, expected, warned))
+
+
+def check_run(config: Config, resources: Resources) -> tuple[Layout, int, list[str]]:
+    """What `train` would check: layout, data, tokenizer, weights, space; returns the step it begins at, and warnings.
+
+    Raises:
+        UserError: the run cannot start, is finished, or is being trained.
+    """
+    world = resources.world_size
+    layout, before = check_layout(config, world), look_at(config)
+    if before.finished is not None:
+        found = f"{config.run.dir}, finished at step {before.finished}"
+        raise UserError("run.dir", found, "a run with steps to do", "raise training.steps to go on")
+    if other := _who_trains(Path(config.run.dir)):
+        raise UserError("run.dir", f"{config.run.dir}, which {other} trains", "a run that nobody trains now")
+    inputs = check_inputs(config, Ranks(0, world, 0, "", 1), layout, before)
+    warnings = list(inputs.warnings)
+    if resources.gpus_per_node % layout.tensor:
+        warnings.append(
+            f"the {layout.tensor} ranks of a tensor group (parallel.tensor_model_parallel_size) do not share a node of "
+            f"{resources.gpus_per_node}: every layer would wait for the network"
+        )
+    return layout, before.source[0] if before.source else 0, warnings
+
+
+def check_resources(
+    configs: Sequence[Config], resources: Resources, site: Site, path: Path, needs_scheduler: bool
+) -> tuple[list[str], list[str]]:
+    """Options of sbatch for the script at `path`, and warnings.
+
+    Args:
+        configs: of the runs that the script trains.
+        needs_scheduler: False: without one (for a look at the script) what only it knows is left out.
+
+    Raises:
+        UserError: the resources contradict themselves, the runs or the cluster.
+    """
+    if needs_scheduler or slurm.is_installed():
+        slurm.check_answers()
+        partitions = slurm.partitions()
+        if running := slurm.jobs_of(str(path)):
+            found = f"{path.parents[1]}, for which job {running[0].id} is {running[0].state}"
+            raise UserError("run.dir", found, "a run without a job", f"wait for it, or scancel {running[0].id}")
+    else:
+        partitions = {}
+    given = list(resources.options)
+    wanted = slurm.option([*site.options, *given], "--partition", "-p")
+    partition = next((p for p in partitions.values() if p.name == wanted or (not wanted and p.is_default)), None)
+    problems = [
+        *_contradictions(resources, partition),
+        *(problem for config in configs for problem in _signal_problems(config, resources)),
+    ]
+    if problems:
+        raise UserError.of(problems)
+    options, gpus, warnings = [], resources.gpus_per_node, []
+    if partition is None or partition.gpus:
+        options.append(f"--gpus-per-node={gpus}")
+    else:
+        warnings.append(f"partition {partition.name} schedules no GPUs: {gpus} tasks on each of its nodes, exclusively")
+    if cpus := site.cpus_per_task or _cpus_per_task(gpus, partition):
+        options.append(f"--cpus-per-task={cpus}")
+    if partition is not None and (not partition.gpus or gpus >= partition.gpus):
+        options.append("--exclusive")
+    options.append("--requeue" if resources.chain == 1 else "--no-requeue")
+    return [*options, *site.options, *_in_lines(given)], warnings
+
+
+def header(config: Config, resources: Resources, name: str, log: Path) -> dict[str, str | int]:
+    """What the templates have in common."""
+    return {
+        "NAME": name,
+        "NODES": resources.nodes,
+        "TASKS": resources.gpus_per_node,
+        "TIME": resources.time,
+        "LOG": str(log),
+        "LEAD": signal_lead(config, resources),
+        "SUBMISSION": time.strftime("%Y%m%d-%H%M%S"),
+        "REQUEUE": "yes" if resources.chain == 1 else "no",
+    }
+
+
+def write_job(path: Path, script: str, configs: Sequence[Config]) -> None:
+    """The script, and beside every run folder's logs the configuration as it is now: a job may wait for days."""
+    for config in configs:
+        state = Path(config.run.dir) / "slurm"
+        state.mkdir(parents=True, exist_ok=True)
+        (state / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    path.write_text(script, encoding="utf-8")
+
+
+def signal_lead(config: Config, resources: Resources) -> int:
+    """Seconds before the limit at which a run must be told to save: twice what a step and a save take."""
+    save, step = _LEAST, _LEAST
+    if beat := _heartbeat(Path(config.run.dir)):
+        save = max(save, beat.get("save_seconds") or 0.0)
+        step = max(step, config.tokens_per_step / (beat.get("tokens_per_second") or math.inf))
+    else:
+        save = max(save, checkpoint_bytes(config.model) / (_DISK * resources.nodes))
+    return math.ceil(20 + 2 * (save + step))
+
+
+def _contradictions(resources: Resources, partition: slurm.Partition | None) -> Iterator[Problem]:
+    for key in ("nodes", "gpus_per_node", "chain"):
+        if getattr(resources, key) < 1:
+            yield Problem(f"--{key.replace('_', '-')}", getattr(resources, key), "at least 1")
+    for word in resources.options:
+        name = word.partition("=")[0] if word.startswith("--") else word[:2]
+        if word.startswith("-") and name in OURS:
+            yield Problem(f"-- {word}", "an option that `submit` sets", OURS[name])
+    limit = slurm.seconds(resources.time)
+    if not limit:
+        yield Problem("--time", resources.time, "SLURM's M, M:S, H:M:S, D-H, D-H:M or D-H:M:S, above zero")
+    elif partition is not None and partition.limit is not None and limit > partition.limit:
+        longest = f"at most {timedelta(seconds=partition.limit)} (H:M:S), the limit of partition {partition.name}"
+        yield Problem("--time", resources.time, longest, "a shorter time: the run goes on by itself")
+    if partition is not None:
+        if resources.nodes > partition.nodes:
+            yield Problem("--nodes", resources.nodes, f"at most {partition.nodes}, all of partition {partition.name}")
+        if partition.gpus and resources.gpus_per_node > partition.gpus:
+            yield Problem("--gpus-per-node", resources.gpus_per_node, f"at most {partition.gpus}")
+
+
+def _signal_problems(config: Config, resources: Resources) -> Iterator[Problem]:
+    lead, needed = signal_lead(config, resources), signal_lead(config, resources)
+    if (given := slurm.option(resources.options, "--signal")) is not None:
+        sender, _, seconds = given.partition("@")
+        if sender != "B:USR2" or not seconds.isdecimal():
+            yield Problem("-- --signal", given, "B:USR2@SECONDS: the script forwards USR2 to the ranks")
+            return
+        lead = int(seconds)
+    if lead < needed:
+        allowed = f"at least {needed} s before the limit: twice a step and a save of this run, and 20 s"
+        yield Problem("-- --signal", f"{lead} s", allowed)
+    limit = slurm.seconds(resources.time)
+    if limit and limit < lead + 60:
+        yield Problem("--time", resources.time, f"more than {lead + 60} s: the run is told to save {lead} s before")
+
+
+def _in_lines(options: Sequence[str]) -> Iterator[str]:
+    """The user's options, a line each, quoted: `--qos high` in one line."""
+    line: list[str] = []
+    for word in options:
+        if word.startswith("-") and line:
+            yield shlex.join(line)
+            line = []
+        line.append(word)
+    if line:
+        yield shlex.join(line)
+
+
+def _cpus_per_task(gpus: int, partition: slurm.Partition | None) -> int | None:
+    if partition is None:
+        return None
+    return max(1, partition.cpus // (partition.gpus or gpus))
+
+
+def _who_trains(run_dir: Path) -> str | None:
+    """The process that has the run folder, unless it says that it has ended or has not been heard of for a while."""
+    beat = _heartbeat(run_dir)
+    if not beat or time.time() - (run_dir / "heartbeat.json").stat().st_mtime > _ALIVE:
+        return None
+    return holder(run_dir)
+
+
+def _heartbeat(run_dir: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((run_dir / "heartbeat.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _told(
+    jobs: Sequence[str],
+    config: Config,
+    resources: Resources,
+    layout: Layout,
+    step: int,
+    path: Path,
+    expected: str,
+    warnings: Sequence[str],
+) -> Iterator[str]:
+    run, first = path.parents[1], jobs[0]
+    for before, job in zip([None, *jobs], jobs, strict=False):
+        yield f"Submitted batch job {job}" + (f", after {before}" if before else "")
+    yield from warnings
+    yield (
+        f"  world size    {resources.world_size} = {resources.nodes} node(s) x {resources.gpus_per_node}: tensor "
+        f"{layout.tensor} x pipeline {layout.pipeline} x data {layout.data}"
+    )
+    yield f"  run folder    {run}"
+    yield f"  begins        {f'at step {step}, the newest checkpoint' if step else 'anew'}, of {config.steps}"
+    yield f"  log           {path.parent / f'{first}.log'}"
+    yield f"  script        {path}"
+    yield f"  scheduler     {expected}"
+    yield f"  follow        tail -F {path.parent / f'{first}.log'}"
+    yield f"  state         squeue --job {','.join(jobs)}; cat {run / 'heartbeat.json'}"
+    yield f"  save, requeue scancel --batch --signal=USR2 {first}"
+    yield f"  save, stop    scancel --batch --signal=USR1 {first}"
+    yield f"  cancel        scancel {' '.join(reversed(jobs))}"
