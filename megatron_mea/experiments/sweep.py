@@ -1,0 +1,107 @@
+"""The `sweep` verb: one run a combination of variant, learning rate and seed, here or as a SLURM array."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_mea.cluster import slurm
+from megatron_mea.cluster.script import Site, render
+from megatron_mea.cluster.submit import Resources, check_resources, check_run, header, write_job
+from megatron_mea.config import Config
+from megatron_mea.config.load import load_config
+from megatron_mea.errors import RunError, UserError
+from megatron_mea.outputs import output_place
+from megatron_mea.training.run import look_at
+
+PLAIN = ("plain", "plain_norm")
+
+
+def combinations(
+    path: str,
+    overrides: Sequence[str],
+    variants: Sequence[str],
+    learning_rates: Sequence[str],
+    seeds: Sequence[str],
+    out: Path,
+) -> list[Config]:
+    """A configuration a run, in folders of `out` that are named after what differs.
+
+    An empty sequence leaves the value of the file. Variants without a head combination have as many component heads
+    as composite ones, whatever the file says.
+
+    Raises:
+        UserError: a combination is no valid configuration, or two are the same.
+    """
+    base = load_config(path, overrides)
+    configs: dict[str, Config] = {}
+    for variant, rate, seed in itertools.product(
+        variants or [base.model.attention_variant], learning_rates or [str(base.optimizer.lr)], seeds or [""]
+    ):
+        name = f"{variant}-lr{rate}" + (f"-seed{seed}" if seed else "")
+        if name in configs:
+            raise UserError("sweep", f"{name} twice", "each combination once")
+        given = [f"model.attention_variant={variant}", f"optimizer.lr={rate}", f"run.dir={out / name}"]
+        given += [f"training.seed={seed}"] if seed else []
+        given += ["model.num_component_heads=null"] if variant in PLAIN else []
+        configs[name] = load_config(path, [*overrides, *given])
+    return list(configs.values())
+
+
+def run_here(configs: Sequence[Config]) -> str:
+    """Trains them one after the other on this machine, each in a process of its own; those that are finished are skipped.
+
+    Raises:
+        RunError: some failed; the others were trained all the same.
+    """
+    failed = []
+    for number, config in enumerate(configs, 1):
+        print(f"run {number} of {len(configs)}: {config.run.dir}", flush=True)
+        if look_at(config).finished is not None:
+            continue
+        folder = Path(config.run.dir)
+        write_job(None, "", [config])
+        command = [sys.executable, "-m", "megatron_mea", "train", str(folder / "slurm" / "config.yaml")]
+        if subprocess.run(command, check=False).returncode:
+            failed.append(config.run.dir)
+    if failed:
+        raise RunError(f"{len(failed)} of {len(configs)} runs failed: {', '.join(failed)}")
+    return f"{len(configs)} runs are finished"
+
+
+def submit_array(configs: Sequence[Config], out: Path, resources: Resources, dry_run: bool) -> str:
+    """Submits those that are not finished as the elements of an array; returns what to print.
+
+    Raises:
+        UserError: a run or the resources would fail; nothing was submitted.
+    """
+    open_ones = [config for config in configs if look_at(config).finished is None]
+    if not open_ones:
+        return f"all {len(configs)} runs are finished"
+    warnings = list(dict.fromkeys(line for config in open_ones for line in check_run(config, resources)[2]))
+    site, state = Site.read(), out.absolute() / "slurm"
+    path = state / "sweep.sbatch"
+    options, more = check_resources(open_ones, resources, site, path, needs_scheduler=not dry_run)
+    values = header(open_ones, resources, f"mea-{state.parent.name}", state / "%A_%a.log")
+    runs = [str(Path(config.run.dir).absolute()) for config in open_ones]
+    values |= {"ARRAY": f"0-{len(runs) - 1}", "RUNS": runs, "STEPS": open_ones[0].steps}
+    script = render("sweep.sbatch", site, options, values)
+    if dry_run:
+        return script
+    expected = slurm.check_script(script)
+    with output_place(path, folder=False):
+        write_job(path, script, open_ones)
+        job = slurm.submit(str(path))
+    lines = [f"Submitted batch job {job}", *(f"warning: {line}" for line in [*warnings, *more])]
+    lines += [f"  {job}_{index}  {run}" for index, run in enumerate(runs)]
+    lines += [
+        f"  scheduler     {expected}",
+        f"  logs          {state}/{job}_*.log",
+        f"  state         squeue --array --job {job}",
+        f"  save, stop    scancel --batch --signal=USR1 {job}_0",
+        f"  cancel        scancel {job}",
+    ]
+    return "\n".join(lines)
