@@ -209,7 +209,7 @@ class TestInitFrom:
         assert "of model_type gpt2" in refused("refused", f"run.init_from={model}")
         (model / "config.json").write_text(json.dumps(description))
         (model / "model.safetensors").rename(model / "model.bin")
-        assert "without .safetensors" in refused("refused", f"run.init_from={model}")
+        assert "without model.safetensors" in refused("refused", f"run.init_from={model}")
         assert not (config.parent / "refused").exists()
         (model / "model.bin").rename(model / "model.safetensors")
         base = "model.rope_theta=10000"
