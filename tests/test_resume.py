@@ -216,6 +216,21 @@ class TestInitFrom:
         output = train(config, "rope", f"run.init_from={model}", base, "training.steps=2")
         assert "warning: model.rope_parameters is {'rope_type': 'default', 'rope_theta': 10000.0}" in output
 
+    @pytest.mark.parametrize("name", [".metadata", "tokenizer/tokenizer_config.json"])
+    def test_damage_is_said_once_whoever_finds_it(self, config, whole, name, tmp_path):
+        """Before processes meet each rank verifies a share: both read .metadata, and the second one that tokenizer."""
+        copy = tmp_path / "checkpoint"
+        shutil.copytree(whole / "checkpoints/step_00000004", copy)
+        (copy / name).write_bytes((copy / name).read_bytes()[:-1] + b"?")
+        refused = command(config, "refused", f"run.init_from={copy}", processes=2)
+        done = subprocess.run(refused, env=environment(), capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.startswith("megatron-mea: ")
+        assert done.stderr.count("error: ") == 1
+        assert f"error: run.init_from\n  found:   {copy}: {name} does not match its checksum\n" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert not (config.parent / "refused").exists()
+
     def test_a_llama_in_two_files(self, tiny, config, refused, tmp_path):
         """What other models compute as we do, and another precision."""
         from transformers import LlamaConfig, LlamaForCausalLM

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from megatron_mea.checkpoint.folder import COMPLETE, META
+from megatron_mea.config.load import parse_config
 from megatron_mea.config.schema import Model
 from megatron_mea.errors import UserError
 from megatron_mea.huggingface.convert import to_hf_config
@@ -182,3 +185,30 @@ class TestFiles:
         del tensors["lm_head.weight"]
         save_file(tensors, source / "model.safetensors")
         assert problems(source, plain("llama")) == [("run.init_from", f"{source} without lm_head.weight")]
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "missing"])
+def test_damage_is_a_users_error_on_every_rank_that_meets_it(how, trained, tmp_path):
+    """Each of two ranks verifies its share; what describes the tensors is read by both."""
+    whole = trained / "checkpoints/step_00000002"
+    ours = parse_config(json.loads((whole / META).read_text())["config"]).model
+    for name in json.loads((whole / COMPLETE).read_text())["sha256"]:
+        if (name, how) == (META, "missing"):
+            continue
+        copy = tmp_path / name.replace("/", "-")
+        shutil.copytree(whole, copy)
+        content = (copy / name).read_bytes()
+        middle = len(content) // 2
+        (copy / name).unlink()
+        if how != "missing":
+            rest = bytes([content[middle] ^ 1]) + content[middle + 1 :]
+            (copy / name).write_bytes(content[:middle] + (rest if how == "flipped" else b""))
+        found = []
+        for rank in range(2):
+            try:
+                open_weights(copy, ours, rank, 2)
+            except UserError as error:
+                found.append(error.problems)
+        said = "is missing" if how == "missing" else "does not match its checksum"
+        assert {str(one.found) for problems in found for one in problems} == {f"{copy}: {name} {said}"}
+        assert len(found) == (2 if name in (META, ".metadata") else 1)
