@@ -17,28 +17,13 @@ from safetensors.torch import load_file, save_file
 from megatron_mea.checkpoint.folder import checkpoints_of
 from megatron_mea.checkpoint.tensors import read_tensors, tensor_shapes, weight_shapes
 
-STEPS = 12
-
-
-@pytest.fixture(scope="module")
-def config(tiny, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("resume") / "run.yaml"
-    return tiny.write_config(
-        path,
-        **{
-            "training.steps": STEPS,
-            "evaluation.interval": 4,
-            "checkpoint.interval": 4,
-            "checkpoint.keep": 5,
-            "logging.tensorboard": True,
-        },
-    )
-
-
-@pytest.fixture(scope="module")
-def whole(config) -> Path:
-    train(config, "whole")
-    return config.parent / "whole"
+SETTINGS = {
+    "training.steps": 12,
+    "evaluation.interval": 4,
+    "checkpoint.interval": 4,
+    "checkpoint.keep": 5,
+    "logging.tensorboard": True,
+}
 
 
 @pytest.fixture
