@@ -83,7 +83,7 @@ def test_the_resolved_configuration_starts_the_same_run(config, whole):
 def test_an_interrupted_run_equals_an_uninterrupted_one(config, whole, number):
     """Bit for bit: losses, norms, validation, and the parameters and moments at the end."""
     name = number.name
-    status, _ = interrupt(config, name, 32, number)
+    status, _ = interrupt(config, name, 45, number)
     run = config.parent / name
     assert not (run / "FINISHED").exists()
     if number == signal.SIGKILL:
@@ -93,7 +93,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(config, whole, number):
             stream.write('{"step": 99, "lo')
     else:
         assert status == 0
-        assert checkpoints_of(run)[-1][0] >= 32
+        assert checkpoints_of(run)[-1][0] >= 45
     before = (run / "metrics.jsonl").read_bytes()
     resumed = checkpoints_of(run)[-1][0]
     output = train(config, name)
