@@ -15,6 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import yaml
 from hypothesis import settings
+from runs import train
 
 # This machine may be busy: how long an example takes says nothing.
 settings.register_profile("untimed", deadline=None)
@@ -112,3 +113,16 @@ def trained(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder, check=False)
     assert done.returncode == 0, done.stderr
     return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def config(request: pytest.FixtureRequest, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The configuration that a module's whole runs share: the tiny one with the module's SETTINGS, in a new folder."""
+    return tiny.write_config(tmp_path_factory.mktemp("runs") / "run.yaml", **request.module.SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def whole(config: Path) -> Path:
+    """The folder of an uninterrupted run of one process; copy it before changing it."""
+    train(config, "whole")
+    return config.parent / "whole"

@@ -17,28 +17,13 @@ from safetensors.torch import load_file, save_file
 from megatron_mea.checkpoint.folder import checkpoints_of
 from megatron_mea.checkpoint.tensors import read_tensors, tensor_shapes, weight_shapes
 
-STEPS = 12
-
-
-@pytest.fixture(scope="module")
-def config(tiny, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("resume") / "run.yaml"
-    return tiny.write_config(
-        path,
-        **{
-            "training.steps": STEPS,
-            "evaluation.interval": 4,
-            "checkpoint.interval": 4,
-            "checkpoint.keep": 5,
-            "logging.tensorboard": True,
-        },
-    )
-
-
-@pytest.fixture(scope="module")
-def whole(config) -> Path:
-    train(config, "whole")
-    return config.parent / "whole"
+SETTINGS = {
+    "training.steps": 12,
+    "evaluation.interval": 4,
+    "checkpoint.interval": 4,
+    "checkpoint.keep": 5,
+    "logging.tensorboard": True,
+}
 
 
 @pytest.fixture
@@ -209,12 +194,27 @@ class TestInitFrom:
         assert "of model_type gpt2" in refused("refused", f"run.init_from={model}")
         (model / "config.json").write_text(json.dumps(description))
         (model / "model.safetensors").rename(model / "model.bin")
-        assert "without .safetensors" in refused("refused", f"run.init_from={model}")
+        assert "without model.safetensors" in refused("refused", f"run.init_from={model}")
         assert not (config.parent / "refused").exists()
         (model / "model.bin").rename(model / "model.safetensors")
         base = "model.rope_theta=10000"
         output = train(config, "rope", f"run.init_from={model}", base, "training.steps=2")
         assert "warning: model.rope_parameters is {'rope_type': 'default', 'rope_theta': 10000.0}" in output
+
+    @pytest.mark.parametrize("name", [".metadata", "tokenizer/tokenizer_config.json"])
+    def test_damage_is_said_once_whoever_finds_it(self, config, whole, name, tmp_path):
+        """Before processes meet each rank verifies a share: both read .metadata, and the second one that tokenizer."""
+        copy = tmp_path / "checkpoint"
+        shutil.copytree(whole / "checkpoints/step_00000004", copy)
+        (copy / name).write_bytes((copy / name).read_bytes()[:-1] + b"?")
+        refused = command(config, "refused", f"run.init_from={copy}", processes=2)
+        done = subprocess.run(refused, env=environment(), capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.startswith("megatron-mea: ")
+        assert done.stderr.count("error: ") == 1
+        assert f"error: run.init_from\n  found:   {copy}: {name} does not match its checksum\n" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert not (config.parent / "refused").exists()
 
     def test_a_llama_in_two_files(self, tiny, config, refused, tmp_path):
         """What other models compute as we do, and another precision."""

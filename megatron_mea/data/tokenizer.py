@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,6 +87,7 @@ def train_tokenizer(sources: Sequence[str], vocab_size: int, out: str | Path, te
 
     Raises:
         UserError: no text, or a vocabulary that the text cannot fill or that cannot hold its characters.
+        RunError: the disk is full; `out` is as it was.
     """
     if not 261 <= vocab_size <= 10_000_000:
         raise UserError("--vocab-size", vocab_size, "261 (4 special ids, 256 bytes and one piece) to 10,000,000")
@@ -93,10 +96,10 @@ def train_tokenizer(sources: Sequence[str], vocab_size: int, out: str | Path, te
 
     with (
         output_place(out, folder=True) as out,
+        _disk(out),
         tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch,
     ):
         sentences, trained = _Sentences(sources, text_key), io.BytesIO()
-        model = Path(scratch) / "tokenizer.model"
         try:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=sentences,
@@ -128,11 +131,30 @@ def train_tokenizer(sources: Sequence[str], vocab_size: int, out: str | Path, te
             # sentencepiece prefixes its C++ source line: keep the sentence that speaks to the user.
             reason = str(error).strip().splitlines()[-1].rpartition("] ")[2]
             raise UserError("--vocab-size", vocab_size, "a size that fits the text", reason) from None
+        made = Path(scratch) / "tokenizer"
+        made.mkdir()
+        model = made / "tokenizer.model"
         model.write_bytes(trained.getvalue())
-        _to_hugging_face(model, Path(scratch))
-        out.mkdir(exist_ok=True)
-        for file in sorted(Path(scratch).iterdir()):
-            shutil.move(file, out / file.name)
+        _to_hugging_face(model, made)
+        if out.exists():
+            for file in sorted(made.iterdir()):
+                shutil.move(file, out / file.name)
+        else:
+            made.rename(out)
+
+
+@contextmanager
+def _disk(out: Path) -> Iterator[None]:
+    """Says so where the disk refuses what is written for `out`."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{out} cannot be written: {error.strerror}") from error
+    except Exception as error:
+        # The library `tokenizers` raises a bare Exception: `File too large (os error 27)`.
+        if type(error) is Exception and (found := re.fullmatch(r"(.*) \(os error \d+\)", str(error))):
+            raise RunError(f"{out} cannot be written: {found[1]}") from error
+        raise
 
 
 class _Sentences:

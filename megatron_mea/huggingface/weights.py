@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from megatron_mea.checkpoint.folder import Meta, checkpoint_folder, damage
+from megatron_mea.checkpoint.folder import COMPLETE, META, Meta, checkpoint_folder, damage
 from megatron_mea.checkpoint.tensors import Fragment, read_fragments, weight_shapes
 from megatron_mea.config.load import parse_config
 from megatron_mea.config.schema import Model
@@ -22,10 +22,10 @@ _SAME = (
     *("hlc_mixes", "qk_norm", "attention_bias", "tie_word_embeddings", "head_norm_affine"),
 )
 """Settings that say what the weights mean, which equal shapes do not."""
-_TOLD = ("rope_parameters", "rms_norm_eps", "head_norm_eps")
+_TOLD = ("rope_parameters", "max_position_embeddings", "rms_norm_eps", "head_norm_eps")
 """Settings that somebody may mean to change when training goes on: a warning."""
 _LIKE_OURS = ("mea", "llama", "mistral", "qwen2", "qwen3")
-"""Hugging Face models that compute what we do, where names and shapes are the same."""
+"""Hugging Face models that compute what we do: our exports, and what our variant `plain` is."""
 _KEY = "run.init_from"
 
 
@@ -46,7 +46,7 @@ def open_weights(path: Path, model: Model, rank: int = 0, world_size: int = 1) -
     """The weights of a checkpoint, of a run's newest one, or of a Hugging Face folder, for a model of these settings.
 
     No code from a folder is run, and nothing but shapes is read yet, apart from a checkpoint's checksums, of which
-    each of `world_size` callers verifies its share.
+    each of `world_size` callers verifies its share, and that of what all of them read here.
 
     Raises:
         UserError: nothing of the kind stands there, it is damaged, or a name, a shape or a setting does not fit.
@@ -59,7 +59,7 @@ def open_weights(path: Path, model: Model, rank: int = 0, world_size: int = 1) -
             _read_safetensors(files, fragments)
     else:
         folder = checkpoint_folder(path)
-        if problem := damage(folder, rank, world_size):
+        if problem := _damage(folder, rank, world_size):
             raise UserError(_KEY, f"{folder}: {problem}", "a whole checkpoint", "use an older one of the run")
         settings, shapes = _described(parse_config(Meta.read(folder).config).model), weight_shapes(folder)
 
@@ -67,22 +67,39 @@ def open_weights(path: Path, model: Model, rank: int = 0, world_size: int = 1) -
             read_fragments(folder, fragments)
 
     ours = _described(model)
-    if problems := [*_other_settings(path, settings, ours), *_misfits(path, shapes, parameter_shapes(model))]:
+    other = [key for key in ours if key in settings and settings[key] != ours[key]]
+    allowed = {key: f"{settings[key]}, as in {_KEY} = {path}" for key in other if key in _SAME}
+    problems = [Problem(f"model.{key}", ours[key], theirs) for key, theirs in allowed.items()]
+    if problems := [*problems, *_misfits(path, shapes, parameter_shapes(model))]:
         raise UserError.of(problems)
-    told = [key for key in _TOLD if key in settings and settings[key] != ours[key]]
+    told = [key for key in other if key in _TOLD]
     return WeightSource([f"model.{key} is {ours[key]}, and {settings[key]} in {path}" for key in told], read)
 
 
+def _damage(folder: Path, rank: int, world_size: int) -> str | None:
+    """What is wrong with this caller's share of a checkpoint, or with the two files that every caller reads at once."""
+    if problem := damage(folder, rank, world_size):
+        return problem
+    names = list(json.loads((folder / COMPLETE).read_text())["sha256"])
+    for name in (META, ".metadata"):
+        if name not in names:
+            return f"COMPLETE does not list {name}"
+        if problem := damage(folder, names.index(name), len(names)):
+            return problem
+    return None
+
+
 def _described(model: Model) -> dict[str, Any]:
-    """As a config.json of transformers 5 describes it."""
+    """Those of the settings above that have an effect, as a config.json of transformers 5 describes them."""
     fields = model.model_dump(mode="json")
-    return fields | {"num_component_heads": model.component_heads, "rope_parameters": model.rope_parameters}
-
-
-def _other_settings(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[Problem]:
-    for key in _SAME:
-        if key in theirs and theirs[key] != ours[key]:
-            yield Problem(f"model.{key}", ours[key], f"{theirs[key]}, as in {_KEY} = {path}")
+    fields |= {"num_component_heads": model.component_heads, "rope_parameters": model.rope_parameters}
+    effective = {
+        "hlc_mixes": model.has_hlc,
+        "head_norm_affine": model.has_head_norm,
+        "head_norm_eps": model.has_head_norm,
+        "max_position_embeddings": model.rope_parameters["rope_type"] == "dynamic",
+    }
+    return {key: fields[key] for key in (*_SAME, *_TOLD) if effective.get(key, True)}
 
 
 def _misfits(
@@ -98,36 +115,48 @@ def _misfits(
 
 
 def _settings_of(path: Path) -> dict[str, Any]:
-    """Our names and values of what a config.json says."""
+    """Our names and values of what a config.json says; what it leaves out is the default of its model_type."""
+    from transformers import CONFIG_MAPPING
+
+    from megatron_mea.huggingface.configuration_mea import MEAConfig
+
     try:
-        config = json.loads((path / "config.json").read_text())
-        kind = config["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        description = json.loads((path / "config.json").read_text())
+        kind = description["model_type"]
+        if kind not in _LIKE_OURS:
+            raise UserError(_KEY, f"{path}, of model_type {kind}", ", ".join(_LIKE_OURS))
+        config = (MEAConfig if kind == "mea" else CONFIG_MAPPING[kind]).from_dict(description)
+    except UserError:
+        raise
+    except Exception as error:
+        # transformers checks types and values, each with an exception of its own.
         raise UserError(_KEY, f"{path}/config.json, unreadable ({error})", "a Hugging Face folder") from None
-    if kind not in _LIKE_OURS:
-        raise UserError(_KEY, f"{path}, of model_type {kind}", ", ".join(_LIKE_OURS))
-    windows = config.get("sliding_window") and config.get("use_sliding_window", True)
-    if kind != "mea" and (windows or config.get("hidden_act", "silu") != "silu"):
+    found = {key: getattr(config, key) for key in (*_SAME, *_TOLD) if hasattr(config, key)}
+    # What transformers 4 called it is kept beside the new name.
+    found["rope_parameters"] = {key: value for key, value in config.rope_parameters.items() if key != "type"}
+    if kind == "mea":
+        return found
+    if getattr(config, "sliding_window", None) or config.hidden_act != "silu":
         raise UserError(_KEY, f"{path}, with a sliding window or another activation than silu", "full attention, silu")
-    found = {key: config[key] for key in (*_SAME, *_TOLD) if key in config}
-    # transformers 4 wrote the base beside the scaling.
-    rope = {"rope_theta": config.get("rope_theta", 10000.0)} | (config.get("rope_scaling") or {})
-    found.setdefault("rope_parameters", {"rope_type": rope.pop("type", "default")} | rope)
-    found.setdefault("tie_word_embeddings", False)
-    found.setdefault("num_key_value_heads", config.get("num_attention_heads"))
-    if kind != "mea":
-        # Qwen's biases and norms are fixed; their names and shapes tell.
-        found.pop("attention_bias", None)
-        if "head_dim" not in config and "hidden_size" in config:
-            found["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
+    # Qwen's biases and norms are fixed; their names and shapes tell.
+    found.pop("attention_bias", None)
+    found["attention_variant"] = "plain"
+    found["head_dim"] = found.get("head_dim") or config.hidden_size // config.num_attention_heads
     return found
 
 
 def _files_of(path: Path) -> Iterator[tuple[str, tuple[Path, tuple[int, ...]]]]:
-    """(name, (file, shape)) of every tensor in a folder's safetensors."""
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise UserError(_KEY, f"{path} without .safetensors", "a Hugging Face folder with its weights in safetensors")
+    """(name, (file, shape)) of every tensor in the safetensors that transformers would load."""
+    index, single = path / "model.safetensors.index.json", path / "model.safetensors"
+    files = [single]
+    if not single.is_file():
+        if not index.is_file():
+            allowed = f"{single.name}, or {index.name} and the files that it names"
+            raise UserError(_KEY, f"{path} without {single.name}", allowed)
+        try:
+            files = sorted({path / name for name in json.loads(index.read_text())["weight_map"].values()})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(_KEY, f"{index}, unreadable ({error})", "an index of safetensors") from None
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:

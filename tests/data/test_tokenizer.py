@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -214,3 +216,26 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
         train_tokenizer([str(tmp_path / "broken.jsonl")], 280, tmp_path / "out")
     assert "broken.jsonl, line 51" in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["broken.jsonl"]
+
+
+@pytest.mark.parametrize("limit", [3_000, 15_000], ids=["tokenizer.model", "tokenizer.json"])
+@pytest.mark.parametrize("exists", [False, True], ids=["new", "over-another"])
+def test_a_full_disk_ends_with_a_message_and_leaves_nothing(limit: int, exists: bool, tmp_path: Path) -> None:
+    """A limit on the size of a file stands in for the disk; a tokenizer that stood there stays as it was."""
+    out = tmp_path / "made/new"
+    if exists:
+        out.mkdir(parents=True)
+        (out / "tokenizer.model").write_bytes(b"another")
+    script = f"""if True:
+        import resource, sys
+        from megatron_mea.cli import main
+        resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+        sys.exit(main(sys.argv[1:]))
+    """
+    command = ["tokenizer", "--input", str(CORPUS), "--vocab-size", "512", "--out", "made/new"]
+    done = subprocess.run([sys.executable, "-c", script, *command], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "megatron-mea: made/new cannot be written: File too large\n"
+    left = {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == ({"tokenizer.model": b"another"} if exists else {})
+    assert [path.name for path in tmp_path.iterdir()] == (["made"] if exists else [])
