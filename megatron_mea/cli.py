@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from megatron_mea import __version__
 from megatron_mea.errors import UserError
@@ -73,15 +74,15 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("config", metavar="CONFIG", help="a YAML file")
         sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted keys of the YAML and new values")
 
-    def resources(sub: argparse.ArgumentParser) -> None:
+    def resources(sub: argparse.ArgumentParser, required: bool) -> None:
         sub.usage = f"megatron-mea {sub.prog.split()[-1]} CONFIG [KEY=VALUE ...] [options] [-- SBATCH_OPTION ...]"
-        sub.add_argument("--nodes", type=int, required=True, metavar="N")
-        sub.add_argument("--gpus-per-node", type=int, required=True, metavar="G", help="processes a node, one a GPU")
-        sub.add_argument(
-            "--time", required=True, metavar="T", help="limit of a job, H:M:S or D-H:M:S; it goes on after"
-        )
-        chain = "jobs in a row, for clusters that forbid to requeue (default: one job that requeues itself)"
-        sub.add_argument("--chain", type=int, default=1, metavar="JOBS", help=chain)
+        nodes, gpus, time = (None, None, None) if required else (1, 1, "24:00:00")
+        sub.add_argument("--nodes", type=int, required=required, default=nodes, metavar="N")
+        gpus_help = "processes a node, one a GPU"
+        sub.add_argument("--gpus-per-node", type=int, required=required, default=gpus, metavar="G", help=gpus_help)
+        limit = "limit of a job, H:M:S or D-H:M:S; the run goes on"
+        sub.add_argument("--time", required=required, default=time, metavar="T", help=limit)
+        sub.add_argument("--dry-run", action="store_true", help="print the script instead")
 
     sources = "text: .txt, .jsonl(.gz, .zst), .parquet, a folder of those or of `datasets`, or a hub NAME[:CONFIG]"
 
@@ -136,8 +137,23 @@ def _parser() -> argparse.ArgumentParser:
         "my.yaml optimizer.lr=1e-3 --nodes 2 --gpus-per-node 8 --time 24:00:00 -- --qos=high",
     )
     configuration(sub)
-    resources(sub)
-    sub.add_argument("--dry-run", action="store_true", help="print the script instead")
+    resources(sub, required=True)
+    chain = "jobs in a row, for clusters that forbid to requeue (default: one job that requeues itself)"
+    sub.add_argument("--chain", type=int, default=1, metavar="JOBS", help=chain)
+
+    sub = verb(
+        "sweep",
+        _sweep,
+        "one run a combination of variant, learning rate and seed, here or as a SLURM array; skips what is done",
+        "my.yaml --variants plain,mea --learning-rates 1e-3,3e-3 --seeds 1,2 --out runs/sweep",
+    )
+    configuration(sub)
+    sub.add_argument("--variants", metavar="V,...", help="of model.attention_variant (default: the file's)")
+    sub.add_argument("--learning-rates", metavar="LR,...", help="of optimizer.lr (default: the file's)")
+    sub.add_argument("--seeds", metavar="S,...", help="of training.seed (default: the file's)")
+    sub.add_argument("--out", required=True, metavar="DIR", help="holds a run folder for each")
+    sub.add_argument("--submit", action="store_true", help="as a SLURM array; the options below say on what each runs")
+    resources(sub, required=False)
 
     sub = verb("inspect", _inspect, "show a checkpoint and verify it", "runs/quickstart/run/checkpoints/step_00000500")
     sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint folder, or a run folder (its newest)")
@@ -231,6 +247,22 @@ def _submit(arguments: argparse.Namespace) -> None:
 
     given = arguments.nodes, arguments.gpus_per_node, arguments.time, arguments.chain, tuple(arguments.sbatch_options)
     print(submit(config, Resources(*given), arguments.dry_run))
+
+
+def _sweep(arguments: argparse.Namespace) -> None:
+    from megatron_mea.experiments.sweep import combinations, run_here, submit_array
+
+    lists = (arguments.variants, arguments.learning_rates, arguments.seeds)
+    given = [value.split(",") if value else [] for value in lists]
+    out = Path(arguments.out)
+    configs = combinations(arguments.config, arguments.overrides, *given, out)
+    if not arguments.submit:
+        print(run_here(configs))
+        return
+    from megatron_mea.cluster.submit import Resources
+
+    asked = (arguments.nodes, arguments.gpus_per_node, arguments.time, 1, tuple(arguments.sbatch_options))
+    print(submit_array(configs, out, Resources(*asked), arguments.dry_run))
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

@@ -26,7 +26,7 @@ from typing import Any, Literal
 from megatron_mea.errors import UserError
 
 _NAME = re.compile(r"step_(\d{8,})")
-COMPLETE, META, TOKENIZER = "COMPLETE", "meta.json", "tokenizer"
+COMPLETE, META, TOKENIZER, INDEX = "COMPLETE", "meta.json", "tokenizer", ".metadata"
 SPARE = 1 << 20
 """Bytes a checkpoint may need beyond its tensors: metadata, tokenizer."""
 
@@ -69,15 +69,17 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
     """What is wrong with a checkpoint folder, read against the checksums in COMPLETE; None where it is whole.
 
     Args:
-        part, parts: read only this one of so many shares of the files; what all of them find is the answer.
+        part, parts: read only this one of so many shares of the files; what all of them find is the answer. The two
+            files that every reader opens are in every share.
     """
     try:
         checksums = dict(json.loads((folder / COMPLETE).read_text())["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
         return "COMPLETE is missing or unreadable"
-    if META not in checksums:
-        return f"COMPLETE does not list {META}"
-    for name, expected in list(checksums.items())[part::parts]:
+    shared = (META, INDEX)
+    if missing := [name for name in shared if name not in checksums]:
+        return f"COMPLETE does not list {missing[0]}"
+    for name in [*shared, *[name for name in checksums if name not in shared][part::parts]]:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
@@ -85,7 +87,7 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
             digest = sha256(path)
         except OSError as error:
             return f"{name} is unreadable: {error.strerror}"
-        if digest != expected:
+        if digest != checksums[name]:
             return f"{name} does not match its checksum"
     return None
 

@@ -32,17 +32,15 @@ class Job:
     script: str
 
 
-def is_installed() -> bool:
-    return all(shutil.which(program) for program in _PROGRAMS)
-
-
-def check_answers() -> None:
-    """Raises UserError where this is no machine of a cluster, or its scheduler is down."""
+def problem() -> str:
+    """Why there is no scheduler to ask; empty where there is one."""
     if missing := [program for program in _PROGRAMS if not shutil.which(program)]:
-        raise UserError("environment", f"no {', '.join(missing)}", "a login node of a SLURM cluster")
-    found = _run("scontrol", "ping")
-    if " UP" not in found:
-        raise UserError("environment", f"scontrol ping: {found.strip()}", "a SLURM controller that is UP")
+        return f"no {', '.join(missing)}"
+    try:
+        found = _run("scontrol", "ping")
+    except RunError as error:
+        return str(error)
+    return "" if " UP" in found else f"scontrol ping: {found.strip()}"
 
 
 def partitions() -> dict[str, Partition]:

@@ -79,7 +79,7 @@ def submit(config: Config, resources: Resources, dry_run: bool) -> str:
         site,
         options,
         {
-            **header(config, resources, f"mea-{state.parent.name}", state / "%j.log"),
+            **header([config], resources, f"mea-{state.parent.name}", state / "%j.log"),
             "RUN_DIR": str(state.parent),
             "CONFIG": str(state / "config.yaml"),
             "STEPS": config.steps,
@@ -91,7 +91,8 @@ def submit(config: Config, resources: Resources, dry_run: bool) -> str:
     expected = slurm.check_script(script)
     jobs = []
     with output_place(path, folder=False):
-        write_job(path, script, [config])
+        write_configs([config])
+        path.write_text(script, encoding="utf-8")
         for _ in range(resources.chain):
             jobs.append(slurm.submit(str(path), after=jobs[-1] if jobs else None))
     return "\n".join(_told(jobs, config, resources, layout, step, path, expected, warned))
@@ -132,14 +133,15 @@ def check_resources(
     Raises:
         UserError: the resources contradict themselves, the runs or the cluster.
     """
-    if needs_scheduler or slurm.is_installed():
-        slurm.check_answers()
+    partitions = {}
+    if problem := slurm.problem():
+        if needs_scheduler:
+            raise UserError("environment", problem, "a login node of a SLURM cluster whose controller is UP")
+    else:
         partitions = slurm.partitions()
         if running := slurm.jobs_of(str(path)):
             found = f"{path.parents[1]}, for which job {running[0].id} is {running[0].state}"
             raise UserError("run.dir", found, "a run without a job", f"wait for it, or scancel {running[0].id}")
-    else:
-        partitions = {}
     given = list(resources.options)
     wanted = slurm.option([*site.options, *given], "--partition", "-p")
     partition = next((p for p in partitions.values() if p.name == wanted or (not wanted and p.is_default)), None)
@@ -162,27 +164,26 @@ def check_resources(
     return [*options, *site.options, *_in_lines(given)], warnings
 
 
-def header(config: Config, resources: Resources, name: str, log: Path) -> dict[str, str | int]:
-    """What the templates have in common."""
+def header(configs: Sequence[Config], resources: Resources, name: str, log: Path) -> dict[str, str | int]:
+    """What the templates have in common; one script for all these runs."""
     return {
         "NAME": name,
         "NODES": resources.nodes,
         "TASKS": resources.gpus_per_node,
         "TIME": resources.time,
         "LOG": str(log),
-        "LEAD": signal_lead(config, resources),
+        "LEAD": max(signal_lead(config, resources) for config in configs),
         "SUBMISSION": time.strftime("%Y%m%d-%H%M%S"),
         "REQUEUE": "yes" if resources.chain == 1 else "no",
     }
 
 
-def write_job(path: Path, script: str, configs: Sequence[Config]) -> None:
-    """The script, and beside every run folder's logs the configuration as it is now: a job may wait for days."""
+def write_configs(configs: Sequence[Config]) -> None:
+    """The resolved configuration of each run in its folder, as it is now: a job may wait for days."""
     for config in configs:
         state = Path(config.run.dir) / "slurm"
         state.mkdir(parents=True, exist_ok=True)
         (state / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    path.write_text(script, encoding="utf-8")
 
 
 def signal_lead(config: Config, resources: Resources) -> int:

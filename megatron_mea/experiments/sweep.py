@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_mea.cluster import slurm
 from megatron_mea.cluster.script import Site, render
-from megatron_mea.cluster.submit import Resources, check_resources, check_run, header, write_job
+from megatron_mea.cluster.submit import Resources, check_resources, check_run, header, write_configs
 from megatron_mea.config import Config
 from megatron_mea.config.load import load_config
 from megatron_mea.errors import RunError, UserError
@@ -52,7 +52,7 @@ def combinations(
 
 
 def run_here(configs: Sequence[Config]) -> str:
-    """Trains them one after the other on this machine, each in a process of its own; those that are finished are skipped.
+    """Trains them one after the other on this machine, each in a process of its own; skips those that are finished.
 
     Raises:
         RunError: some failed; the others were trained all the same.
@@ -63,7 +63,7 @@ def run_here(configs: Sequence[Config]) -> str:
         if look_at(config).finished is not None:
             continue
         folder = Path(config.run.dir)
-        write_job(None, "", [config])
+        write_configs([config])
         command = [sys.executable, "-m", "megatron_mea", "train", str(folder / "slurm" / "config.yaml")]
         if subprocess.run(command, check=False).returncode:
             failed.append(config.run.dir)
@@ -93,7 +93,8 @@ def submit_array(configs: Sequence[Config], out: Path, resources: Resources, dry
         return script
     expected = slurm.check_script(script)
     with output_place(path, folder=False):
-        write_job(path, script, open_ones)
+        write_configs(open_ones)
+        path.write_text(script, encoding="utf-8")
         job = slurm.submit(str(path))
     lines = [f"Submitted batch job {job}", *(f"warning: {line}" for line in [*warnings, *more])]
     lines += [f"  {job}_{index}  {run}" for index, run in enumerate(runs)]

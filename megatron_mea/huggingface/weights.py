@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from megatron_mea.checkpoint.folder import COMPLETE, META, Meta, checkpoint_folder, damage
+from megatron_mea.checkpoint.folder import Meta, checkpoint_folder, damage
 from megatron_mea.checkpoint.tensors import Fragment, read_fragments, weight_shapes
 from megatron_mea.config.load import parse_config
 from megatron_mea.config.schema import Model
@@ -59,7 +59,7 @@ def open_weights(path: Path, model: Model, rank: int = 0, world_size: int = 1) -
             _read_safetensors(files, fragments)
     else:
         folder = checkpoint_folder(path)
-        if problem := _damage(folder, rank, world_size):
+        if problem := damage(folder, rank, world_size):
             raise UserError(_KEY, f"{folder}: {problem}", "a whole checkpoint", "use an older one of the run")
         settings, shapes = _described(parse_config(Meta.read(folder).config).model), weight_shapes(folder)
 
@@ -74,19 +74,6 @@ def open_weights(path: Path, model: Model, rank: int = 0, world_size: int = 1) -
         raise UserError.of(problems)
     told = [key for key in other if key in _TOLD]
     return WeightSource([f"model.{key} is {ours[key]}, and {settings[key]} in {path}" for key in told], read)
-
-
-def _damage(folder: Path, rank: int, world_size: int) -> str | None:
-    """What is wrong with this caller's share of a checkpoint, or with the two files that every caller reads at once."""
-    if problem := damage(folder, rank, world_size):
-        return problem
-    names = list(json.loads((folder / COMPLETE).read_text())["sha256"])
-    for name in (META, ".metadata"):
-        if name not in names:
-            return f"COMPLETE does not list {name}"
-        if problem := damage(folder, names.index(name), len(names)):
-            return problem
-    return None
 
 
 def _described(model: Model) -> dict[str, Any]:
