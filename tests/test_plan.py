@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -17,8 +19,9 @@ from megatron_mea.cli import main
 from megatron_mea.cluster.activations import stage_activations
 from megatron_mea.cluster.plan import Plan, as_json, make_plan
 from megatron_mea.cluster.setting import Setting
-from megatron_mea.config import Config
-from megatron_mea.config.layout import Layout
+from megatron_mea.config import Config, load_config
+from megatron_mea.config.checks import handicaps
+from megatron_mea.config.layout import Layout, check_layout
 from megatron_mea.model.decoder import Decoder
 from megatron_mea.parallel.grid import ALONE, TensorGroup
 from megatron_mea.parallel.parameter import named_specs
@@ -28,7 +31,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools" / "bench"))
 import communication as bench
 import local_ranks
 
-QUICKSTART = str(Path(__file__).parents[1] / "configs" / "quickstart.yaml")
+ROOT = Path(__file__).parents[1]
+QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
+CLUSTER_SETTINGS = (ROOT / "docs" / "cluster-settings.md").read_text()
 MODEL = {
     "vocab_size": 1001,
     "hidden_size": 128,
@@ -203,6 +208,28 @@ def test_json_and_text_name_the_numbers(capsys):
     text = capsys.readouterr().out
     for words in ("1,217,792", "1,024,000 tokens", "FLOPs a token", "memory of a rank", "communication", "bubble"):
         assert words in text
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_configuration_that_ships_is_planned(path, capsys):
+    assert plan_of(capsys, str(path))["parameters"]["total"] > 0
+
+
+@pytest.mark.parametrize("command", re.findall(r"^megatron-mea plan (.*)$", CLUSTER_SETTINGS, re.M))
+def test_the_settings_for_clusters_fit_are_not_handicapped_and_say_what_plan_says(command, capsys):
+    path, *overrides, _, world_size = shlex.split(command)
+    config = load_config(ROOT / path, overrides)
+    assert handicaps(config, check_layout(config, int(world_size))) == []
+    found = plan_of(capsys, str(ROOT / path), *overrides, "--world-size", world_size)
+    (stage,) = found["memory_per_rank_bytes"]
+    assert stage["total"] < 65 * 2**30
+    assert f"**{stage['total'] / 2**30:.2f}**" in CLUSTER_SETTINGS
+    # Tensor ranks share a node of 8.
+    assert found["layout"]["tensor"] <= 8
+    for number in (found["parameters"]["total"], found["parameters"]["per_rank"][0], found["steps"], found["tokens"]):
+        assert f"| {number:,} |" in CLUSTER_SETTINGS
+    for row in found["communication_per_step"]:
+        assert f"{row['bytes'] / 1e9:.2f} (" in CLUSTER_SETTINGS
 
 
 def test_pipeline(capsys):
