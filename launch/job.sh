@@ -47,7 +47,7 @@ on_all_ranks() {
 say "job $job on $SLURM_JOB_NODELIST, attempt $((${SLURM_RESTART_COUNT:-0} + 1)), step $(newest_step) of $STEPS"
 if finished; then say "finished already"; exit 0; fi
 if [ -e "$ended" ]; then say "ended already: $(sed 1d "$ended")"; exit "$(head -n 1 "$ended")"; fi
-script=$(scontrol show job "$SLURM_JOB_ID" --oneliner | sed -n 's/.* Command=\([^ ]*\).*/\1/p')
+script=$(scontrol show job "$SLURM_JOB_ID" --oneliner | sed -n 's/.* Command=\([^ ]*\).*/\1/p' | head -n 1)
 other=$(squeue --noheader --states=RUNNING --format='%F %o' | awk -v us="$array" -v s="$script" '$1 != us && $2 == s { print $1; exit }')
 if [ -n "$script" ] && [ -n "$other" ]; then say "job $other trains $RUN_DIR already: this one leaves it alone"; exit 2; fi
 give_up_without_progress
@@ -80,8 +80,9 @@ fi
 give_up_without_progress
 if [ "$REQUEUE" = no ]; then say "the next job of the chain goes on"; exit "$rc"; fi
 # A job that was cancelled, or that the scheduler requeues itself, runs no more.
-if [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" != RUNNING ]; then say "not requeued: this job was ended"; exit "$rc"; fi
+if [ "$(squeue --noheader --array --jobs="$job" --format=%T)" != RUNNING ]; then say "not requeued: this job was ended"; exit "$rc"; fi
 say "into the queue again"
-# It kills this shell.
-scontrol requeue "$job" && sleep 300
+# It ends this shell with TERM.
+trap 'exit 0' TERM
+if scontrol requeue "$job"; then sleep 300 & wait; exit 0; fi
 leave 1 "this cluster refuses to requeue: submit with --chain N"

@@ -16,6 +16,8 @@ NOTE = "MEA_FAILURE_FILE"
 _DISTRIBUTED = {"DistBackendError", "DistNetworkError", "DistStoreError"}
 _OF_GLOO = re.compile(r"gloo/|Connection (closed|reset) by peer|Timed out waiting \d+ms for (send|recv)")
 _OF_GPU = "AcceleratorError"
+_WORDY = re.compile(r"^\[[^\]]*\] |\. This is typically.*")
+"""Where in its sources gloo gave up, and what it advises."""
 
 
 def exit_status(work: Callable[[], None]) -> int:
@@ -37,7 +39,7 @@ def exit_status(work: Callable[[], None]) -> int:
             # what only this rank sees must still be said.
             time.sleep(3)
         prefix = f"rank {_rank()}: " if _rank() else ""
-        first = str(error).strip().partition("\n")[0]
+        first = _WORDY.sub("", str(error).strip().partition("\n")[0])
         message = f"another process, or the network to it, is gone: {first}" if lost else error
         print(f"megatron-mea: {prefix}{message}", file=sys.stderr, flush=True)
         return status
