@@ -80,7 +80,7 @@ fi
 give_up_without_progress
 if [ "$REQUEUE" = no ]; then say "the next job of the chain goes on"; exit "$rc"; fi
 # A job that was cancelled, or that the scheduler requeues itself, runs no more.
-if [ "$(squeue --noheader --array --jobs="$job" --format=%T)" != RUNNING ]; then say "not requeued: this job was ended"; exit "$rc"; fi
+if [ "$(squeue --noheader --array --jobs="$job" --format=%T)" != RUNNING ]; then say "ended from outside: only SLURM may requeue it"; exit "$rc"; fi
 say "into the queue again"
 # It ends this shell with TERM.
 trap 'exit 0' TERM
