@@ -34,6 +34,8 @@ OURS = {
 
 _DISK = 2e8
 """Bytes a second that a node writes at least, where no checkpoint has been timed yet."""
+_EARLY = 60
+"""Seconds by which SLURM may send a signal earlier than it was asked to (man sbatch)."""
 _LEAST = 5.0
 """Seconds that a step, or a save, is taken to last at least."""
 _ALIVE = 90.0
@@ -79,7 +81,7 @@ def submit(config: Config, resources: Resources, dry_run: bool) -> str:
         site,
         options,
         {
-            **header([config], resources, f"mea-{state.parent.name}", state / "%j.log"),
+            **header([config], resources, path, "%j.log"),
             "RUN_DIR": str(state.parent),
             "CONFIG": str(state / "config.yaml"),
             "STEPS": config.steps,
@@ -152,6 +154,9 @@ def check_resources(
     if problems:
         raise UserError.of(problems)
     options, gpus, warnings = [], resources.gpus_per_node, []
+    lead = max(signal_lead(config, resources) for config in configs)
+    if (slurm.seconds(resources.time) or 0) < 2 * (lead + _EARLY):
+        warnings.append(f"--time {resources.time} is short: the run is told to save {lead} to {lead + _EARLY} s before")
     if partition is None or partition.gpus:
         options.append(f"--gpus-per-node={gpus}")
     else:
@@ -164,14 +169,15 @@ def check_resources(
     return [*options, *site.options, *_in_lines(given)], warnings
 
 
-def header(configs: Sequence[Config], resources: Resources, name: str, log: Path) -> dict[str, str | int]:
-    """What the templates have in common; one script for all these runs."""
+def header(configs: Sequence[Config], resources: Resources, script: Path, log: str) -> dict[str, Any]:
+    """What the templates have in common; one script for all these runs, in the folder of their logs."""
     return {
-        "NAME": name,
+        "SCRIPT": str(script),
+        "NAME": f"mea-{script.parents[1].name}",
         "NODES": resources.nodes,
         "TASKS": resources.gpus_per_node,
         "TIME": resources.time,
-        "LOG": str(log),
+        "LOG": str(script.parent / log),
         "LEAD": max(signal_lead(config, resources) for config in configs),
         "SUBMISSION": time.strftime("%Y%m%d-%H%M%S"),
         "REQUEUE": "yes" if resources.chain == 1 else "no",
@@ -230,8 +236,8 @@ def _signal_problems(config: Config, resources: Resources) -> Iterator[Problem]:
         allowed = f"at least {needed} s before the limit: twice a step and a save of this run, and 20 s"
         yield Problem("-- --signal", f"{lead} s", allowed)
     limit = slurm.seconds(resources.time)
-    if limit and limit < lead + 60:
-        yield Problem("--time", resources.time, f"more than {lead + 60} s: the run is told to save {lead} s before")
+    if limit and limit <= lead:
+        yield Problem("--time", resources.time, f"more than {lead} s: the run is told to save so long before")
 
 
 def _in_lines(options: Sequence[str]) -> Iterator[str]:

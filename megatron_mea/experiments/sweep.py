@@ -85,7 +85,7 @@ def submit_array(configs: Sequence[Config], out: Path, resources: Resources, dry
     site, state = Site.read(), out.absolute() / "slurm"
     path = state / "sweep.sbatch"
     options, more = check_resources(open_ones, resources, site, path, needs_scheduler=not dry_run)
-    values = header(open_ones, resources, f"mea-{state.parent.name}", state / "%A_%a.log")
+    values = header(open_ones, resources, path, "%A_%a.log")
     runs = [str(Path(config.run.dir).absolute()) for config in open_ones]
     values |= {"ARRAY": f"0-{len(runs) - 1}", "RUNS": runs, "STEPS": open_ones[0].steps}
     script = render("sweep.sbatch", site, options, values)

@@ -137,13 +137,13 @@ def test_a_job_that_reaches_its_limit_goes_on_and_exports(desk: Desk, cluster: C
 def test_a_preempted_job_saves_and_goes_on(desk: Desk, cluster: Cluster, whole):
     desk.python("slow:0:1")
     long = ["training.steps=60", "checkpoint.interval=1000"]
-    job = desk.submit("preempted", *long, options=("--", "--nodelist=node[1-2]", "--exclusive"))
-    desk.until_step("preempted", 5)
+    job = desk.submit("of a day/preempted", *long, options=("--", "--nodelist=node[1-2]", "--exclusive"))
+    desk.until_step("of a day/preempted", 5)
     urgent = ["--partition=urgent", "--nodelist=node[1-2]", "--exclusive", "--output=/dev/null"]
     first = cluster.run("sbatch", "--parsable", *urgent, "--wrap=sleep 1").stdout.strip()
     assert cluster.wait(first, "COMPLETED", timeout=90) == "COMPLETED"
     assert cluster.wait(job, "COMPLETED", timeout=180, restarts=1) == "COMPLETED"
-    assert rows(desk.config, "preempted") == whole("preempted-whole", 2, *long)
+    assert rows(desk.config, "of a day/preempted") == whole("whole-preempted", 2, *long)
 
 
 def test_a_job_that_loses_a_node_goes_on_without_it(desk: Desk, cluster: Cluster, whole):
@@ -279,3 +279,18 @@ def test_the_same_configuration_runs_everywhere(desk: Desk):
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_data_is_prepared_on_another_node(desk: Desk, cluster: Cluster, tiny):
+    """`launch/prepare.sbatch` passes its arguments on, and the environment of the one who submits."""
+    source = tiny.train.with_suffix(".jsonl")
+    script = [str(ROOT / "launch/prepare.sbatch"), "--input", str(source), "--tokenizer", str(tiny.tokenizer)]
+    environment = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    folder = desk.folder / "with space"
+    folder.mkdir()
+    options = ["--parsable", "--cpus-per-task=2"]
+    job = cluster.run("sbatch", *options, *script, "--out", "made/train", cwd=folder, env=environment).stdout.strip()
+    assert cluster.wait(job, "COMPLETED") == "COMPLETED"
+    for kind in ("bin", "idx"):
+        assert (folder / f"made/train.{kind}").read_bytes() == Path(f"{tiny.train}.{kind}").read_bytes()
+    assert "documents" in (folder / f"prepare-{job}.log").read_text()
