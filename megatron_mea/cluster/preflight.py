@@ -44,7 +44,7 @@ class Report:
 
     Args:
         clock: seconds since the epoch, at a moment that all ranks share.
-        device: where it would compute, in words.
+        device: where it would compute, in words; of a GPU its identity.
         versions: of all that should be the same everywhere.
         machine: what is wrong with the node; empty where nothing is.
         folder: what is wrong with the run folder as this node sees it; empty where nothing is.
@@ -75,9 +75,8 @@ def preflight(run_dir: Path, ranks: Ranks, patience: float = PATIENCE) -> None:
     if first:
         store.set("marker", _leave_marker(run_dir))
     folder = _look_at_folder(run_dir, store.get("marker").decode(), write=ranks.local_rank == 0)
-    report = Report(
-        ranks.rank, socket.gethostname(), _shared_moment(store, ranks, wait), str(device), _versions(), machine, folder
-    )
+    moment = _shared_moment(store, ranks, wait)
+    report = Report(ranks.rank, socket.gethostname(), moment, _identity(device), _versions(), machine, folder)
     store.set(f"report/{ranks.rank}", json.dumps(asdict(report)))
     if first:
         # What keeps rank 0 from a verdict must not keep the others waiting.
@@ -114,6 +113,9 @@ def problems(reports: Sequence[Report]) -> Iterator[tuple[str, str]]:
     for report in reports:
         if report.machine:
             yield "machine", f"{report.host}, rank {report.rank}: {report.machine}"
+        same = [other.rank for other in reports if (other.host, other.device) == (report.host, report.device)]
+        if report.device.startswith("GPU") and same[0] == report.rank and len(same) > 1:
+            yield "machine", f"{report.host}: ranks {', '.join(map(str, same))} share one GPU: it has fewer than ranks"
     clocks = {report.host: report.clock for report in reports}
     middle = sorted(clocks.values())[len(clocks) // 2]
     for host, clock in clocks.items():
@@ -163,6 +165,10 @@ def _look_at_device(ranks: Ranks) -> tuple[torch.device, str]:
         return torch.device("cpu"), f"{error.problems[0].found}"
     except RuntimeError as error:
         return torch.device("cpu"), str(error).strip().partition("\n")[0]
+
+
+def _identity(device: torch.device) -> str:
+    return str(device) if device.type == "cpu" else f"GPU {torch.cuda.get_device_properties(device).uuid}"
 
 
 def _versions() -> dict[str, str]:
