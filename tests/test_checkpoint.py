@@ -27,7 +27,8 @@ def make(run: Path, step: int) -> Path:
     (scratch / "tokenizer").mkdir(parents=True)
     (scratch / "shard").write_bytes(bytes(100) + str(step).encode())
     (scratch / "tokenizer/tokenizer.json").write_text("{}")
-    (scratch / "meta.json").write_text("{}")
+    for name in ("meta.json", ".metadata"):
+        (scratch / name).write_text("{}")
     folder.seal(scratch)
     final = run / "checkpoints" / folder.folder_name(step)
     folder.publish(scratch, final)

@@ -18,7 +18,7 @@ from megatron_mea.parallel.grid import Grid
 
 SLOW = 1.25
 """Times the median of its stage, at which a rank is an outlier."""
-_NOISE = 0.005
+_NOISE = 0.02
 """Seconds above the median that say nothing yet."""
 
 
