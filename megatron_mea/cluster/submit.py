@@ -188,13 +188,10 @@ def write_configs(configs: Sequence[Config]) -> None:
 
 def signal_lead(config: Config, resources: Resources) -> int:
     """Seconds before the limit at which a run must be told to save: twice what a step and a save take."""
-    save, step = _LEAST, _LEAST
-    if beat := _heartbeat(Path(config.run.dir)):
-        save = max(save, beat.get("save_seconds") or 0.0)
-        step = max(step, config.tokens_per_step / (beat.get("tokens_per_second") or math.inf))
-    else:
-        save = max(save, checkpoint_bytes(config.model) / (_DISK * resources.nodes))
-    return math.ceil(20 + 2 * (save + step))
+    beat = _heartbeat(Path(config.run.dir)) or {}
+    save = beat.get("save_seconds") or checkpoint_bytes(config.model) / (_DISK * resources.nodes)
+    step = config.tokens_per_step / (beat.get("tokens_per_second") or math.inf)
+    return math.ceil(20 + 2 * (max(save, _LEAST) + max(step, _LEAST)))
 
 
 def _contradictions(resources: Resources, partition: slurm.Partition | None) -> Iterator[Problem]:
