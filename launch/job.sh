@@ -47,8 +47,9 @@ on_all_ranks() {
 say "job $job on $SLURM_JOB_NODELIST, attempt $((${SLURM_RESTART_COUNT:-0} + 1)), step $(newest_step) of $STEPS"
 if finished; then say "finished already"; exit 0; fi
 if [ -e "$ended" ]; then say "ended already: $(sed 1d "$ended")"; exit "$(head -n 1 "$ended")"; fi
-script=$(scontrol show job "$SLURM_JOB_ID" --oneliner | sed -n 's/.* Command=\([^ ]*\).*/\1/p' | head -n 1)
-other=$(squeue --noheader --states=RUNNING --format='%F %o' | awk -v us="$array" -v s="$script" '$1 != us && $2 == s { print $1; exit }')
+script=$(squeue --noheader --jobs="$job" --format=%o | head -n 1)
+other=$(squeue --noheader --states=RUNNING --format='%F %o' | SCRIPT=$script awk -v us="$array" \
+  '{ id = $1; sub(/^[^ ]* /, "") } id != us && $0 == ENVIRON["SCRIPT"] { print id; exit }')
 if [ -n "$script" ] && [ -n "$other" ]; then say "job $other trains $RUN_DIR already: this one leaves it alone"; exit 2; fi
 give_up_without_progress
 echo "$(newest_step) $job $(date '+%FT%T')" >> "$attempts"
