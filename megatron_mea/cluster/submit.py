@@ -7,6 +7,7 @@ import math
 import shlex
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -17,8 +18,8 @@ from megatron_mea.cluster import slurm
 from megatron_mea.cluster.script import Site, render
 from megatron_mea.config import Config, dump_config
 from megatron_mea.config.layout import Layout, check_layout
-from megatron_mea.errors import Problem, UserError
-from megatron_mea.outputs import output_place
+from megatron_mea.errors import Problem, RunError, UserError
+from megatron_mea.outputs import output_place, written
 from megatron_mea.training.ranks import Ranks
 from megatron_mea.training.run import check_inputs, checkpoint_bytes, look_at
 
@@ -89,10 +90,7 @@ def submit(config: Config, resources: Resources, dry_run: bool) -> str:
     if dry_run:
         return "\n".join([script, *(f"# {line}" for line in warned)])
     expected = slurm.check_script(script)
-    jobs = []
-    with output_place(path, folder=False):
-        write_configs([config])
-        path.write_text(script, encoding="utf-8")
+    with files_of_jobs([config], path, script) as jobs:
         for _ in range(resources.chain):
             jobs.append(slurm.submit(str(path), after=jobs[-1] if jobs else None))
     return "\n".join(_told(jobs, config, resources, layout, step, path, expected, warned))
@@ -178,12 +176,40 @@ def header(configs: Sequence[Config], resources: Resources, name: str, log: Path
     }
 
 
-def write_configs(configs: Sequence[Config]) -> None:
-    """The resolved configuration of each run in its folder, as it is now: a job may wait for days."""
-    for config in configs:
-        state = Path(config.run.dir) / "slurm"
-        state.mkdir(parents=True, exist_ok=True)
-        (state / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+@contextmanager
+def files_of_jobs(configs: Sequence[Config], path: Path, script: str) -> Iterator[list[str]]:
+    """Writes the script and the resolved configurations, as they are now: a job may wait for days.
+
+    Yields a list for the numbers of the jobs. Where the block fails before there is one, all is as it was before.
+
+    Raises:
+        RunError: a file cannot be written; or what the block raises, with the jobs that were submitted before.
+    """
+    files = {config_of_jobs(config): dump_config(config) for config in configs} | {path: script}
+    before = {file: file.read_bytes() if file.is_file() else None for file in files}
+    jobs: list[str] = []
+    with ExitStack() as places:
+        for file in files:
+            places.enter_context(output_place(file, folder=False))
+        try:
+            for file, text in files.items():
+                with written(file):
+                    file.write_text(text, encoding="utf-8")
+            yield jobs
+        except BaseException as error:
+            if jobs and isinstance(error, RunError):
+                raise RunError(f"{error}; submitted before: job {', '.join(jobs)}") from None
+            for file, content in [] if jobs else before.items():
+                if content is None:
+                    file.unlink(missing_ok=True)
+                else:
+                    file.write_bytes(content)
+            raise
+
+
+def config_of_jobs(config: Config) -> Path:
+    """The file in the run folder that its jobs train."""
+    return Path(config.run.dir) / "slurm" / "config.yaml"
 
 
 def signal_lead(config: Config, resources: Resources) -> int:

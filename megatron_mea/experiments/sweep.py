@@ -10,11 +10,10 @@ from pathlib import Path
 
 from megatron_mea.cluster import slurm
 from megatron_mea.cluster.script import Site, render
-from megatron_mea.cluster.submit import Resources, check_resources, check_run, header, write_configs
-from megatron_mea.config import Config
+from megatron_mea.cluster.submit import Resources, check_resources, check_run, config_of_jobs, files_of_jobs, header
+from megatron_mea.config import Config, dump_config
 from megatron_mea.config.load import load_config
 from megatron_mea.errors import RunError, UserError
-from megatron_mea.outputs import output_place
 from megatron_mea.training.run import look_at
 
 PLAIN = ("plain", "plain_norm")
@@ -62,9 +61,10 @@ def run_here(configs: Sequence[Config]) -> str:
         print(f"run {number} of {len(configs)}: {config.run.dir}", flush=True)
         if look_at(config).finished is not None:
             continue
-        folder = Path(config.run.dir)
-        write_configs([config])
-        command = [sys.executable, "-m", "megatron_mea", "train", str(folder / "slurm" / "config.yaml")]
+        path = config_of_jobs(config)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(dump_config(config), encoding="utf-8")
+        command = [sys.executable, "-m", "megatron_mea", "train", str(path)]
         if subprocess.run(command, check=False).returncode:
             failed.append(config.run.dir)
     if failed:
@@ -92,10 +92,8 @@ def submit_array(configs: Sequence[Config], out: Path, resources: Resources, dry
     if dry_run:
         return script
     expected = slurm.check_script(script)
-    with output_place(path, folder=False):
-        write_configs(open_ones)
-        path.write_text(script, encoding="utf-8")
-        job = slurm.submit(str(path))
+    with files_of_jobs(open_ones, path, script) as jobs:
+        jobs.append(job := slurm.submit(str(path)))
     lines = [f"Submitted batch job {job}", *(f"warning: {line}" for line in [*warnings, *more])]
     lines += [f"  {job}_{index}  {run}" for index, run in enumerate(runs)]
     lines += [

@@ -210,7 +210,8 @@ def test_a_signal_that_would_come_too_late_is_refused(signal, message, submit):
 def test_an_earlier_signal_wins(submit):
     status, script, _ = submit(DRY, "--", "--signal", "B:USR2@600")
     assert status == 0
-    assert [line for line in header(script) if line.startswith("--signal")] == ["--signal=B:USR2@40", "--signal B:USR2@600"]
+    found = [line for line in header(script) if line.startswith("--signal")]
+    assert found == ["--signal=B:USR2@40", "--signal B:USR2@600"]
 
 
 def test_a_run_that_somebody_trains_is_refused(desk, submit):
