@@ -36,17 +36,20 @@ def combinations(
         UserError: a combination is no valid configuration, or two are the same.
     """
     base = load_config(path, overrides)
-    configs: dict[str, Config] = {}
+    configs: dict[tuple[str, float, int], Config] = {}
     for variant, rate, seed in itertools.product(
         variants or [base.model.attention_variant], learning_rates or [str(base.optimizer.lr)], seeds or [""]
     ):
         name = f"{variant}-lr{rate}" + (f"-seed{seed}" if seed else "")
-        if name in configs:
-            raise UserError("sweep", f"{name} twice", "each combination once")
         given = [f"model.attention_variant={variant}", f"optimizer.lr={rate}", f"run.dir={out / name}"]
         given += [f"training.seed={seed}"] if seed else []
         given += ["model.num_component_heads=null"] if variant in PLAIN else []
-        configs[name] = load_config(path, [*overrides, *given])
+        config = load_config(path, [*overrides, *given])
+        # 1e-3 and 0.001 are the same.
+        what = (config.model.attention_variant, config.optimizer.lr, config.training.seed)
+        if what in configs:
+            raise UserError("sweep", f"{Path(configs[what].run.dir).name} and {name}", "each combination once")
+        configs[what] = config
     return list(configs.values())
 
 
@@ -54,12 +57,14 @@ def run_here(configs: Sequence[Config]) -> str:
     """Trains them one after the other on this machine, each in a process of its own; skips those that are finished.
 
     Raises:
+        UserError: one has a folder that is none, or is finished with other settings; nothing was trained.
         RunError: some failed; the others were trained all the same.
     """
-    failed = []
-    for number, config in enumerate(configs, 1):
+    # All of them before the first is trained, which may take days.
+    finished, failed = [look_at(config).finished is not None for config in configs], []
+    for number, (config, done) in enumerate(zip(configs, finished, strict=True), 1):
         print(f"run {number} of {len(configs)}: {config.run.dir}", flush=True)
-        if look_at(config).finished is not None:
+        if done:
             continue
         path = config_of_jobs(config)
         path.parent.mkdir(parents=True, exist_ok=True)
