@@ -75,10 +75,11 @@ class Pair:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
         shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, NOTE: str(self.note)}
+        outside = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
         ranks = [
             subprocess.Popen(
                 [sys.executable, *python, str(self.folder / name)],
-                env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""},
+                env=outside | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,

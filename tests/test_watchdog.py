@@ -55,17 +55,18 @@ def test_a_rank_that_hangs_ends_all_with_their_stacks(tiny, tmp_path):
     faulty = f'if [ "$1" = -m ]; then set -- {FAULTY} hang:1:4 "$@"; fi'
     python.write_text(f'#!/bin/bash\n{faulty}\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
-    began = time.monotonic()
     done = subprocess.run(
         command(config, "run", "parallel.timeout_minutes=0.05", processes=2),
-        env=environment() | {"PYTHON": str(python)},
+        env=environment() | {"PYTHON": str(python), "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         timeout=100,
     )
     assert done.returncode == 1
-    assert time.monotonic() - began < 40
-    assert '"step": 3,' in (tmp_path / "run/metrics.jsonl").read_text()
+    metrics = tmp_path / "run/metrics.jsonl"
+    assert '"step": 3,' in metrics.read_text()
+    # 3 s until the watchdog speaks, 5 s for the stacks of the others.
+    assert time.time() - metrics.stat().st_mtime < 25
     for rank in (0, 1):
         assert f"rank {rank}: no progress for 0.05 minutes; the stacks of rank {rank}:\n" in done.stderr
     assert re.search(r"rank 1: .*faulty\.py.* in step", done.stderr)
@@ -93,11 +94,11 @@ sys.exit(status)
 
 
 def test_a_long_validation_is_no_hang(tiny, tmp_path):
-    """12 batches of 0.25 s before and after the step, with a limit of 1.5 s."""
+    """12 batches of 0.25 s before and after the step, with a limit of 2.4 s."""
     config = tiny.write_config(
         tmp_path / "tiny.yaml", **{"training.steps": 1, "schedule.warmup_steps": 0, "evaluation.batches": 6}
     )
-    settings = [f"run.dir={tmp_path / 'run'}", "parallel.timeout_minutes=0.025"]
+    settings = [f"run.dir={tmp_path / 'run'}", "parallel.timeout_minutes=0.04"]
     done = subprocess.run(
         [sys.executable, "-c", SLOW, "train", str(config), *settings],
         env=environment(),

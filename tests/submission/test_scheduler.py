@@ -114,12 +114,8 @@ def test_a_script_that_has_a_job_is_refused(name, desk, submit):
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (
-            "scontrol",
-            "echo 'Slurmctld(primary) at login1 is DOWN'",
-            "scontrol ping: Slurmctld(primary) at login1 is DOWN",
-        ),
-        ("scontrol", "echo 'slurm_load: no controller' >&2; exit 1", "scontrol ping: no controller"),
+        ("echo 'Slurmctld(primary) at login1 is DOWN'", "scontrol ping: Slurmctld(primary) at login1 is DOWN"),
+        ("echo 'slurm_load: no controller' >&2; exit 1", "scontrol ping: no controller"),
     ],
 )
 def test_a_controller_that_does_not_answer(answer, message, desk, submit):
