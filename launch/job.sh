@@ -1,7 +1,9 @@
 # The life of a training job: preflight, training, and whether to start again. Part of every job script; expects
-# SCRIPT (the path that was submitted), RUN_DIR, CONFIG, STEPS (when the run is finished), SUBMISSION (a name that all
-# attempts share), REQUEUE (yes | no) and what site.env sets.
+# RUN_DIR, CONFIG, STEPS (when the run is finished), SUBMISSION (a name that all attempts share), REQUEUE (yes | no) and
+# what site.env sets.
 set -uo pipefail
+: "${MAX_FRUITLESS:=2}" "${MAX_FAILURES:=10}"
+[ -n "${CONTAINER+set}" ] || CONTAINER=()
 
 state=$RUN_DIR/slurm
 attempts=$state/attempts-$SUBMISSION    # a line an attempt: the step it began at, job, time
@@ -47,9 +49,10 @@ on_all_ranks() {
 say "job $job on $SLURM_JOB_NODELIST, attempt $((${SLURM_RESTART_COUNT:-0} + 1)), step $(newest_step) of $STEPS"
 if finished; then say "finished already"; exit 0; fi
 if [ -e "$ended" ]; then say "ended already: $(sed 1d "$ended")"; exit "$(head -n 1 "$ended")"; fi
-other=$(squeue --noheader --states=RUNNING --format='%F %o' | awk -v us="$array" -v script="$SCRIPT" \
-  '{ id = $1; sub(/^[0-9]+ /, "") } id != us && $0 == script { print id; exit }')
-if [ -n "$other" ]; then say "job $other trains $RUN_DIR already: this one leaves it alone"; exit 2; fi
+script=$(squeue --noheader --jobs="$job" --format=%o | head -n 1)
+other=$(squeue --noheader --states=RUNNING --format='%F %o' | SCRIPT=$script awk -v us="$array" \
+  '{ id = $1; sub(/^[^ ]* /, "") } id != us && $0 == ENVIRON["SCRIPT"] { print id; exit }')
+if [ -n "$script" ] && [ -n "$other" ]; then say "job $other trains $RUN_DIR already: this one leaves it alone"; exit 2; fi
 give_up_without_progress
 echo "$(newest_step) $job $(date '+%FT%T')" >> "$attempts"
 
@@ -62,7 +65,7 @@ export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 MEA_FAILURE_FILE=$ended
 # What NCCL was doing when it hung, beside the stacks that the ranks write into the log.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN} TORCH_FR_BUFFER_SIZE=2000 TORCH_NCCL_DUMP_ON_TIMEOUT=1
 export TORCH_FR_DUMP_TEMP_FILE=$state/nccl-$job-rank
-setup
+if declare -F setup > /dev/null; then setup; fi
 
 on_all_ranks -m megatron_mea.cluster.preflight "$RUN_DIR" && [ -z "$stop" ] && on_all_ranks -m megatron_mea train "$CONFIG"
 
@@ -80,7 +83,7 @@ fi
 give_up_without_progress
 if [ "$REQUEUE" = no ]; then say "the next job of the chain goes on"; exit "$rc"; fi
 # A job that was cancelled, or that the scheduler requeues itself, runs no more.
-if [ "$(squeue --noheader --array --jobs="$job" --format=%T)" != RUNNING ]; then say "ended from outside: only SLURM may requeue it"; exit "$rc"; fi
+if [ "$(squeue --noheader --array --jobs="$job" --format=%T)" != RUNNING ]; then say "not requeued: this job was ended"; exit "$rc"; fi
 say "into the queue again"
 # It ends this shell with TERM.
 trap 'exit 0' TERM

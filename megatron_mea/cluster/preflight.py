@@ -72,31 +72,11 @@ def preflight(run_dir: Path, ranks: Ranks, patience: float = PATIENCE) -> None:
     store = dist.TCPStore(
         ranks.master_address, ranks.master_port, ranks.world_size, first, timeout=wait, wait_for_workers=False
     )
-    if first:
-        store.set("marker", _leave_marker(run_dir))
-    folder = _look_at_folder(run_dir, store.get("marker").decode(), write=ranks.local_rank == 0)
-    moment = _shared_moment(store, ranks, wait)
-    report = Report(ranks.rank, socket.gethostname(), moment, _identity(device), _versions(), machine, folder)
-    store.set(f"report/{ranks.rank}", json.dumps(asdict(report)))
-    if first:
-        # What keeps rank 0 from a verdict must not keep the others waiting.
-        verdict: Exception | None = None
-        try:
-            reports = [Report(**json.loads(store.get(f"report/{rank}"))) for rank in range(ranks.world_size)]
-            _judge(reports, run_dir)
-        except Exception as error:
-            verdict = error
-        finally:
+    try:
+        reports = _compare(run_dir, ranks, store, _identity(device), machine, wait)
+    finally:
+        if first:
             _remove_markers(run_dir)
-        store.set("verdict", "bad" if verdict else "good")
-        if verdict:
-            # The others read it from here.
-            time.sleep(1)
-            raise verdict
-    elif store.get("verdict") == b"bad":
-        # Rank 0 says why.
-        time.sleep(3)
-        sys.exit(1)
     seconds = _add_up(device, ranks, store)
     if first:
         hosts = dict.fromkeys(report.host for report in reports)
@@ -106,6 +86,38 @@ def preflight(run_dir: Path, ranks: Ranks, patience: float = PATIENCE) -> None:
             f"{time.monotonic() - began:.0f} s in all",
             flush=True,
         )
+
+
+def _compare(
+    run_dir: Path, ranks: Ranks, store: dist.Store, device: str, machine: str, wait: timedelta
+) -> list[Report]:
+    """What all ranks report, on rank 0; every rank leaves here unless all is well."""
+    if ranks.rank == 0:
+        store.set("marker", _leave_marker(run_dir))
+    folder = _look_at_folder(run_dir, store.get("marker").decode(), write=ranks.local_rank == 0)
+    report = Report(
+        ranks.rank, socket.gethostname(), _shared_moment(store, ranks, wait), device, _versions(), machine, folder
+    )
+    store.set(f"report/{ranks.rank}", json.dumps(asdict(report)))
+    reports: list[Report] = []
+    if ranks.rank == 0:
+        # What keeps rank 0 from a verdict must not keep the others waiting.
+        verdict: Exception | None = None
+        try:
+            reports = [Report(**json.loads(store.get(f"report/{rank}"))) for rank in range(ranks.world_size)]
+            _judge(reports, run_dir)
+        except Exception as error:
+            verdict = error
+        store.set("verdict", "bad" if verdict else "good")
+        if verdict:
+            # The others read it from here.
+            time.sleep(1)
+            raise verdict
+    elif store.get("verdict") == b"bad":
+        # Rank 0 says why.
+        time.sleep(3)
+        sys.exit(1)
+    return reports
 
 
 def problems(reports: Sequence[Report]) -> Iterator[tuple[str, str]]:

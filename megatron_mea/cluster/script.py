@@ -32,6 +32,7 @@ class Site:
     def read(cls) -> Site:
         """Raises UserError where the file is no bash that ends well."""
         path = template("site.env")
+        _text(path)
         fields = " ".join(f'"${{{name}:-}}"' for name in _FIELDS)
         script = f'. "$1" >&2 && printf "%s\\n" {fields}'
         done = subprocess.run(["bash", "-c", script, "bash", str(path)], capture_output=True, text=True, check=False)
@@ -72,11 +73,11 @@ def render(name: str, site: Site, options: Sequence[str], values: Mapping[str, s
             would not read.
     """
     path = template(name)
-    own = f"{site.path.read_text().rstrip()}\nPYTHON=${{PYTHON:-{shlex.quote(sys.executable)}}}"
+    own = f"{_text(site.path).rstrip()}\nPYTHON=${{PYTHON:-{shlex.quote(sys.executable)}}}"
     blocks = {
         "OPTIONS": "\n".join(f"#SBATCH {option}" for option in options),
         "SITE": f"\n# ---- {site.path}\n{own}\n",
-        "JOB": f"# ---- {template('job.sh')}\n{template('job.sh').read_text().rstrip()}",
+        "JOB": f"# ---- {template('job.sh')}\n{_text(template('job.sh')).rstrip()}",
     }
 
     def fill(match: re.Match[str]) -> str:
@@ -89,17 +90,23 @@ def render(name: str, site: Site, options: Sequence[str], values: Mapping[str, s
         value = values[key]
         return " ".join(map(shlex.quote, value)) if isinstance(value, list) else shlex.quote(str(value))
 
-    script = _PLACE.sub(fill, path.read_text())
+    script = _PLACE.sub(fill, _text(path))
     _check(path, script)
     return script.rstrip() + "\n"
+
+
+def _text(path: Path) -> str:
+    """Of a template, whose line ends Python would mend without a word, and bash would not."""
+    text = path.read_bytes().decode()
+    if "\r" in text:
+        raise UserError(str(path), "DOS line ends", "UNIX ones", f"sed -i 's/\\r$//' {path}")
+    return text
 
 
 def _check(path: Path, script: str) -> None:
     """What sbatch does not say: it takes some of these scripts, and drops lines without a word."""
     if not script.startswith("#!"):
         raise UserError(str(path), script.partition("\n")[0], "#!/bin/bash in the first line")
-    if "\r" in script:
-        raise UserError(str(path), "DOS line ends", "UNIX ones", f"sed -i 's/\\r$//' {path}")
     command = None
     for number, line in enumerate(script.splitlines(), 1):
         if line.strip() and not line.lstrip().startswith("#"):

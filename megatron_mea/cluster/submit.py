@@ -7,6 +7,7 @@ import math
 import shlex
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -17,8 +18,8 @@ from megatron_mea.cluster import slurm
 from megatron_mea.cluster.script import Site, render
 from megatron_mea.config import Config, dump_config
 from megatron_mea.config.layout import Layout, check_layout
-from megatron_mea.errors import Problem, UserError
-from megatron_mea.outputs import output_place
+from megatron_mea.errors import Problem, RunError, UserError
+from megatron_mea.outputs import output_place, written
 from megatron_mea.training.ranks import Ranks
 from megatron_mea.training.run import check_inputs, checkpoint_bytes, look_at
 
@@ -91,10 +92,7 @@ def submit(config: Config, resources: Resources, dry_run: bool) -> str:
     if dry_run:
         return "\n".join([script, *(f"# {line}" for line in warned)])
     expected = slurm.check_script(script)
-    jobs = []
-    with output_place(path, folder=False):
-        write_configs([config])
-        path.write_text(script, encoding="utf-8")
+    with files_of_jobs([config], path, script) as jobs:
         for _ in range(resources.chain):
             jobs.append(slurm.submit(str(path), after=jobs[-1] if jobs else None))
     return "\n".join(_told(jobs, config, resources, layout, step, path, expected, warned))
@@ -172,35 +170,60 @@ def check_resources(
 def header(configs: Sequence[Config], resources: Resources, script: Path, log: str) -> dict[str, Any]:
     """What the templates have in common; one script for all these runs, in the folder of their logs."""
     return {
-        "SCRIPT": str(script),
         "NAME": f"mea-{script.parents[1].name}",
         "NODES": resources.nodes,
         "TASKS": resources.gpus_per_node,
         "TIME": resources.time,
-        "LOG": str(script.parent / log),
+        # sbatch replaces %j and its like.
+        "LOG": f"{str(script.parent).replace('%', '%%')}/{log}",
         "LEAD": max(signal_lead(config, resources) for config in configs),
         "SUBMISSION": time.strftime("%Y%m%d-%H%M%S"),
         "REQUEUE": "yes" if resources.chain == 1 else "no",
     }
 
 
-def write_configs(configs: Sequence[Config]) -> None:
-    """The resolved configuration of each run in its folder, as it is now: a job may wait for days."""
-    for config in configs:
-        state = Path(config.run.dir) / "slurm"
-        state.mkdir(parents=True, exist_ok=True)
-        (state / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+@contextmanager
+def files_of_jobs(configs: Sequence[Config], path: Path, script: str) -> Iterator[list[str]]:
+    """Writes the script and the resolved configurations, as they are now: a job may wait for days.
+
+    Yields a list for the numbers of the jobs. Where the block fails before there is one, all is as it was before.
+
+    Raises:
+        RunError: a file cannot be written; or what the block raises, with the jobs that were submitted before.
+    """
+    files = {config_of_jobs(config): dump_config(config) for config in configs} | {path: script}
+    before = {file: file.read_bytes() if file.is_file() else None for file in files}
+    jobs: list[str] = []
+    with ExitStack() as places:
+        for file in files:
+            places.enter_context(output_place(file, folder=False))
+        try:
+            for file, text in files.items():
+                with written(file):
+                    file.write_text(text, encoding="utf-8")
+            yield jobs
+        except BaseException as error:
+            if jobs and isinstance(error, RunError):
+                raise RunError(f"{error}; submitted before: job {', '.join(jobs)}") from None
+            for file, content in [] if jobs else before.items():
+                if content is None:
+                    file.unlink(missing_ok=True)
+                else:
+                    file.write_bytes(content)
+            raise
+
+
+def config_of_jobs(config: Config) -> Path:
+    """The file in the run folder that its jobs train."""
+    return Path(config.run.dir) / "slurm" / "config.yaml"
 
 
 def signal_lead(config: Config, resources: Resources) -> int:
     """Seconds before the limit at which a run must be told to save: twice what a step and a save take."""
-    save, step = _LEAST, _LEAST
-    if beat := _heartbeat(Path(config.run.dir)):
-        save = max(save, beat.get("save_seconds") or 0.0)
-        step = max(step, config.tokens_per_step / (beat.get("tokens_per_second") or math.inf))
-    else:
-        save = max(save, checkpoint_bytes(config.model) / (_DISK * resources.nodes))
-    return math.ceil(20 + 2 * (save + step))
+    beat = _heartbeat(Path(config.run.dir)) or {}
+    save = beat.get("save_seconds") or checkpoint_bytes(config.model) / (_DISK * resources.nodes)
+    step = config.tokens_per_step / (beat.get("tokens_per_second") or math.inf)
+    return math.ceil(20 + 2 * (max(save, _LEAST) + max(step, _LEAST)))
 
 
 def _contradictions(resources: Resources, partition: slurm.Partition | None) -> Iterator[Problem]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -10,11 +11,10 @@ from pathlib import Path
 
 from megatron_mea.cluster import slurm
 from megatron_mea.cluster.script import Site, render
-from megatron_mea.cluster.submit import Resources, check_resources, check_run, header, write_configs
-from megatron_mea.config import Config
+from megatron_mea.cluster.submit import Resources, check_resources, check_run, config_of_jobs, files_of_jobs, header
+from megatron_mea.config import Config, dump_config
 from megatron_mea.config.load import load_config
 from megatron_mea.errors import RunError, UserError
-from megatron_mea.outputs import output_place
 from megatron_mea.training.run import look_at
 
 PLAIN = ("plain", "plain_norm")
@@ -37,17 +37,20 @@ def combinations(
         UserError: a combination is no valid configuration, or two are the same.
     """
     base = load_config(path, overrides)
-    configs: dict[str, Config] = {}
+    configs: dict[tuple[str, float, int], Config] = {}
     for variant, rate, seed in itertools.product(
         variants or [base.model.attention_variant], learning_rates or [str(base.optimizer.lr)], seeds or [""]
     ):
         name = f"{variant}-lr{rate}" + (f"-seed{seed}" if seed else "")
-        if name in configs:
-            raise UserError("sweep", f"{name} twice", "each combination once")
         given = [f"model.attention_variant={variant}", f"optimizer.lr={rate}", f"run.dir={out / name}"]
         given += [f"training.seed={seed}"] if seed else []
         given += ["model.num_component_heads=null"] if variant in PLAIN else []
-        configs[name] = load_config(path, [*overrides, *given])
+        config = load_config(path, [*overrides, *given])
+        # 1e-3 and 0.001 are the same.
+        what = (config.model.attention_variant, config.optimizer.lr, config.training.seed)
+        if what in configs:
+            raise UserError("sweep", f"{Path(configs[what].run.dir).name} and {name}", "each combination once")
+        configs[what] = config
     return list(configs.values())
 
 
@@ -55,17 +58,27 @@ def run_here(configs: Sequence[Config]) -> str:
     """Trains them one after the other on this machine, each in a process of its own; skips those that are finished.
 
     Raises:
+        UserError: one has a folder that is none, or is finished with other settings; nothing was trained.
         RunError: some failed; the others were trained all the same.
     """
-    failed = []
-    for number, config in enumerate(configs, 1):
+    # All of them before the first is trained, which may take days.
+    finished, failed = [look_at(config).finished is not None for config in configs], []
+    for number, (config, done) in enumerate(zip(configs, finished, strict=True), 1):
         print(f"run {number} of {len(configs)}: {config.run.dir}", flush=True)
-        if look_at(config).finished is not None:
+        if done:
             continue
-        folder = Path(config.run.dir)
-        write_configs([config])
-        command = [sys.executable, "-m", "megatron_mea", "train", str(folder / "slurm" / "config.yaml")]
-        if subprocess.run(command, check=False).returncode:
+        path = config_of_jobs(config)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(dump_config(config), encoding="utf-8")
+        command = [sys.executable, "-m", "megatron_mea", "train", str(path)]
+        with subprocess.Popen(command) as run:
+            try:
+                run.wait()
+            except SystemExit:
+                # Asked to stop: the run in hand saves.
+                run.send_signal(signal.SIGTERM)
+                raise
+        if run.returncode:
             failed.append(config.run.dir)
     if failed:
         raise RunError(f"{len(failed)} of {len(configs)} runs failed: {', '.join(failed)}")
@@ -92,10 +105,8 @@ def submit_array(configs: Sequence[Config], out: Path, resources: Resources, dry
     if dry_run:
         return script
     expected = slurm.check_script(script)
-    with output_place(path, folder=False):
-        write_configs(open_ones)
-        path.write_text(script, encoding="utf-8")
-        job = slurm.submit(str(path))
+    with files_of_jobs(open_ones, path, script) as jobs:
+        jobs.append(job := slurm.submit(str(path)))
     lines = [f"Submitted batch job {job}", *(f"warning: {line}" for line in [*warnings, *more])]
     lines += [f"  {job}_{index}  {run}" for index, run in enumerate(runs)]
     lines += [

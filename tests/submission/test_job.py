@@ -1,0 +1,265 @@
+"""The life of a job: the script that `submit` writes, where small scripts stand in for srun, scontrol and squeue."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+WAITS = "trap 'exit 0' USR2; while :; do sleep 0.05; done"
+SITE = "PYTHON=python-of-site\nCONTAINER=(--container-image='an image')\nMAX_FRUITLESS=2\nMAX_FAILURES=3\n"
+
+
+class Job:
+    """A job of a run in `folder`, and what its SLURM does."""
+
+    def __init__(self, desk, submit, name: str, chain: int = 1) -> None:
+        self.desk, self.run = desk, desk.folder / name
+        desk.site(SITE + "setup() { export FROM_SETUP=1; }\n")
+        status, script, err = submit(f"run.dir={name}", "--chain", str(chain), "--dry-run")
+        assert status == 0, err
+        self.path = self.run / "slurm/train.sbatch"
+        self.path.parent.mkdir(parents=True)
+        self.path.write_text(script)
+        (name,) = [line for line in script.splitlines() if line.startswith("SUBMISSION=")]
+        self.ended = self.run / f"slurm/ended-{name.removeprefix('SUBMISSION=')}"
+        self.log = desk.folder / "log"
+        self.state, self.others, self.requeue = "RUNNING", "", "(sleep 0.2; kill -TERM $PPID) & exit 0"
+
+    def trains(self, training: str, preflight: str = "exit 0") -> None:
+        """What srun does for a training, and for the check before it."""
+        run = shlex.quote(str(self.run))
+        self.desk.program("srun", f"run={run}\ncase $* in *.preflight*) {preflight} ;; esac\n{training}")
+
+    def saves(self, step: int) -> str:
+        return f'mkdir -p "$run/checkpoints/step_{step:08}"'
+
+    def start(self) -> subprocess.Popen:
+        self.desk.program(
+            "scontrol",
+            f"case $1 in\nrequeue) {self.requeue} ;;\nshow) printf 'node1\\nnode2\\n' ;;\nesac",
+        )
+        mine = f"*--jobs=7*%T) echo {self.state} ;;\n*--jobs=7*%o) echo {shlex.quote(str(self.path))} ;;\n"
+        self.desk.program("squeue", f"case $* in\n{mine}*) printf '{self.others}' ;;\nesac")
+        allocation = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NTASKS_PER_NODE": "1"}
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "MASTER"))}
+        environment |= allocation | {"PATH": f"{self.desk.bin}:/usr/bin:/bin"}
+        with self.log.open("w") as log:
+            return subprocess.Popen(
+                ["bash", self.path], env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def attempt(self, number: int | None = None) -> tuple[int, str]:
+        """Runs the job, with a signal as soon as it trains; returns its status and what it has written."""
+        calls, job = len(self.desk.calls("srun")), self.start()
+        try:
+            if number is not None:
+                self.until(lambda: len(self.desk.calls("srun")) == calls + 2)
+                time.sleep(0.2)
+                job.send_signal(number)
+            return job.wait(timeout=30), self.log.read_text()
+        finally:
+            self.end(job)
+
+    def end(self, job: subprocess.Popen) -> None:
+        """As SLURM ends what a job has left."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
+        job.wait()
+
+    def until(self, holds) -> None:
+        deadline = time.monotonic() + 30
+        while not holds():
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.02)
+
+    def requeued(self) -> bool:
+        return "requeue 7" in self.desk.calls("scontrol")
+
+
+@pytest.fixture(params=["run", "my first run"])
+def job(request, desk, submit) -> Job:
+    return Job(desk, submit, request.param)
+
+
+@pytest.fixture
+def plain(desk, submit) -> Job:
+    return Job(desk, submit, "run")
+
+
+def test_a_job_that_finishes(job):
+    environment = "MASTER_ADDR MASTER_PORT OMP_NUM_THREADS MEA_FAILURE_FILE SRUN_CPUS_PER_TASK FROM_SETUP"
+    job.trains(
+        f"for name in {environment}; do printf '%s=%s\\n' $name \"${{!name}}\"; done\n"
+        f'{job.saves(4)}; echo \'{{"step": 4}}\' > "$run/FINISHED"'
+    )
+    status, log = job.attempt()
+    assert status == 0, log
+    assert "job 7 on node[1-2], attempt 1, step 0 of 4" in log
+    assert log.endswith("finished at step 4\n")
+    assert not job.requeued()
+    given = "--container-image=an image --label --kill-on-bad-exit=1 --wait=60 python-of-site -m"
+    assert job.desk.calls("srun") == [
+        f"{given} megatron_mea.cluster.preflight {job.run}",
+        f"{given} megatron_mea train {job.run}/slurm/config.yaml",
+    ]
+    assert f"MASTER_ADDR=node1\nMASTER_PORT=20007\nOMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', '')}" in log
+    assert f"MEA_FAILURE_FILE={job.ended}\nSRUN_CPUS_PER_TASK=1\nFROM_SETUP=1\n" in log
+    # It is started again, by whoever.
+    status, log = job.attempt()
+    assert (status, len(job.desk.calls("srun"))) == (0, 2)
+    assert log.endswith("finished already\n")
+
+
+def test_a_run_that_is_to_go_further_is_not_finished(plain):
+    (plain.run / "FINISHED").write_text('{"step": 3}')
+    plain.trains("echo trained; exit 0")
+    assert "trained" in plain.attempt()[1]
+
+
+@pytest.mark.parametrize(("noted", "status"), [("2\nUserError: error: run.dir", 2), ("1\nValueError: a bug", 1)])
+@pytest.mark.parametrize("when", ["preflight", "training"])
+def test_a_rank_that_fails_by_itself_ends_it_for_good(when, noted, status, job):
+    fails = f"printf '%s\\n' {shlex.quote(noted)} > \"$MEA_FAILURE_FILE\"; exit 143"
+    job.trains(**{"training": "exit 1", when: fails})
+    found, log = job.attempt()
+    assert found == status
+    assert f"a rank failed by itself, which another attempt would not mend: {noted[2:]}\n" in log
+    assert not job.requeued()
+    calls = len(job.desk.calls("srun"))
+    found, log = job.attempt()
+    assert (found, len(job.desk.calls("srun"))) == (status, calls)
+    assert log.endswith(f"ended already: {noted[2:]}\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
+def test_a_job_that_is_told_saves_and_is_requeued(number, job):
+    job.trains(f"trap '{job.saves(3)}; exit 0' USR2; while :; do sleep 0.05; done")
+    status, log = job.attempt(number)
+    assert status == 0, log
+    assert f"got {number.name.removeprefix('SIG')}\n" in log
+    assert f"srun ended with status 0 at step 3 after {number.name.removeprefix('SIG')}\n" in log
+    assert log.endswith("into the queue again\n")
+    assert job.requeued()
+    assert not job.ended.exists()
+
+
+def test_usr1_ends_it_for_good(job):
+    job.trains(f"trap '{job.saves(3)}; exit 0' USR2; while :; do sleep 0.05; done")
+    status, log = job.attempt(signal.SIGUSR1)
+    assert status == 0
+    assert log.endswith("stopped as asked at step 3; submit again to go on\n")
+    assert not job.requeued()
+    assert job.ended.read_text().startswith("0\n")
+    status, log = job.attempt()
+    assert (status, len(job.desk.calls("srun"))) == (0, 2)
+    assert log.endswith("ended already: stopped as asked at step 3; submit again to go on\n")
+
+
+def test_a_signal_during_the_preflight_starts_no_training(plain):
+    plain.trains("exit 9", preflight=WAITS)
+    process = plain.start()
+    plain.until(lambda: plain.desk.calls("srun"))
+    time.sleep(0.2)
+    process.send_signal(signal.SIGUSR2)
+    assert process.wait(30) == 0
+    plain.end(process)
+    assert len(plain.desk.calls("srun")) == 1
+    assert plain.requeued()
+
+
+def test_two_attempts_without_a_new_checkpoint_are_enough(job):
+    job.trains("exit 137")
+    status, log = job.attempt()
+    assert (status, "into the queue again" in log) == (0, True)
+    status, log = job.attempt()
+    assert status == 1
+    assert log.endswith("2 attempts in a row began at step 0 and saved nothing newer: not tried again\n")
+    assert job.attempt()[1].endswith(f"ended already: {log.splitlines()[-1].partition('] ')[2]}\n")
+
+
+def test_an_attempt_with_a_new_checkpoint_counts_anew(plain):
+    plain.trains(f"{plain.saves(5)}; exit 0")
+    assert [plain.attempt()[0] for _ in range(2)] == [0, 0]
+    status, log = plain.attempt()
+    assert status == 1
+    assert log.endswith("2 attempts in a row began at step 5 and saved nothing newer: not tried again\n")
+
+
+def test_a_job_that_fails_again_and_again(job):
+    for step in (1, 2, 3):
+        job.trains(f"{job.saves(step)}; exit 137")
+        status, log = job.attempt()
+    assert status == 137
+    assert log.endswith("failed 3 times: not tried again\n")
+    assert job.ended.read_text() == "137\nfailed 3 times: not tried again\n"
+
+
+def test_a_preflight_that_fails_is_tried_on_other_nodes(plain):
+    plain.trains("exit 9", preflight="exit 1")
+    status, log = plain.attempt()
+    assert (status, plain.requeued(), len(plain.desk.calls("srun"))) == (0, True, 1)
+    assert "srun ended with status 1 at step 0\n" in log
+
+
+@pytest.mark.parametrize("state", ["CANCELLED", "COMPLETING", ""])
+def test_a_job_that_was_ended_is_not_requeued(state, plain):
+    plain.state = state
+    plain.trains("exit 143")
+    status, log = plain.attempt()
+    assert status == 143
+    assert log.endswith("not requeued: this job was ended\n")
+    assert not plain.requeued()
+    assert not plain.ended.exists()
+
+
+def test_a_cluster_that_refuses_to_requeue(plain):
+    plain.requeue = "echo 'Requested operation is disabled' >&2; exit 1"
+    plain.trains("exit 143")
+    status, log = plain.attempt()
+    assert status == 1
+    assert log.endswith("Requested operation is disabled\n" + log.splitlines()[-1] + "\n")
+    assert "this cluster refuses to requeue: submit with --chain N" in log.splitlines()[-1]
+
+
+def test_a_job_of_a_chain_leaves_it_to_the_next(desk, submit):
+    job = Job(desk, submit, "run", chain=2)
+    job.trains(f"{job.saves(3)}; exit 137")
+    status, log = job.attempt()
+    assert status == 137
+    assert log.endswith("the next job of the chain goes on\n")
+    assert not job.requeued()
+
+
+@pytest.mark.parametrize(
+    ("other", "leaves"),
+    [("9 {path}", True), ("7 {path}", False), ("9 {parent}/my other/slurm/train.sbatch", False), ("", False)],
+    ids=["same script", "itself", "similar script", "none"],
+)
+def test_another_job_that_runs_with_this_script(other, leaves, job):
+    job.others = f"8 /somewhere/else.sh\\n{other.format(path=job.path, parent=job.desk.folder)}\\n"
+    job.trains("exit 143")
+    status, log = job.attempt()
+    if leaves:
+        assert status == 2, log
+        assert log.endswith(f"job 9 trains {job.run} already: this one leaves it alone\n")
+        assert job.desk.calls("srun") == []
+        # A requeued attempt must not find itself ended by that.
+        assert not job.ended.exists()
+    else:
+        assert job.desk.calls("srun") != []
+
+
+def test_the_python_of_submit_is_the_default(desk, submit):
+    status, script, _ = submit("--dry-run")
+    assert status == 0
+    asked = f"CONTAINER=() PYTHON=; {next(line for line in script.splitlines() if line.startswith('PYTHON=${'))}"
+    done = subprocess.run(["bash", "-c", f'{asked}; echo "$PYTHON"'], capture_output=True, text=True)
+    assert Path(done.stdout.strip()) == Path(sys.executable)

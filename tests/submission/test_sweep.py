@@ -1,0 +1,144 @@
+"""Sweeps: which runs they are, what is skipped, and what a failing one does to the others."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from desk import BASH
+
+from megatron_mea.config import Config
+from megatron_mea.errors import UserError
+from megatron_mea.experiments.sweep import combinations
+
+FAILS = "echo 'sbatch: error: Batch job submission failed' >&2; exit 1"
+
+
+def combined(*overrides: str, variants=(), rates=(), seeds=()) -> dict[str, Config]:
+    configs = combinations("tiny.yaml", overrides, variants, rates, seeds, Path("out"))
+    assert all(Path(config.run.dir).parent == Path("out") for config in configs)
+    return {Path(config.run.dir).name: config for config in configs}
+
+
+def test_every_combination_is_a_run(desk):
+    configs = combined(variants=["plain", "mea"], rates=["1e-3", "3e-3"], seeds=["1", "2"])
+    assert list(configs) == [f"{v}-lr{lr}-seed{s}" for v in ("plain", "mea") for lr in ("1e-3", "3e-3") for s in "12"]
+    for name, config in configs.items():
+        variant, rate, seed = config.model.attention_variant, config.optimizer.lr, config.training.seed
+        assert name == f"{variant}-lr{rate * 1000:.0f}e-3-seed{seed}"
+
+
+def test_what_is_not_listed_is_the_files(desk):
+    ((name, config),) = combined("optimizer.lr=0.25", "training.seed=7", "run.dir=elsewhere").items()
+    assert name == "mea-lr0.25"
+    assert (config.optimizer.lr, config.training.seed, config.model.attention_variant) == (0.25, 7, "mea")
+
+
+def test_only_variants_with_a_combination_have_their_own_component_heads(desk):
+    """The file has 1 of them for 2 composite heads."""
+    names = ["plain", "plain_norm", "mea", "mea_no_norm"]
+    configs = combined(variants=names)
+    assert [configs[f"{name}-lr0.01"].model.component_heads for name in names] == [[2, 2], [2, 2], [1, 1], [1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("lists", "where", "found"),
+    [
+        ({"seeds": ["1", "2", "1"]}, "sweep", "mea-lr0.01-seed1 and mea-lr0.01-seed1"),
+        ({"variants": ["mea", "mea"]}, "sweep", "mea-lr0.01 and mea-lr0.01"),
+        ({"rates": ["1e-3", "0.001"]}, "sweep", "mea-lr1e-3 and mea-lr0.001"),
+        ({"seeds": ["1", "01"]}, "sweep", "mea-lr0.01-seed1 and mea-lr0.01-seed01"),
+        ({"variants": ["plane"]}, "model.attention_variant", "plane"),
+        ({"rates": ["1e-3", "fast"]}, "optimizer.lr", "fast"),
+        ({"rates": ["-1"]}, "optimizer.lr", "-1"),
+        ({"seeds": ["1.5"]}, "training.seed", "1.5"),
+    ],
+)
+def test_what_is_no_sweep_is_refused(lists, where, found, desk):
+    with pytest.raises(UserError) as caught:
+        combined(**lists)
+    assert caught.value.problems[0].where == where
+    assert found in str(caught.value)
+
+
+@pytest.fixture
+def python(desk, monkeypatch) -> Path:
+    """In place of Python in a sweep: a script that finishes runs, but for learning rates of 3e-3."""
+    path = desk.folder / "python"
+    fails = "case $4 in *lr3e-3*) echo 'no luck' >&2; exit 1 ;; esac"
+    finishes = """echo '{"step": 4}' > "${4%/slurm/config.yaml}/FINISHED\""""
+    path.write_text(f'#!{BASH}\necho "$*" >> trained\n{fails}\n{finishes}\n')
+    path.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(path))
+    return path
+
+
+SWEEP = ("sweep", "tiny.yaml", "--learning-rates", "1e-3,3e-3,1e-2", "--out", "out", "training.steps=4")
+
+
+def test_a_run_that_fails_does_not_stop_the_others(python, ask):
+    (python.parent / "out/mea-lr1e-3").mkdir(parents=True)
+    (python.parent / "out/mea-lr1e-3/FINISHED").write_text('{"step": 4}')
+    status, out, err = ask(*SWEEP)
+    assert status == 1
+    assert err.endswith("megatron-mea: 1 of 3 runs failed: out/mea-lr3e-3\n")
+    assert [line for line in out.splitlines() if line.startswith("run ")] == [
+        f"run {number} of 3: out/mea-lr{rate}" for number, rate in enumerate(("1e-3", "3e-3", "1e-2"), 1)
+    ]
+    trained = [f"-m megatron_mea train out/mea-lr{rate}/slurm/config.yaml" for rate in ("3e-3", "1e-2")]
+    assert (python.parent / "trained").read_text().splitlines() == trained
+    config = yaml.safe_load((python.parent / "out/mea-lr1e-2/slurm/config.yaml").read_text())
+    assert (config["optimizer"]["lr"], config["run"]["dir"]) == (0.01, "out/mea-lr1e-2")
+    # Only what failed is tried again.
+    assert ask(*SWEEP)[0] == 1
+    assert len((python.parent / "trained").read_text().splitlines()) == 3
+
+
+def test_a_folder_that_is_none_is_told_before_anything_is_trained(python, ask):
+    (python.parent / "out").mkdir()
+    (python.parent / "out/mea-lr1e-2").write_text("a file")
+    status, _, err = ask(*SWEEP)
+    assert status == 2
+    assert "out/mea-lr1e-2, which is a file" in err
+    assert not (python.parent / "trained").exists()
+
+
+def test_an_array_for_what_is_left(desk, ask):
+    desk.slurm()
+    (desk.folder / "out/mea-lr1e-3").mkdir(parents=True)
+    (desk.folder / "out/mea-lr1e-3/FINISHED").write_text('{"step": 4}')
+    before = desk.files()
+    status, script, err = ask(*SWEEP, "--submit", "--dry-run", "--", "--qos=x y")
+    assert (status, err) == (0, "")
+    assert desk.files() == before
+    assert subprocess.run([BASH, "-n"], input=script, text=True).returncode == 0
+    assert "{{" not in script
+    for line in ("--job-name=mea-out", "--array=0-1", f"--output={desk.folder}/out/slurm/%A_%a.log", "'--qos=x y'"):
+        assert f"#SBATCH {line}\n" in script
+    assert f"RUNS=({desk.folder}/out/mea-lr3e-3 {desk.folder}/out/mea-lr1e-2)\n" in script
+
+    desk.slurm(sbatch=FAILS)
+    before = desk.files()
+    assert ask(*SWEEP, "--submit")[0] == 1
+    assert desk.files() == before
+
+    desk.slurm()
+    status, out, _ = ask(*SWEEP, "--submit")
+    assert (status, out.splitlines()[0]) == (0, "Submitted batch job 42")
+    assert f"  42_1  {desk.folder}/out/mea-lr1e-2\n" in out
+    config = yaml.safe_load((desk.folder / "out/mea-lr3e-3/slurm/config.yaml").read_text())
+    assert config["optimizer"]["lr"] == 0.003
+    assert json.loads((desk.folder / "out/mea-lr1e-3/FINISHED").read_text()) == {"step": 4}
+    assert not (desk.folder / "out/mea-lr1e-3/slurm").exists()
+
+
+def test_a_sweep_that_is_done(desk, ask):
+    for rate in ("1e-3", "3e-3", "1e-2"):
+        (desk.folder / f"out/mea-lr{rate}").mkdir(parents=True)
+        (desk.folder / f"out/mea-lr{rate}/FINISHED").write_text('{"step": 4}')
+    assert ask(*SWEEP, "--submit")[:2] == (0, "all 3 runs are finished\n")
+    assert ask(*SWEEP)[0] == 0

@@ -1,0 +1,119 @@
+"""Which process of how many: from launch/local.sh, torchrun, srun, or nobody."""
+
+from __future__ import annotations
+
+import itertools
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_mea.errors import UserError
+from megatron_mea.training.ranks import Ranks, first_host
+
+FIVE = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}
+BATCH = {"SLURM_JOB_ID": "12345", "SLURM_JOB_NODELIST": "cpu7,gpu[03-05,9]", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+STEP = BATCH | {
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NODELIST": "gpu[03-05,9]",
+}
+MASTER = {"MASTER_ADDR": "fast7", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        (FIVE, Ranks(1, 4, 1, "10.0.0.1", 1234)),
+        (STEP, Ranks(5, 8, 1, "gpu03", 20000 + 12345)),
+        (STEP | {"SLURM_JOB_ID": "45678"}, Ranks(5, 8, 1, "gpu03", 20000 + 5678)),
+        (STEP | MASTER, Ranks(5, 8, 1, "fast7", 29500)),
+        (STEP | {"MASTER_PORT": "7"}, Ranks(5, 8, 1, "gpu03", 7)),
+        (STEP | {"SLURM_STEP_NODELIST": ""}, Ranks(5, 8, 1, "cpu7", 32345)),
+        # torchrun within a job.
+        (STEP | FIVE, Ranks(1, 4, 1, "10.0.0.1", 1234)),
+    ],
+)
+def test_one_rank_of_many(environment, expected):
+    assert Ranks.from_environment(environment) == expected
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{}, BATCH, STEP | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, dict.fromkeys(FIVE, ""), MASTER],
+    ids=["nothing", "batch shell", "step of one task", "empty values", "master alone"],
+)
+def test_alone(environment):
+    ranks = Ranks.from_environment(environment)
+    assert (ranks.rank, ranks.world_size, ranks.local_rank, ranks.master_address) == (0, 1, 0, "127.0.0.1")
+    assert 0 < ranks.master_port < 65536
+
+
+@pytest.mark.parametrize("gone", sorted(FIVE))
+@pytest.mark.parametrize("environment", [{}, BATCH, STEP], ids=["no job", "batch shell", "step"])
+def test_four_of_the_five_are_refused(environment, gone):
+    with pytest.raises(UserError, match=f"without {gone}\n"):
+        Ranks.from_environment(environment | {key: value for key, value in FIVE.items() if key != gone})
+
+
+@pytest.mark.parametrize("gone", ["SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_JOB_ID"])
+def test_a_step_that_says_too_little_is_refused(gone):
+    with pytest.raises(UserError, match=" without "):
+        Ranks.from_environment({key: value for key, value in STEP.items() if key != gone})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *(({key: "one"}, "whole numbers") for key in FIVE if key != "MASTER_ADDR"),
+        ({"RANK": "4"}, "RANK=4 with WORLD_SIZE=4"),
+        ({"RANK": "-1"}, "RANK=-1"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT=65536"),
+        ({"MASTER_PORT": "0"}, "MASTER_PORT=0"),
+    ],
+)
+def test_wrong_numbers_are_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        Ranks.from_environment(FIVE | change)
+
+
+def test_exported_ranks_are_found_again(monkeypatch):
+    ranks = Ranks(1, 2, 0, "gpu03", 4321)
+    monkeypatch.setattr(os, "environ", {})
+    ranks.export()
+    assert Ranks.from_environment(os.environ) == ranks
+
+
+WORDS = st.text("abz09-._", min_size=1, max_size=4)
+RANGES = st.lists(st.tuples(st.integers(0, 120), st.integers(0, 3), st.integers(1, 4)), min_size=1, max_size=3)
+HOSTS = st.lists(st.lists(st.one_of(WORDS, RANGES), min_size=1, max_size=4), min_size=1, max_size=3)
+
+
+def written(part: str | list[tuple[int, int, int]]) -> str:
+    """A part of a host as SLURM writes it: a word, or [03-05,9]."""
+    if isinstance(part, str):
+        return part
+    ends = [(f"{low:0{width}}", f"{low + more:0{width}}" if more else "") for low, more, width in part]
+    return "[" + ",".join(low + (f"-{high}" if high else "") for low, high in ends) + "]"
+
+
+def expanded(part: str | list[tuple[int, int, int]]) -> list[str]:
+    if isinstance(part, str):
+        return [part]
+    return [f"{number:0{width}}" for low, more, width in part for number in range(low, low + more + 1)]
+
+
+@given(HOSTS)
+def test_the_first_host_of_a_list(hosts):
+    text = ",".join("".join(map(written, host)) for host in hosts)
+    names = ["".join(parts) for host in hosts for parts in itertools.product(*map(expanded, host))]
+    assert first_host(text) == names[0]
+
+
+def test_no_host():
+    assert first_host("") == ""
