@@ -76,12 +76,12 @@ def _parser() -> argparse.ArgumentParser:
 
     def resources(sub: argparse.ArgumentParser, required: bool) -> None:
         sub.usage = f"megatron-mea {sub.prog.split()[-1]} CONFIG [KEY=VALUE ...] [options] [-- SBATCH_OPTION ...]"
-        nodes, gpus, time = (None, None, None) if required else (1, 1, "24:00:00")
-        sub.add_argument("--nodes", type=int, required=required, default=nodes, metavar="N")
-        gpus_help = "processes a node, one a GPU"
-        sub.add_argument("--gpus-per-node", type=int, required=required, default=gpus, metavar="G", help=gpus_help)
-        limit = "limit of a job, H:M:S or D-H:M:S; the run goes on"
-        sub.add_argument("--time", required=required, default=time, metavar="T", help=limit)
+        default = ("", "", "") if required else (" (default: 1)", " (default: 1)", " (default: 24:00:00)")
+        sub.add_argument("--nodes", type=int, required=required, metavar="N", help=f"nodes of a job{default[0]}")
+        gpus = f"processes a node, one a GPU{default[1]}"
+        sub.add_argument("--gpus-per-node", type=int, required=required, metavar="G", help=gpus)
+        limit = f"limit of a job, H:M:S or D-H:M:S; the run goes on{default[2]}"
+        sub.add_argument("--time", required=required, metavar="T", help=limit)
         sub.add_argument("--dry-run", action="store_true", help="print the script instead")
 
     sources = "text: .txt, .jsonl(.gz, .zst), .parquet, a folder of those or of `datasets`, or a hub NAME[:CONFIG]"
@@ -154,6 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, metavar="DIR", help="holds a run folder for each")
     sub.add_argument("--submit", action="store_true", help="as a SLURM array; the options below say on what each runs")
     resources(sub, required=False)
+    sub.add_argument("--at-once", type=int, metavar="K", help="runs that may run at the same time (default: all)")
 
     sub = verb("inspect", _inspect, "show a checkpoint and verify it", "runs/quickstart/run/checkpoints/step_00000500")
     sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint folder, or a run folder (its newest)")
@@ -256,13 +257,19 @@ def _sweep(arguments: argparse.Namespace) -> None:
     given = [value.split(",") if value else [] for value in lists]
     out = Path(arguments.out)
     configs = combinations(arguments.config, arguments.overrides, *given, out)
+    asked = {"nodes": 1, "gpus_per_node": 1, "time": "24:00:00", "at_once": None}
+    given = {name: value for name in asked if (value := getattr(arguments, name)) is not None}
     if not arguments.submit:
+        if given or arguments.dry_run or arguments.sbatch_options:
+            raise UserError("sweep", "options of a job without --submit", "--submit, or none of them: it trains here")
         print(run_here(configs))
         return
     from megatron_mea.cluster.submit import Resources
 
-    asked = (arguments.nodes, arguments.gpus_per_node, arguments.time, 1, tuple(arguments.sbatch_options))
-    print(submit_array(configs, out, Resources(*asked), arguments.dry_run))
+    asked |= given
+    at_once = asked.pop("at_once")
+    resources = Resources(**asked, options=tuple(arguments.sbatch_options))
+    print(submit_array(configs, out, resources, at_once, arguments.dry_run))
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

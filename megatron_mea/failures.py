@@ -27,6 +27,10 @@ def exit_status(work: Callable[[], None]) -> int:
     """
     try:
         work()
+    except BrokenPipeError:
+        # `| head` has seen enough. Python would complain once more when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except Exception as error:
         status = 2 if isinstance(error, UserError) else 1
         lost = lost_others(error)

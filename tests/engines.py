@@ -84,7 +84,7 @@ def batches_of(engine, step: int) -> list[Batch]:
 
 def train_step(engine, step: int, lr: float, stop: bool = False):
     targets = int((global_batch(engine.config, step).targets != IGNORE).sum())
-    return engine.train_step(batches_of(engine, step), targets, lr, stop)
+    return engine.train_step(batches_of(engine, step), targets, lr, lambda: stop)
 
 
 def plain_training(settings: Config) -> tuple[list[tuple[float, float]], float, dict[str, np.ndarray]]:

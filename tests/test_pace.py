@@ -74,7 +74,8 @@ def measure(stages: list[int], slow: list[bool], training: list[bool]) -> tuple[
         return seconds
 
     model = SimpleNamespace(training=True, run=run)
-    pace = Pace(model, SimpleNamespace(pipeline_rank=stages[rank]), torch.device("cpu"))
+    passes = []
+    pace = Pace(model, SimpleNamespace(pipeline_rank=stages[rank]), torch.device("cpu"), lambda: passes.append(rank))
     reports = []
     for is_slow, model.training in zip(slow, training, strict=True):
         wanted = 0.1 if is_slow and rank == 1 else 0.02

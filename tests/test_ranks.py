@@ -28,8 +28,8 @@ MASTER = {"MASTER_ADDR": "fast7", "MASTER_PORT": "29500"}
     ("environment", "expected"),
     [
         (FIVE, Ranks(1, 4, 1, "10.0.0.1", 1234)),
-        (STEP, Ranks(5, 8, 1, "gpu03", 20000 + 12345)),
-        (STEP | {"SLURM_JOB_ID": "45678"}, Ranks(5, 8, 1, "gpu03", 20000 + 5678)),
+        (STEP, Ranks(5, 8, 1, "gpu03", 20000 + 345)),
+        (STEP | {"SLURM_JOB_ID": "45678"}, Ranks(5, 8, 1, "gpu03", 20000 + 9678)),
         (STEP | MASTER, Ranks(5, 8, 1, "fast7", 29500)),
         (STEP | {"MASTER_PORT": "7"}, Ranks(5, 8, 1, "gpu03", 7)),
         (STEP | {"SLURM_STEP_NODELIST": ""}, Ranks(5, 8, 1, "cpu7", 32345)),

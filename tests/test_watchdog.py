@@ -20,7 +20,7 @@ from megatron_mea.training import watchdog
 assert "torch" not in sys.modules
 watchdog._GRACE = 0
 dog = watchdog.Watchdog(3, 0.4 / 60)
-with dog.paused():
+with dog.patient(1):
     time.sleep(0.9)
 for _ in range(3):
     time.sleep(0.2)
@@ -33,7 +33,7 @@ for _ in range(3):
     [
         ("dog.close(); time.sleep(0.9)", 0),
         ("dog.minutes = 1; time.sleep(0.9)", 0),
-        ("with dog.paused(): time.sleep(0.9)\ntime.sleep(60)", 1),
+        ("with dog.patient(1): time.sleep(0.9)\ntime.sleep(60)", 1),
     ],
 )
 def test_marks_and_pauses_keep_a_process_alive(more, status):

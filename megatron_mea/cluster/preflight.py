@@ -128,6 +128,9 @@ def problems(reports: Sequence[Report]) -> Iterator[tuple[str, str]]:
         same = [other.rank for other in reports if (other.host, other.device) == (report.host, report.device)]
         if report.device.startswith("GPU") and same[0] == report.rank and len(same) > 1:
             yield "machine", f"{report.host}: ranks {', '.join(map(str, same))} share one GPU: it has fewer than ranks"
+    kinds = {report.host: report.device.split(" ")[0] for report in reports}
+    if len(set(kinds.values())) > 1:
+        yield "machine", "some nodes have GPUs: " + ", ".join(f"{kind} on {host}" for host, kind in kinds.items())
     clocks = {report.host: report.clock for report in reports}
     middle = sorted(clocks.values())[len(clocks) // 2]
     for host, clock in clocks.items():
@@ -138,6 +141,9 @@ def problems(reports: Sequence[Report]) -> Iterator[tuple[str, str]]:
     for name in sorted({name for report in reports for name in report.versions}):
         hosts: dict[str, list[str]] = {}
         for report in reports:
+            # A node without git knows no revision.
+            if name == "git" and name not in report.versions:
+                continue
             found = hosts.setdefault(report.versions.get(name, "absent"), [])
             if report.host not in found:
                 found.append(report.host)
@@ -184,7 +190,8 @@ def _identity(device: torch.device) -> str:
 
 
 def _versions() -> dict[str, str]:
-    return versions() | {"python": platform.python_version(), "cuda": torch.version.cuda or "none"}
+    found = {name: value for name, value in versions().items() if value != "unknown"}
+    return found | {"python": platform.python_version(), "cuda": torch.version.cuda or "none"}
 
 
 def _leave_marker(run_dir: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -43,9 +44,10 @@ class Site:
 
     @property
     def options(self) -> list[str]:
-        """Of sbatch."""
-        given = {"partition": self.partition, "account": self.account, "qos": self.qos}
-        return [f"--{name}={value}" for name, value in given.items() if value]
+        """Of sbatch, also from the SBATCH_... of the environment."""
+        given = {"partition": self.partition, "account": self.account, "qos": self.qos, "reservation": ""}
+        found = {name: value or os.environ.get(f"SBATCH_{name.upper()}", "") for name, value in given.items()}
+        return [f"--{name}={value}" for name, value in found.items() if value]
 
 
 def template(name: str) -> Path:

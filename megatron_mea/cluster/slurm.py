@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -15,7 +16,10 @@ _PROGRAMS = ("sbatch", "scontrol", "squeue", "sinfo")
 
 @dataclass(frozen=True)
 class Partition:
-    """A part of the cluster; `cpus` and `gpus` of its smallest node, `limit` in seconds (None: unlimited)."""
+    """A part of the cluster: its nodes with GPUs, or all where none has any.
+
+    `cpus` and `gpus` are those of the smallest of these nodes, `limit` is in seconds (None: unlimited).
+    """
 
     name: str
     is_default: bool
@@ -29,7 +33,6 @@ class Partition:
 class Job:
     id: str
     state: str
-    script: str
 
 
 def problem() -> str:
@@ -51,6 +54,10 @@ def partitions() -> dict[str, Partition]:
         gpus = sum(int(count) for count in re.findall(r"\bgpu:(?:[^,(]*:)?(\d+)", gres))
         key = name.rstrip("*")
         before = found.get(key)
+        if before and before.gpus and not gpus:
+            continue
+        if before and gpus and not before.gpus:
+            before = None
         found[key] = Partition(
             key,
             name.endswith("*"),
@@ -62,11 +69,10 @@ def partitions() -> dict[str, Partition]:
     return found
 
 
-def jobs_of(script: str) -> list[Job]:
-    """The jobs that wait or run with this script."""
-    lines = _run("squeue", "--noheader", "--format=%i|%T|%o").splitlines()
-    jobs = [Job(*line.strip().split("|", 2)) for line in lines]
-    return [job for job in jobs if job.script == script]
+def waiting_or_running() -> list[Job]:
+    """The jobs of this user, each element of an array by itself (`7_1`)."""
+    lines = _run("squeue", "--noheader", "--array", "--me", "--format=%i|%T").splitlines()
+    return [Job(*line.strip().split("|")) for line in lines]
 
 
 def check_script(script: str) -> str:
@@ -75,7 +81,8 @@ def check_script(script: str) -> str:
     Raises:
         UserError: sbatch refuses it.
     """
-    done = subprocess.run(["sbatch", "--test-only"], input=script, capture_output=True, text=True, check=False)
+    command = ["sbatch", "--test-only"]
+    done = subprocess.run(command, input=script, capture_output=True, text=True, check=False, env=_environment())
     if done.returncode:
         raise UserError("sbatch", _without_name(done.stderr), "what `sbatch --test-only` accepts")
     return _without_name(done.stderr)
@@ -108,10 +115,15 @@ def seconds(time: str) -> int | None:
 
 
 def _run(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=_environment())
     if done.returncode:
         raise RunError(f"{' '.join(command)}: {_without_name(done.stderr) or f'status {done.returncode}'}")
     return done.stdout
+
+
+def _environment() -> dict[str, str]:
+    """Without SBATCH_TIMELIMIT and its like, which win over what a script says."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("SBATCH_")}
 
 
 def _without_name(output: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_mea.checkpoint.lease import holder
 from megatron_mea.cluster import slurm
+from megatron_mea.cluster.plan import make_plan
 from megatron_mea.cluster.script import Site, render
 from megatron_mea.config import Config, dump_config
 from megatron_mea.config.layout import Layout, check_layout
@@ -29,6 +30,7 @@ OURS = {
     **dict.fromkeys(("--gpus-per-task", "--gres", "--ntasks-per-gpu"), "--gpus-per-node"),
     **{"--output": "nothing: the log lies in the run folder", "-o": "nothing: the log lies in the run folder"},
     **{"--open-mode": "nothing", "--no-requeue": "--chain", "--array": "the verb sweep", "-a": "the verb sweep"},
+    **{"--chdir": "nothing: cd there and submit", "-D": "nothing: cd there and submit"},
     **{"--no-kill": "nothing: training needs all its nodes", "-k": "nothing: training needs all its nodes"},
 }
 """Options of sbatch that this package sets, and what to use instead."""
@@ -37,6 +39,8 @@ _DISK = 2e8
 """Bytes a second that a node writes at least, where no checkpoint has been timed yet."""
 _EARLY = 60
 """Seconds by which SLURM may send a signal earlier than it was asked to (man sbatch)."""
+_FLOPS = 1e14
+"""A second and rank that are reached at least, where no step has been timed yet: a quarter of what an H100 should."""
 _LEAST = 5.0
 """Seconds that a step, or a save, is taken to last at least."""
 _ALIVE = 90.0
@@ -74,9 +78,9 @@ def submit(config: Config, resources: Resources, dry_run: bool) -> str:
         raise UserError.of(problems)
     layout, step, warnings = check_run(config, resources)
     site = Site.read()
-    state = Path(config.run.dir).absolute() / "slurm"
+    state = Path(config.run.dir).resolve() / "slurm"
     path = state / "train.sbatch"
-    options, more = check_resources([config], resources, site, path, needs_scheduler=not dry_run)
+    options, more = check_resources([config], resources, site, needs_scheduler=not dry_run)
     script = render(
         "train.sbatch",
         site,
@@ -95,6 +99,7 @@ def submit(config: Config, resources: Resources, dry_run: bool) -> str:
     with files_of_jobs([config], path, script) as jobs:
         for _ in range(resources.chain):
             jobs.append(slurm.submit(str(path), after=jobs[-1] if jobs else None))
+            jobs_file(config).write_text("\n".join(jobs) + "\n")
     return "\n".join(_told(jobs, config, resources, layout, step, path, expected, warned))
 
 
@@ -122,9 +127,9 @@ def check_run(config: Config, resources: Resources) -> tuple[Layout, int, list[s
 
 
 def check_resources(
-    configs: Sequence[Config], resources: Resources, site: Site, path: Path, needs_scheduler: bool
+    configs: Sequence[Config], resources: Resources, site: Site, needs_scheduler: bool
 ) -> tuple[list[str], list[str]]:
-    """Options of sbatch for the script at `path`, and warnings.
+    """Options of sbatch for a script that trains these runs, and warnings.
 
     Args:
         configs: of the runs that the script trains.
@@ -139,14 +144,13 @@ def check_resources(
             raise UserError("environment", problem, "a login node of a SLURM cluster whose controller is UP")
     else:
         partitions = slurm.partitions()
-        if running := slurm.jobs_of(str(path)):
-            found = f"{path.parents[1]}, for which job {running[0].id} is {running[0].state}"
-            raise UserError("run.dir", found, "a run without a job", f"wait for it, or scancel {running[0].id}")
+        _check_jobs(configs)
     given = list(resources.options)
-    wanted = slurm.option([*site.options, *given], "--partition", "-p")
-    partition = next((p for p in partitions.values() if p.name == wanted or (not wanted and p.is_default)), None)
+    wanted = (slurm.option([*site.options, *given], "--partition", "-p") or "").split(",")
+    allowed = [one for one in partitions.values() if one.name in wanted or (wanted == [""] and one.is_default)]
+    partition = allowed[0] if allowed else None
     problems = [
-        *_contradictions(resources, partition),
+        *(problem for one in allowed or [None] for problem in _contradictions(resources, one)),
         *(problem for config in configs for problem in _signal_problems(config, resources)),
     ]
     if problems:
@@ -159,12 +163,29 @@ def check_resources(
         options.append(f"--gpus-per-node={gpus}")
     else:
         warnings.append(f"partition {partition.name} schedules no GPUs: {gpus} tasks on each of its nodes, exclusively")
-    if cpus := site.cpus_per_task or _cpus_per_task(gpus, partition):
+    own = any(slurm.option(given, *names) for names in (("--cpus-per-task", "-c"), ("--cpus-per-gpu",)))
+    if not own and (cpus := site.cpus_per_task or _cpus_per_task(gpus, partition)):
         options.append(f"--cpus-per-task={cpus}")
     if partition is not None and (not partition.gpus or gpus >= partition.gpus):
         options.append("--exclusive")
     options.append("--requeue" if resources.chain == 1 else "--no-requeue")
     return [*options, *site.options, *_in_lines(given)], warnings
+
+
+def _check_jobs(configs: Sequence[Config]) -> None:
+    """Raises UserError where a job that was submitted for one of the runs, alone or in a sweep, waits or runs."""
+    living = {job.id: job for job in slurm.waiting_or_running()}
+    for config in configs:
+        path = jobs_file(config)
+        for name in path.read_text().split() if path.is_file() else ():
+            if job := living.get(name):
+                found = f"{config.run.dir}, for which job {job.id} is {job.state}"
+                raise UserError("run.dir", found, "a run without a job", f"wait for it, or scancel {job.id}")
+
+
+def jobs_file(config: Config) -> Path:
+    """The numbers of the jobs that were submitted for a run last."""
+    return Path(config.run.dir) / "slurm" / "jobs"
 
 
 def header(configs: Sequence[Config], resources: Resources, script: Path, log: str) -> dict[str, Any]:
@@ -176,6 +197,7 @@ def header(configs: Sequence[Config], resources: Resources, script: Path, log: s
         "TIME": resources.time,
         # sbatch replaces %j and its like.
         "LOG": f"{str(script.parent).replace('%', '%%')}/{log}",
+        "FOLDER": str(Path.cwd()),
         "LEAD": max(signal_lead(config, resources) for config in configs),
         "SUBMISSION": time.strftime("%Y%m%d-%H%M%S"),
         "REQUEUE": "yes" if resources.chain == 1 else "no",
@@ -219,11 +241,20 @@ def config_of_jobs(config: Config) -> Path:
 
 
 def signal_lead(config: Config, resources: Resources) -> int:
-    """Seconds before the limit at which a run must be told to save: twice what a step and a save take."""
+    """Seconds before the limit at which a run must be told to save.
+
+    Twice what a step, a validation where there is one, and a save take: of this run's last attempt, else estimated.
+    """
     beat = _heartbeat(Path(config.run.dir)) or {}
     save = beat.get("save_seconds") or checkpoint_bytes(config.model) / (_DISK * resources.nodes)
-    step = config.tokens_per_step / (beat.get("tokens_per_second") or math.inf)
-    return math.ceil(20 + 2 * (max(save, _LEAST) + max(step, _LEAST)))
+    if beat.get("tokens_per_second"):
+        step = config.tokens_per_step / beat["tokens_per_second"]
+    else:
+        flops = make_plan(config, resources.world_size).flops.total * config.tokens_per_step
+        step = flops / (_FLOPS * resources.world_size)
+    # A validation is the forward pass, a third of a step, of as many global batches.
+    validation = config.evaluation.batches * step / 3 if config.data.validation else 0.0
+    return math.ceil(20 + 2 * (max(save, _LEAST) + max(step + validation, _LEAST)))
 
 
 def _contradictions(resources: Resources, partition: slurm.Partition | None) -> Iterator[Problem]:

@@ -11,7 +11,15 @@ from pathlib import Path
 
 from megatron_mea.cluster import slurm
 from megatron_mea.cluster.script import Site, render
-from megatron_mea.cluster.submit import Resources, check_resources, check_run, config_of_jobs, files_of_jobs, header
+from megatron_mea.cluster.submit import (
+    Resources,
+    check_resources,
+    check_run,
+    config_of_jobs,
+    files_of_jobs,
+    header,
+    jobs_file,
+)
 from megatron_mea.config import Config, dump_config
 from megatron_mea.config.load import load_config
 from megatron_mea.errors import RunError, UserError
@@ -85,8 +93,11 @@ def run_here(configs: Sequence[Config]) -> str:
     return f"{len(configs)} runs are finished"
 
 
-def submit_array(configs: Sequence[Config], out: Path, resources: Resources, dry_run: bool) -> str:
+def submit_array(configs: Sequence[Config], out: Path, resources: Resources, at_once: int | None, dry_run: bool) -> str:
     """Submits those that are not finished as the elements of an array; returns what to print.
+
+    Args:
+        at_once: elements that may run at the same time; None: as many as the cluster lets.
 
     Raises:
         UserError: a run or the resources would fail; nothing was submitted.
@@ -95,19 +106,28 @@ def submit_array(configs: Sequence[Config], out: Path, resources: Resources, dry
     if not open_ones:
         return f"all {len(configs)} runs are finished"
     warnings = list(dict.fromkeys(line for config in open_ones for line in check_run(config, resources)[2]))
-    site, state = Site.read(), out.absolute() / "slurm"
+    if at_once is not None and at_once < 1:
+        raise UserError("--at-once", at_once, "at least 1")
+    site, state = Site.read(), out.resolve() / "slurm"
     path = state / "sweep.sbatch"
-    options, more = check_resources(open_ones, resources, site, path, needs_scheduler=not dry_run)
+    options, more = check_resources(open_ones, resources, site, needs_scheduler=not dry_run)
     values = header(open_ones, resources, path, "%A_%a.log")
-    runs = [str(Path(config.run.dir).absolute()) for config in open_ones]
-    values |= {"ARRAY": f"0-{len(runs) - 1}", "RUNS": runs, "STEPS": open_ones[0].steps}
+    runs = [str(Path(config.run.dir).resolve()) for config in open_ones]
+    values |= {
+        "ARRAY": f"0-{len(runs) - 1}" + (f"%{at_once}" if at_once else ""),
+        "RUNS": runs,
+        "STEPS": open_ones[0].steps,
+    }
     script = render("sweep.sbatch", site, options, values)
+    warned = [f"warning: {line}" for line in [*warnings, *more]]
     if dry_run:
-        return script
+        return "\n".join([script, *(f"# {line}" for line in warned)])
     expected = slurm.check_script(script)
     with files_of_jobs(open_ones, path, script) as jobs:
         jobs.append(job := slurm.submit(str(path)))
-    lines = [f"Submitted batch job {job}", *(f"warning: {line}" for line in [*warnings, *more])]
+        for index, config in enumerate(open_ones):
+            jobs_file(config).write_text(f"{job}_{index}\n")
+    lines = [f"Submitted batch job {job}", *warned]
     lines += [f"  {job}_{index}  {run}" for index, run in enumerate(runs)]
     lines += [
         f"  scheduler     {expected}",

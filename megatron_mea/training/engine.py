@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -77,14 +77,17 @@ class Engine:
             )
         self._make_moments()
 
-    def train_step(self, batches: Sequence[Batch], targets: int, lr: float, stop: bool) -> StepResult:
+    def train_step(
+        self, batches: Sequence[Batch], targets: int, lr: float, stop: Callable[[], bool] = bool
+    ) -> StepResult:
         """One optimizer step over this rank's micro-batches.
 
         Args:
             batches: `accumulation` micro-batches.
             targets: how many targets the global batch has.
             lr: the rate of this step.
-            stop: whether this rank was asked to stop; the answer is the same on all ranks.
+            stop: whether this rank was asked to stop, as seen when the step is done (default: never); the result is the
+                same on all.
 
         Raises:
             NonFiniteError: the loss or the gradient is not finite, on any rank; nothing was updated.
@@ -94,7 +97,7 @@ class Engine:
         # DeepSpeed divides by the micro-batches and averages over data parallelism: this undoes both, so that the
         # gradient is that of the sum over all targets divided by their number.
         loss = self._run(batches, self.accumulation * self.grid.data_size / targets)
-        total = torch.stack([loss, torch.full_like(loss, float(stop))])
+        total = torch.stack([loss, torch.full_like(loss, float(stop()))])
         dist.all_reduce(total)
         loss_sum, stops = total.tolist()
         # Every rank of a tensor group has the loss of the same samples.

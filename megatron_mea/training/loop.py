@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -66,23 +67,23 @@ def run(config: Config, inputs: Inputs, stop: StopSignal) -> None:
         # Read when cuBLAS starts; without it torch refuses.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    device = processes.start_distributed(inputs.ranks)
+    with closing(Watchdog(inputs.ranks.rank, processes.START_MINUTES)) as watchdog:
+        device = processes.start_distributed(inputs.ranks)
+        _Run(config, inputs, device, watchdog).train(stop)
     # Not where this fails: leaving a group may wait for the others, or end them before this rank has said why.
-    training = _Run(config, inputs, device)
-    with closing(training.watchdog):
-        training.train(stop)
     processes.stop_distributed()
 
 
 class _Run:
-    def __init__(self, config: Config, inputs: Inputs, device: torch.device) -> None:
-        self.config, self.inputs = config, inputs
+    def __init__(self, config: Config, inputs: Inputs, device: torch.device, watchdog: Watchdog) -> None:
+        self.config, self.inputs, self.watchdog = config, inputs, watchdog
         self.dir, self.rank = Path(config.run.dir), inputs.ranks.rank
         self.versions, self.data = records.versions(), inputs.train.fingerprint()
         self.validation_loss: float | None = None
         self.waiting = Waiting()
         self.lease: Lease | None = None
         choice, notes = self._choose()
+        watchdog.mark()
         self.meta = folder.Meta.read(choice.source) if choice.source else None
         self.step = self.meta.step if self.meta else 0
         self.progress = records.Progress(config, self.rank, self.step)
@@ -102,13 +103,14 @@ class _Run:
             self.weights = open_weights(Path(config.run.init_from), config.model)
         anew = choice.source is None and self.weights is None
         self.engine = build_engine(config, device, initialized=anew)
+        watchdog.mark()
         self.grid = self.engine.grid
         self._load(choice.source)
         group = processes.writers_group()
         tokenizer = Path(config.data.tokenizer)
         self.saver = Saver(self.dir, config.checkpoint, tokenizer, group, self.lease, self.progress.say)
         self.metrics, self.heartbeat = None, None
-        self.pace = Pace(self.engine.model, self.grid, device)
+        self.pace = Pace(self.engine.model, self.grid, device, watchdog.mark)
         # Making and loading the model took a while, and what follows cuts the metrics of whoever has the folder now.
         self._check_lease()
         if self.rank == 0:
@@ -117,7 +119,6 @@ class _Run:
                 records.write_config(config, self.dir, self.versions)
                 self.metrics = records.Metrics(self.dir, resumed, config.logging.tensorboard)
             self.heartbeat = records.Heartbeat(self.dir)
-        self.watchdog = Watchdog(self.rank, processes.START_MINUTES)
 
     def train(self, stop: StopSignal) -> None:
         config, validates = self.config, self.inputs.validation is not None
@@ -128,7 +129,7 @@ class _Run:
         for data in loader:
             step, lr = data.step, learning_rate(config, data.step)
             try:
-                result = self.engine.train_step(data.batches, data.targets, lr, self._wants_to_stop(stop))
+                result = self.engine.train_step(data.batches, data.targets, lr, partial(self._wants_to_stop, stop))
             except NonFiniteError as error:
                 raise NonFiniteError(self._explain(error, data)) from None
             self.watchdog.mark()
@@ -162,7 +163,7 @@ class _Run:
             if result.stop:
                 self._check_lease()
             if saving:
-                with self.watchdog.paused():
+                with self.watchdog.patient(processes.SAVE_MINUTES):
                     self.saver.save(self._meta(), self.engine.fragments(owned=True))
             self._beat(row, now=saving)
             if logging or saving:
@@ -170,7 +171,7 @@ class _Run:
             if result.stop and not last:
                 break
         loader.close()
-        with self.watchdog.paused():
+        with self.watchdog.patient(processes.SAVE_MINUTES):
             self.saver.wait()
         self._beat(row={}, now=True)
         if self.step < config.steps:
@@ -293,14 +294,8 @@ class _Run:
         count = self.config.evaluation.batches * self.engine.accumulation
         batches = validation_batches(corpora, self.config, self.grid)
         with closing(ReadAhead(batches, self.waiting)) as ahead:
-            self.validation_loss = self.engine.evaluate(self._marked(ahead), count)
+            self.validation_loss = self.engine.evaluate(iter(ahead), count)
         return self.validation_loss
-
-    def _marked(self, batches: Iterable[T]) -> Iterator[T]:
-        """All of them may take longer than one of them may."""
-        for batch in batches:
-            self.watchdog.mark()
-            yield batch
 
     def _meta(self) -> folder.Meta:
         layout = self.inputs.layout

@@ -32,10 +32,11 @@ class Pace:
         model: this rank's part; its `run` is wrapped.
         grid: where this rank stands.
         device: of this rank.
+        mark: called for every pass, of validation too.
     """
 
-    def __init__(self, model: Decoder, grid: Grid, device: torch.device) -> None:
-        self._model, self._device = model, device
+    def __init__(self, model: Decoder, grid: Grid, device: torch.device, mark: Callable[[], None]) -> None:
+        self._model, self._device, self._mark = model, device, mark
         # As many as are worth keeping when rows are rare.
         self._times: deque[Callable[[], float]] = deque(maxlen=1000)
         self._slow: set[int] = set()
@@ -72,6 +73,7 @@ class Pace:
     def _timed(self, run: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(run)
         def timed(*arguments: Any) -> Any:
+            self._mark()
             if not self._model.training:
                 return run(*arguments)
             if self._device.type == "cuda":

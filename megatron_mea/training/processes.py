@@ -21,6 +21,8 @@ from megatron_mea.training.ranks import Ranks
 
 START_MINUTES = 30.0
 """Patience of collectives and of the watchdog until the first step has warmed everything."""
+SAVE_MINUTES = 60.0
+"""Patience for a checkpoint: a disk may be slow or busy."""
 _LATER = 1.0
 """Minutes by which a collective gives up later than the watchdog, which says more."""
 
@@ -29,13 +31,14 @@ def choose_device(ranks: Ranks) -> torch.device:
     """The device of this rank: a GPU where torch can use one.
 
     Raises:
-        UserError: the node has fewer GPUs than ranks; or torch is made for GPUs and finds none in a job that has asked
-            for some, since training would be slow without a word.
+        UserError: the node has fewer GPUs than ranks; or torch is made for GPUs and finds none in a SLURM job, where
+            training would be slow without a word.
     """
     if not torch.cuda.is_available():
-        if torch.version.cuda and any(os.environ.get(key) for key in ("SLURM_GPUS_ON_NODE", "SLURM_JOB_GPUS")):
-            found = f"no GPU that torch {torch.__version__} can use on {socket.gethostname()}, in a job that has some"
-            raise UserError("environment", found, "as many GPUs as ranks on every node", "look at nvidia-smi there")
+        if torch.version.cuda and os.environ.get("SLURM_STEP_ID") and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+            found = f"no GPU that torch {torch.__version__} can use on {socket.gethostname()}"
+            mend = "look at nvidia-smi there; to train on CPUs set CUDA_VISIBLE_DEVICES to nothing (launch/site.env)"
+            raise UserError("environment", found, "as many GPUs as ranks on every node", mend)
         return torch.device("cpu")
     visible = torch.cuda.device_count()
     # A scheduler may show each rank its own GPU only, which then is number 0.
@@ -99,8 +102,8 @@ def build_grid(config: Config) -> Grid:
 
 
 def writers_group() -> Any:
-    """Where the threads that write checkpoints meet; collective. Patient, since a disk may be slow or busy."""
-    return dist.new_group(backend="gloo", timeout=timedelta(hours=3))
+    """Where the threads that write checkpoints meet; collective."""
+    return dist.new_group(backend="gloo", timeout=timedelta(minutes=SAVE_MINUTES + _LATER))
 
 
 def shorten_timeouts(minutes: float, but: Any) -> None:

@@ -37,6 +37,10 @@ class Ranks:
             if not environment.get("SLURM_STEP_ID") or environment.get("SLURM_STEP_NUM_TASKS") == "1":
                 return cls(0, 1, 0, "127.0.0.1", _free_port())
             given = _of_step(environment) | {key: given[key] for key in ("MASTER_ADDR", "MASTER_PORT") if key in given}
+        tasks = environment.get("SLURM_STEP_NUM_TASKS", "")
+        if environment.get("SLURM_STEP_ID") and _number(given.get("WORLD_SIZE")) < _number(tasks):
+            found = f"WORLD_SIZE={given.get('WORLD_SIZE')} in a step of srun with {tasks} tasks"
+            raise UserError("environment", found, "a rank a task", "unset RANK WORLD_SIZE LOCAL_RANK")
         missing = [key for key in _KEYS if key not in given]
         if missing:
             raise UserError("environment", f"{', '.join(given)} without {', '.join(missing)}", "all of these or none")
@@ -58,6 +62,10 @@ class Ranks:
         os.environ.update(zip(_KEYS, map(str, values), strict=True))
 
 
+def _number(text: str | None) -> int:
+    return int(text) if text and text.isdecimal() else 0
+
+
 def _of_step(environment: Mapping[str, str]) -> dict[str, str]:
     """The five variables of a task of srun."""
     found = {key: environment[theirs] for key, theirs in _OF_SLURM.items() if environment.get(theirs)}
@@ -65,7 +73,7 @@ def _of_step(environment: Mapping[str, str]) -> dict[str, str]:
     if first := first_host(nodes):
         found["MASTER_ADDR"] = first
     if (job := environment.get("SLURM_JOB_ID", "")).isdecimal():
-        found["MASTER_PORT"] = str(20000 + int(job) % 20000)
+        found["MASTER_PORT"] = str(20000 + int(job) % 12000)
     return found
 
 

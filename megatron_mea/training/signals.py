@@ -37,6 +37,9 @@ class StopSignal:
             for number in os.read(heard, 64):
                 if number not in _NUMBERS:
                     continue
+                if self.received is not None and number == signal.SIGTERM and "SLURM_JOB_ID" in os.environ:
+                    # At the limit of a job, or on its way out: SLURM kills by itself what takes too long.
+                    continue
                 if self.received is None:
                     self.received, since = signal.Signals(number).name, time.monotonic()
                 elif time.monotonic() - since > _SAME_WISH:

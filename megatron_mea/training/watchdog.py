@@ -9,7 +9,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 _GRACE = 5.0
 """Seconds that the other ranks, which hang in the same collective, have to show their stacks too: a launcher kills them
@@ -28,7 +29,7 @@ class Watchdog:
 
     def __init__(self, rank: int, minutes: float) -> None:
         self.rank, self.minutes = rank, minutes
-        self._paused, self._stop = False, threading.Event()
+        self._stop = threading.Event()
         self.mark()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
@@ -37,21 +38,23 @@ class Watchdog:
         self._since = time.monotonic()
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """While the rank waits for what may take any time, as a disk does."""
-        self._paused = True
+    def patient(self, minutes: float) -> Iterator[None]:
+        """Other minutes, while the rank waits for what may take longer, as a disk does."""
+        self.mark()
+        self.minutes, before = max(minutes, self.minutes), self.minutes
         yield
         self.mark()
-        self._paused = False
+        self.minutes = before
 
     def close(self) -> None:
         self._stop.set()
 
     def _watch(self) -> None:
         while not self._stop.wait(0.2):
-            if not self._paused and time.monotonic() - self._since > 60 * self.minutes:
+            if time.monotonic() - self._since > 60 * self.minutes:
                 sys.stderr.write(self._stacks())
                 sys.stderr.flush()
+                self._dump_collectives()
                 time.sleep(_GRACE)
                 os._exit(1)
 
@@ -62,3 +65,14 @@ class Watchdog:
             stream.seek(0)
             lines = [f"no progress for {self.minutes:g} minutes; the stacks of rank {self.rank}:", *stream]
         return "".join(f"rank {self.rank}: {line.rstrip()}\n" for line in lines)
+
+    def _dump_collectives(self) -> None:
+        """What NCCL was doing, for torch's flight recorder analysis, into the file that torch itself would write."""
+        import torch
+
+        prefix = os.environ.get("TORCH_FR_DUMP_TEMP_FILE")
+        dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)
+        if prefix and dump is not None:
+            # The stacks are out already; this must not keep the process from ending.
+            with suppress(Exception):
+                Path(f"{prefix}{self.rank}").write_bytes(dump())

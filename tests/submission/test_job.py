@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+START = "2026-01-01T00:00:01"
 WAITS = "trap 'exit 0' USR2; while :; do sleep 0.05; done"
 SITE = "PYTHON=python-of-site\nCONTAINER=(--container-image='an image')\nMAX_FRUITLESS=2\nMAX_FAILURES=3\n"
 
@@ -31,7 +32,7 @@ class Job:
         (name,) = [line for line in script.splitlines() if line.startswith("SUBMISSION=")]
         self.ended = self.run / f"slurm/ended-{name.removeprefix('SUBMISSION=')}"
         self.log = desk.folder / "log"
-        self.state, self.others, self.requeue = "RUNNING", "", "(sleep 0.2; kill -TERM $PPID) & exit 0"
+        self.answer, self.others, self.requeue = "echo RUNNING", "", "(sleep 0.2; kill -TERM $(cut -d ' ' -f 6 /proc/self/stat)) & exit 0"
 
     def trains(self, training: str, preflight: str = "exit 0") -> None:
         """What srun does for a training, and for the check before it."""
@@ -46,9 +47,10 @@ class Job:
             "scontrol",
             f"case $1 in\nrequeue) {self.requeue} ;;\nshow) printf 'node1\\nnode2\\n' ;;\nesac",
         )
-        mine = f"*--jobs=7*%T) echo {self.state} ;;\n*--jobs=7*%o) echo {shlex.quote(str(self.path))} ;;\n"
+        mine = f"*--jobs=7*%T) {self.answer} ;;\n*--jobs=7*%o) echo {START} {shlex.quote(str(self.path))} ;;\n"
         self.desk.program("squeue", f"case $* in\n{mine}*) printf '{self.others}' ;;\nesac")
         allocation = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NTASKS_PER_NODE": "1"}
+        allocation |= {"RETRY_SECONDS": "0", "RANK": "0", "WORLD_SIZE": "1"}
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "MASTER"))}
         environment |= allocation | {"PATH": f"{self.desk.bin}:/usr/bin:/bin"}
         with self.log.open("w") as log:
@@ -64,7 +66,7 @@ class Job:
                 self.until(lambda: len(self.desk.calls("srun")) == calls + 2)
                 time.sleep(0.2)
                 job.send_signal(number)
-            return job.wait(timeout=30), self.log.read_text()
+            return job.wait(timeout=10), self.log.read_text()
         finally:
             self.end(job)
 
@@ -95,9 +97,9 @@ def plain(desk, submit) -> Job:
 
 
 def test_a_job_that_finishes(job):
-    environment = "MASTER_ADDR MASTER_PORT OMP_NUM_THREADS MEA_FAILURE_FILE SRUN_CPUS_PER_TASK FROM_SETUP"
+    environment = "MASTER_ADDR MASTER_PORT OMP_NUM_THREADS MEA_FAILURE_FILE SRUN_CPUS_PER_TASK FROM_SETUP RANK"
     job.trains(
-        f"for name in {environment}; do printf '%s=%s\\n' $name \"${{!name}}\"; done\n"
+        f"for name in {environment}; do printf '%s=%s\\n' $name \"${{!name:-}}\"; done\n"
         f'{job.saves(4)}; echo \'{{"step": 4}}\' > "$run/FINISHED"'
     )
     status, log = job.attempt()
@@ -111,7 +113,7 @@ def test_a_job_that_finishes(job):
         f"{given} megatron_mea train {job.run}/slurm/config.yaml",
     ]
     assert f"MASTER_ADDR=node1\nMASTER_PORT=20007\nOMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', '')}" in log
-    assert f"MEA_FAILURE_FILE={job.ended}\nSRUN_CPUS_PER_TASK=1\nFROM_SETUP=1\n" in log
+    assert f"MEA_FAILURE_FILE={job.run}/slurm/failed-7-0\nSRUN_CPUS_PER_TASK=1\nFROM_SETUP=1\nRANK=\n" in log
     # It is started again, by whoever.
     status, log = job.attempt()
     assert (status, len(job.desk.calls("srun"))) == (0, 2)
@@ -136,7 +138,8 @@ def test_a_rank_that_fails_by_itself_ends_it_for_good(when, noted, status, job):
     calls = len(job.desk.calls("srun"))
     found, log = job.attempt()
     assert (found, len(job.desk.calls("srun"))) == (status, calls)
-    assert log.endswith(f"ended already: {noted[2:]}\n")
+    assert log.endswith(f"another attempt would not mend: {noted[2:]}\n")
+    assert "ended already: a rank failed by itself" in log
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
@@ -209,15 +212,79 @@ def test_a_preflight_that_fails_is_tried_on_other_nodes(plain):
     assert "srun ended with status 1 at step 0\n" in log
 
 
-@pytest.mark.parametrize("state", ["CANCELLED", "COMPLETING", ""])
+@pytest.mark.parametrize("state", ["CANCELLED", "COMPLETING"])
 def test_a_job_that_was_ended_is_not_requeued(state, plain):
-    plain.state = state
+    plain.answer = f"echo {state}"
     plain.trains("exit 143")
     status, log = plain.attempt()
     assert status == 143
-    assert log.endswith("not requeued: this job was ended\n")
+    assert log.endswith("ended from outside: only SLURM may requeue it\n")
     assert not plain.requeued()
     assert not plain.ended.exists()
+
+
+@pytest.mark.parametrize("answer", ["echo slurm_load_jobs error >&2; exit 1", "true"])
+def test_a_scheduler_that_does_not_answer_ends_no_run(answer, plain):
+    plain.answer = answer
+    plain.trains("exit 143")
+    status, log = plain.attempt()
+    assert (status, plain.requeued()) == (0, True), log
+
+
+def test_a_requeue_is_tried_again(plain):
+    plain.requeue = f"[ -e {plain.run}/second ] || {{ touch {plain.run}/second; exit 1; }}; {plain.requeue}"
+    plain.trains("exit 143")
+    status, log = plain.attempt()
+    assert status == 0, log
+    assert plain.desk.calls("scontrol").count("requeue 7") == 2
+
+
+def test_an_attempt_that_comes_back_from_the_dead_leaves_the_run_alone(plain):
+    """Its node was taken for lost, and the job goes on elsewhere."""
+    attempts = f'echo "0 7-1 now" >> "$run/slurm/{plain.ended.name.replace("ended", "attempts")}"'
+    plain.trains(f'{attempts}; echo "1 MachineError: taken over" > "$MEA_FAILURE_FILE"; exit 1')
+    status, log = plain.attempt()
+    assert status == 1
+    assert log.endswith("another attempt has taken over\n")
+    assert not plain.requeued()
+    assert not plain.ended.exists()
+
+
+def test_a_second_signal_is_not_passed_on_and_a_stop_stays_one(plain):
+    plain.trains(f"trap 'echo told; sleep 0.5; {plain.saves(3)}; exit 0' USR2; while :; do sleep 0.05; done")
+    process = plain.start()
+    plain.until(lambda: len(plain.desk.calls("srun")) == 2)
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+        time.sleep(0.2)
+        process.send_signal(number)
+    assert process.wait(30) == 0
+    log = plain.log.read_text()
+    assert log.count("told") == 1
+    assert log.endswith("stopped as asked at step 3; submit again to go on\n")
+    assert not plain.requeued()
+
+
+def test_attempts_that_are_stopped_before_their_first_step_do_no_wrong(plain):
+    plain.trains("exit 9", preflight=WAITS)
+    for _ in range(3):
+        process = plain.start()
+        calls = len(plain.desk.calls("srun"))
+        plain.until(lambda calls=calls: len(plain.desk.calls("srun")) > calls)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGUSR2)
+        assert process.wait(30) == 0
+        plain.end(process)
+    assert plain.desk.calls("scontrol").count("requeue 7") == 3
+
+
+def test_a_setup_that_fails(plain):
+    script = plain.path.read_text().replace("export FROM_SETUP=1;", "echo $UNSET; false;")
+    plain.path.write_text(script)
+    plain.trains("exit 9")
+    status, log = plain.attempt()
+    assert status == 2
+    assert log.endswith("setup() of site.env failed\n")
+    assert plain.desk.calls("srun") == []
 
 
 def test_a_cluster_that_refuses_to_requeue(plain):
@@ -226,7 +293,8 @@ def test_a_cluster_that_refuses_to_requeue(plain):
     status, log = plain.attempt()
     assert status == 1
     assert log.endswith("Requested operation is disabled\n" + log.splitlines()[-1] + "\n")
-    assert "this cluster refuses to requeue: submit with --chain N" in log.splitlines()[-1]
+    assert "this cluster refuses to requeue: submit again, or a chain" in log.splitlines()[-1]
+    assert plain.desk.calls("scontrol").count("requeue 7") == 1
 
 
 def test_a_job_of_a_chain_leaves_it_to_the_next(desk, submit):
@@ -240,16 +308,24 @@ def test_a_job_of_a_chain_leaves_it_to_the_next(desk, submit):
 
 @pytest.mark.parametrize(
     ("other", "leaves"),
-    [("9 {path}", True), ("7 {path}", False), ("9 {parent}/my other/slurm/train.sbatch", False), ("", False)],
-    ids=["same script", "itself", "similar script", "none"],
+    [
+        ("9 2026-01-01T00:00:00 {path}", True),
+        ("6 2026-01-01T00:00:01 {path}", True),
+        ("9 2026-01-01T00:00:01 {path}", False),
+        ("6 2026-01-01T00:00:02 {path}", False),
+        ("7 2026-01-01T00:00:00 {path}", False),
+        ("9 2026-01-01T00:00:00 {parent}/my other/slurm/train.sbatch", False),
+        ("", False),
+    ],
+    ids=["started before", "as old and first", "as old and second", "started later", "itself", "similar", "none"],
 )
 def test_another_job_that_runs_with_this_script(other, leaves, job):
-    job.others = f"8 /somewhere/else.sh\\n{other.format(path=job.path, parent=job.desk.folder)}\\n"
+    job.others = f"8 2026-01-01T00:00:00 /somewhere/else.sh\\n{other.format(path=job.path, parent=job.desk.folder)}\\n"
     job.trains("exit 143")
     status, log = job.attempt()
     if leaves:
         assert status == 2, log
-        assert log.endswith(f"job 9 trains {job.run} already: this one leaves it alone\n")
+        assert log.endswith(f"job {other[0]} trains {job.run} already: this one leaves it alone\n")
         assert job.desk.calls("srun") == []
         # A requeued attempt must not find itself ended by that.
         assert not job.ended.exists()

@@ -87,7 +87,7 @@ def stall(config: Config, root: Path, rounds: int) -> list[dict[str, float]]:
             seconds[f"{kind}, the call"] = time.monotonic() - begin
         for _ in range(BLOCK):
             step += 1
-            engine.train_step(batches, targets, 1e-3, False)
+            engine.train_step(batches, targets, 1e-3)
 
     found = []
     for round_ in range(rounds + 1):

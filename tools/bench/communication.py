@@ -145,12 +145,12 @@ def count_step(config: Config, profiler: bool = False) -> Counts:
     engine = new_engine(config)
     batches = random_batches(config, engine)
     for _ in range(STEPS_BEFORE):
-        engine.train_step(batches, config.tokens_per_step, 1e-3, False)
+        engine.train_step(batches, config.tokens_per_step, 1e-3)
     with CollectiveCounter(lambda ranks: group_of(engine, ranks)) as counter:
-        engine.train_step(batches, config.tokens_per_step, 1e-3, False)
+        engine.train_step(batches, config.tokens_per_step, 1e-3)
     if profiler:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            engine.train_step(batches, config.tokens_per_step, 1e-3, False)
+            engine.train_step(batches, config.tokens_per_step, 1e-3)
         seen = Counter(event.name for event in profile.events() if event.name.startswith("c10d::"))
         others = sum(number for name, number in seen.items() if not name.endswith(("recv_", "barrier")))
         assert others == counter.all_calls, (seen, counter.all_calls)

@@ -70,7 +70,7 @@ def peak(config: Config) -> tuple[int, int]:
         engine = new_engine(config)
         batches = random_batches(config, engine)
         for _ in range(2):
-            engine.train_step(batches, config.tokens_per_step, 1e-3, False)
+            engine.train_step(batches, config.tokens_per_step, 1e-3)
     resident = _status("VmHWM") - before
     live: dict[int, int] = {}
     total = highest = 0
