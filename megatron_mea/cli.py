@@ -165,6 +165,17 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--target", choices=("transformers", "stock", "vllm"), default="transformers")
 
     sub = verb(
+        "import",
+        _import,
+        "write a checkpoint that a run can begin from, out of a Llama, Mistral, Qwen2, Qwen3 or an export",
+        "Llama-3.2-1B imported",
+    )
+    sub.add_argument("source", metavar="HF_DIR", help="a Hugging Face folder with safetensors")
+    sub.add_argument("out", metavar="OUT_CHECKPOINT", help="a folder that does not exist or is empty")
+    variant = "attention variant (default: mea_no_norm, which computes what the source does; an export's own)"
+    sub.add_argument("--variant", metavar="V", help=variant)
+
+    sub = verb(
         "evaluate",
         _evaluate,
         "cross-entropy and perplexity of a model on prepared data",
@@ -277,6 +288,12 @@ def _export(arguments: argparse.Namespace) -> None:
     from megatron_mea.huggingface.export import export
 
     print(export(arguments.model, arguments.out, arguments.dtype))
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    from megatron_mea.huggingface.importing import import_model
+
+    print(import_model(arguments.source, arguments.out, arguments.variant))
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

@@ -65,9 +65,10 @@ def export(model: str | Path, out: str | Path, dtype: str = "fp32") -> str:
         if out.exists():
             out.rmdir()
         shutil.move(folder, out)
+    kind = "real" if source.tokenizer.is_dir() else "random"
     return (
         f"wrote {out}: step {source.meta.step}, {dtype}\n"
-        f"logits of {tokens} real tokens differ from the trainer's by at most {difference:.2g} (they reach {scale:.3g})"
+        f"logits of {tokens} {kind} tokens differ from the trainer's by at most {difference:.2g} (they reach {scale:.3g})"
     )
 
 
@@ -109,7 +110,10 @@ def _compare(source: CheckpointSource, folder: Path, stored: torch.dtype) -> tup
 
 
 def _real_tokens(source: CheckpointSource) -> torch.Tensor:
-    """(2, up to 512) tokens of the run's own data, or of a sentence where the data is not at hand."""
+    """(2, up to 512) tokens of the run's own data, or of a sentence where the data is not at hand.
+
+    Without a tokenizer, which an imported checkpoint may lack, ids at random.
+    """
     data, vocab = source.config.data, source.config.model.vocab_size
     length = min(data.seq_length, 512)
     for corpora in (data.validation, data.train):
@@ -120,6 +124,8 @@ def _real_tokens(source: CheckpointSource) -> torch.Tensor:
         except (UserError, IndexError):
             continue
         return torch.from_numpy(batch.input_ids.copy())
+    if not source.tokenizer.is_dir():
+        return torch.randint(vocab, (2, min(length, 128)), generator=torch.Generator().manual_seed(0))
     tokenizer = load_tokenizer(source.tokenizer, str(source.tokenizer))
     ids = tokenizer("In the beginning God created the heaven and the earth. " * 8, add_special_tokens=False)
     return torch.tensor([ids["input_ids"][:length]] * 2)
@@ -127,6 +133,7 @@ def _real_tokens(source: CheckpointSource) -> torch.Tensor:
 
 def _card(source: CheckpointSource) -> str:
     model, meta = source.config.model, source.meta
+    trained = meta.origin or f"{meta.step:,} steps, {meta.tokens:,} tokens"
     loss = "not measured" if meta.validation_loss is None else f"{meta.validation_loss:.4f} nats a token"
     heads = sorted(set(model.component_heads))
     return f"""---
@@ -140,7 +147,7 @@ pipeline_tag: text-generation
 | variant | `{model.attention_variant}` (arXiv 2601.19611) |
 | heads | {model.num_attention_heads} query, {model.num_key_value_heads} composite and \
 {", ".join(map(str, heads))} component key/value heads of {model.head_dim} |
-| trained | {meta.step:,} steps, {meta.tokens:,} tokens |
+| trained | {trained} |
 | validation loss | {loss} |
 | made with | {", ".join(f"{name} {value}" for name, value in meta.versions.items())} |
 

@@ -31,6 +31,7 @@ class CheckpointSource:
 
     @property
     def tokenizer(self) -> Path:
+        """A folder; an imported checkpoint may lack it."""
         return self.folder / TOKENIZER
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -53,7 +54,7 @@ def open_checkpoint(path: str | Path) -> CheckpointSource:
     if problem is not None:
         raise UserError(str(folder), problem, "a whole checkpoint", "use an older one of the run")
     meta = Meta.read(folder)
-    return CheckpointSource(folder, meta, parse_config(meta.config))
+    return CheckpointSource(folder, meta, parse_config(meta.config, needs_data=False))
 
 
 def load_model(path: str | Path) -> tuple[PreTrainedModel, Path, Config | None]:
@@ -94,10 +95,12 @@ def load_model(path: str | Path) -> tuple[PreTrainedModel, Path, Config | None]:
 
 def causal_lm(source: CheckpointSource, dtype: torch.dtype = torch.float32) -> MEAForCausalLM:
     """The exported model of a checkpoint, in memory."""
-    tokenizer = load_tokenizer(source.tokenizer, str(source.tokenizer))
-    ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    # Without a padding token batches are padded with the end-of-document token, as is usual.
-    ids["pad_token_id"] = tokenizer.eos_token_id if ids["pad_token_id"] is None else ids["pad_token_id"]
+    ids = {}
+    if source.tokenizer.is_dir():
+        tokenizer = load_tokenizer(source.tokenizer, str(source.tokenizer))
+        ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        # Without a padding token batches are padded with the end-of-document token, as is usual.
+        ids["pad_token_id"] = tokenizer.eos_token_id if ids["pad_token_id"] is None else ids["pad_token_id"]
     with torch.device("meta"):
         model = MEAForCausalLM(to_hf_config(source.config.model, dtype=dtype, **ids))
     weights = {name: tensor.to(dtype) for name, tensor in source.weights().items()}
