@@ -70,7 +70,7 @@ def parse_config(tree: dict[str, Any], needs_data: bool = True) -> Config:
 
 def parse_model(tree: dict[str, Any]) -> Model:
     """The section `model`, validated and resolved by itself."""
-    elsewhere = {"data": {"tokenizer": "none", "train": []}, "run": {"dir": "none"}}
+    elsewhere = {"data": {"tokenizer": "none", "train": [], "seq_length": 1}, "run": {"dir": "none"}}
     return parse_config({"model": tree, **elsewhere}, needs_data=False).model
 
 

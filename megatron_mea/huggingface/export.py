@@ -68,7 +68,8 @@ def export(model: str | Path, out: str | Path, dtype: str = "fp32") -> str:
     kind = "real" if source.tokenizer.is_dir() else "random"
     return (
         f"wrote {out}: step {source.meta.step}, {dtype}\n"
-        f"logits of {tokens} {kind} tokens differ from the trainer's by at most {difference:.2g} (they reach {scale:.3g})"
+        f"logits of {tokens} {kind} tokens differ from the trainer's by at most {difference:.2g} "
+        f"(they reach {scale:.3g})"
     )
 
 

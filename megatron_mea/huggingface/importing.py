@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import sys
@@ -166,14 +167,23 @@ def _write(source: Path, folder: Path, out: Path, model: Model, found: dict[str,
     tokenizer = "none"
     if _has_tokenizer(source):
         tokenizer = str(source)
-        copy_tokenizer(source, folder / TOKENIZER)
-        # Without the folder's config.json, which may have said what it is.
-        load_tokenizer(folder / TOKENIZER, _SOURCE)
+        _copy_tokenizer(source, folder / TOKENIZER)
     # As `evaluate` looks at a Hugging Face folder.
     data = {"tokenizer": tokenizer, "train": [], "seq_length": min(model.max_position_embeddings, 2048)}
     config = parse_config({"model": model.model_dump(), "data": data, "run": {"dir": str(out)}}, needs_data=False)
     Meta(0, 0, 0, config.model_dump(mode="json"), [], {}, versions(), None, origin).write(folder)
     seal(folder)
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies a tokenizer out of a model's folder, so that it loads as the same class without the config.json there."""
+    copy_tokenizer(source, target)
+    kind = type(load_tokenizer(source, _SOURCE))
+    if type(load_tokenizer(target, _SOURCE)) is not kind:
+        file = target / "tokenizer_config.json"
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        file.write_text(json.dumps(config | {"tokenizer_class": kind.__name__}, indent=1), encoding="utf-8")
+        load_tokenizer(target, _SOURCE)
 
 
 def _settings(model: Model, out: Path) -> str:
