@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import name_of, small_model, variants
-from runs import command, environment, rows, train
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -27,16 +25,6 @@ from megatron_mea.data.tokenizer import copy_tokenizer, load_tokenizer
 from megatron_mea.huggingface.convert import from_hf_config, to_hf_config
 from megatron_mea.huggingface.modeling_mea import MEAForCausalLM
 
-SETTINGS = {
-    "model.num_component_heads": None,
-    "model.attention_variant": "mea_no_norm",
-    "model.num_attention_heads": 4,
-    "model.rms_norm_eps": 1e-6,
-    "model.max_position_embeddings": 128,
-    "training.steps": 2,
-    "evaluation.interval": 10,
-    "checkpoint.interval": 10,
-}
 SIZES: dict[str, Any] = {
     "vocab_size": 384,
     "hidden_size": 16,
@@ -367,46 +355,3 @@ class TestPieces:
         )
         assert done.returncode == 0, done.stderr
         assert int(done.stdout) < 40_000
-
-
-class TestTraining:
-    @pytest.fixture(scope="class")
-    def imported(self, tiny, tmp_path_factory) -> Path:
-        root = tmp_path_factory.mktemp("imported")
-        source = saved("llama", root / "llama")
-        copy_tokenizer(tiny.tokenizer, source)
-        assert main(["import", str(source), str(root / "checkpoint")]) == 0
-        return root / "checkpoint"
-
-    @pytest.mark.parametrize(
-        "layout",
-        [
-            ["parallel.tensor_model_parallel_size=2", "parallel.zero_stage=3"],
-            ["parallel.pipeline_model_parallel_size=2"],
-        ],
-        ids=["tensor", "pipeline"],
-    )
-    def test_trains_at_once_on_any_layout(self, layout, config, imported, capsys):
-        """Before the first step its loss is the source's on the same windows, and afterwards it falls."""
-        name = layout[0].partition(".")[2]
-        train(config, name, f"run.init_from={imported}", *layout, processes=2)
-        found = rows(config, name)
-        assert [row["step"] for row in found] == [0, 1, 2]
-        reference = config.parent / "reference"
-        if not reference.exists():
-            source = imported.parent / "llama"
-            plain = ["model.attention_variant=plain", f"run.init_from={source}", "training.steps=1"]
-            train(config, "reference", *plain, "schedule.warmup_steps=0")
-        expected = rows(config, "reference")[0]["validation_loss"]
-        assert found[0]["validation_loss"] == pytest.approx(expected, rel=1e-5)
-        assert found[2]["validation_loss"] < expected
-
-    def test_a_run_does_not_go_on_from_it(self, config, imported):
-        """It holds no moments: it is no checkpoint of a run."""
-        place = config.parent / "resumed/checkpoints/step_00000000"
-        place.parent.mkdir(parents=True)
-        shutil.copytree(imported, place)
-        done = subprocess.run(command(config, "resumed"), env=environment(), capture_output=True, text=True)
-        assert done.returncode == 2
-        assert "error: run.dir" in done.stderr
-        assert "run.init_from" in done.stderr

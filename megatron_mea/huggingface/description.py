@@ -20,8 +20,9 @@ from megatron_mea.huggingface.convert import from_hf_config, from_rope_parameter
 STOCK = ("llama", "mistral", "qwen2", "qwen3")
 """Hugging Face models that compute what our variant `plain` does."""
 _KINDS = ("mea", *STOCK)
-_MOST_LAYERS = 10_000
-"""transformers makes lists as long as a config.json says; a larger number is a trap or a typing error."""
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+_MOST = {"num_hidden_layers": 10_000} | dict.fromkeys(_SIZES, 1 << 20)
+"""Larger numbers are traps or typing errors: transformers makes lists as long as a config.json says."""
 _SAME_NAME = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings"),
@@ -100,9 +101,9 @@ def _foreign(description: dict[str, Any]) -> Iterator[Problem]:
     for key in _EXPERTS:
         if description.get(key):
             yield Problem(key, description[key], "nothing: mixtures of experts are not supported")
-    layers = description.get("num_hidden_layers", 1)
-    if isinstance(layers, int) and layers > _MOST_LAYERS:
-        yield Problem("num_hidden_layers", layers, f"at most {_MOST_LAYERS:,}")
+    for key, most in _MOST.items():
+        if isinstance(size := description.get(key), int) and size > most:
+            yield Problem(key, size, f"at most {most:,}")
 
 
 def _different(config: Any, kind: str) -> Iterator[Problem]:
