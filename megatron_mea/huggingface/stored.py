@@ -14,7 +14,7 @@ from megatron_mea.checkpoint.tensors import Fragment, rows_of
 from megatron_mea.errors import Problem, UserError
 
 _TYPES = ("F32", "BF16", "F16", "F64")
-_NAMED = 8
+_NAMED = 16
 """Names in a message, of thousands where a folder holds something else."""
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -68,9 +68,8 @@ def check_names(
         elif found[name] != expected[name]:
             said = f"{name} of shape {found[name]} in {path}"
             problems.append(Problem(where, said, f"{expected[name]}, by {by}"))
-    problems += [
-        Problem(where, f"{name} in {path}", f"only what {by} describes") for name in found.keys() - expected.keys()
-    ]
+    unknown = (name for name in found if name not in expected)
+    problems += [Problem(where, f"{name} in {path}", f"only what {by} describes") for name in unknown]
     more = len(problems) - _NAMED
     if more > 0:
         problems[_NAMED:] = [Problem(where, f"{more} more such tensors", "none")]
