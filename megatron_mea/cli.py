@@ -162,7 +162,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     sub.add_argument("out", metavar="OUT_DIR", help="a folder that does not exist or is empty")
     sub.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="default fp32: the master weights")
-    sub.add_argument("--target", choices=("transformers", "stock", "vllm"), default="transformers")
+    targets = "stock: plain Llama or Qwen where that is exact; vllm: its cache holds component heads alone"
+    sub.add_argument("--target", choices=("transformers", "stock", "vllm"), default="transformers", help=targets)
 
     sub = verb(
         "evaluate",
@@ -272,11 +273,9 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    if arguments.target != "transformers":
-        raise UserError("--target", arguments.target, "transformers (the rest is not in this release yet)")
     from megatron_mea.huggingface.export import export
 
-    print(export(arguments.model, arguments.out, arguments.dtype))
+    print(export(arguments.model, arguments.out, arguments.dtype, arguments.target))
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
