@@ -147,7 +147,7 @@ def _stock(model: Model, fields: dict[str, Any]) -> Target:
 
 
 def _fold(projection: torch.Tensor, combination: torch.Tensor) -> torch.Tensor:
-    return fold_weight(projection.double(), combination.double()).float()
+    return fold_weight(projection.double(), combination.double()).to(projection.dtype)
 
 
 def _stock_classes(model: Model) -> tuple[type[PreTrainedConfig], type[PreTrainedModel], dict[str, Any]]:

@@ -1,0 +1,96 @@
+"""Whether vLLM generates what transformers generates, and how many tokens its cache holds.
+
+    python tools/vllm_check.py FOLDER [FOLDER ...]
+
+Runs in vLLM's own environment, without megatron_mea, on folders that `megatron-mea export` wrote. Each folder is loaded
+twice, in a process of its own: vLLM changes transformers' models in the process that it lives in. Exit status 1 where
+tokens differ. docs/serving.md shows a run.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+PROMPTS = ("In the beginning", "And the king said unto", "To be, or not to be", "O")
+TOKENS = 32
+SETTINGS = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
+
+
+def prompt_ids(folder: str) -> list[list[int]]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in PROMPTS]
+
+
+def by_transformers(folder: str) -> list[list[int]]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    found = []
+    for ids in prompt_ids(folder):
+        output = model.generate(torch.tensor([ids]), max_new_tokens=TOKENS, do_sample=False, eos_token_id=None)
+        found.append(output[0, len(ids) :].tolist())
+    return found
+
+
+def by_vllm(folder: str) -> list[list[int]]:
+    from vllm import LLM, SamplingParams
+
+    stock = json.load(open(os.path.join(folder, "config.json")))["model_type"] != "mea"
+    llm = LLM(
+        model=folder,
+        dtype="float32",
+        max_model_len=128,
+        max_num_seqs=len(PROMPTS),
+        enforce_eager=True,
+        trust_remote_code=True,
+        model_impl="auto" if stock else "transformers",
+    )
+    sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
+    prompts = [{"prompt_token_ids": ids} for ids in prompt_ids(folder)]
+    return [list(one.outputs[0].token_ids) for one in llm.generate(prompts, sampling)]
+
+
+def in_a_process(which: str, folder: str) -> tuple[list[list[int]], str]:
+    command = [sys.executable, __file__, which, folder]
+    done = subprocess.run(command, env=os.environ | SETTINGS, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stdout + done.stderr)
+    return json.loads(done.stdout.splitlines()[-1]), done.stdout + done.stderr
+
+
+def main(folders: list[str]) -> int:
+    """Prints a row a folder."""
+    wrong = 0
+    print(f"{'folder':<28} {'cache holds, in 1 GiB':>24}   greedy tokens equal to transformers'")
+    for folder in folders:
+        expected, _ = in_a_process("--transformers", folder)
+        found, log = in_a_process("--vllm", folder)
+        size = re.search(r"KV cache size: ([\d,]+) tokens", log)
+        equal = sum(one == other for row, wanted in zip(found, expected) for one, other in zip(row, wanted))
+        total = sum(map(len, expected))
+        print(f"{folder:<28} {size[1] if size else '?':>17} tokens   {equal} of {total}", flush=True)
+        wrong += equal != total
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["--transformers", one]:
+            print(json.dumps(by_transformers(one)))
+        case ["--vllm", one]:
+            print(json.dumps(by_vllm(one)))
+        case []:
+            sys.exit(__doc__)
+        case several:
+            sys.exit(main(several))
