@@ -168,12 +168,13 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb(
         "evaluate",
         _evaluate,
-        "cross-entropy and perplexity of a model on prepared data",
+        "cross-entropy and perplexity of a model on prepared data, and lm-eval's tasks",
         "runs/quickstart/run --data runs/quickstart/data/validation",
     )
     sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     sub.add_argument("--data", metavar="PREFIX", help="prepared data (default: a checkpoint's data.validation)")
-    sub.add_argument("--tasks", nargs="+", metavar="NAME_OR_YAML", help="lm-eval tasks")
+    tasks = "lm-eval tasks, by name or as files; `paper`: the six of the paper"
+    sub.add_argument("--tasks", nargs="+", metavar="NAME_OR_YAML", help=tasks)
     sub.add_argument("--out", metavar="FILE.json", help="write the result there too")
 
     sub = verb("generate", _generate, "continue a text", 'exported --prompt "In the beginning"')
@@ -279,11 +280,13 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    if arguments.tasks:
-        raise UserError("--tasks", " ".join(arguments.tasks), "nothing: tasks are not in this release yet")
     from megatron_mea.huggingface.use import evaluate
 
-    print(evaluate(arguments.model, arguments.data, arguments.out))
+    text, table = evaluate(arguments.model, arguments.data, arguments.tasks, arguments.out)
+    print(text)
+    if table:
+        # stdout stays JSON.
+        print(table, file=sys.stderr)
 
 
 def _generate(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""What `export --target stock` and `vllm` write computes what the MEA modeling file computes, or is refused with a reason."""
+"""`export --target stock` and `vllm`: what they write computes what MEA computes, or is refused with a reason."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 PROMPTS = ("In the beginning", "And the king said unto", "To be, or not to be", "O")
 TOKENS = 32
@@ -46,7 +47,7 @@ def by_transformers(folder: str) -> list[list[int]]:
 def by_vllm(folder: str) -> list[list[int]]:
     from vllm import LLM, SamplingParams
 
-    stock = json.load(open(os.path.join(folder, "config.json")))["model_type"] != "mea"
+    stock = json.loads(Path(folder, "config.json").read_text())["model_type"] != "mea"
     llm = LLM(
         model=folder,
         dtype="float32",
@@ -77,8 +78,9 @@ def main(folders: list[str]) -> int:
         expected, _ = in_a_process("--transformers", folder)
         found, log = in_a_process("--vllm", folder)
         size = re.search(r"KV cache size: ([\d,]+) tokens", log)
-        equal = sum(one == other for row, wanted in zip(found, expected) for one, other in zip(row, wanted))
-        total = sum(map(len, expected))
+        found, expected = sum(found, []), sum(expected, [])
+        equal = sum(one == other for one, other in zip(found, expected, strict=True))
+        total = len(expected)
         print(f"{folder:<28} {size[1] if size else '?':>17} tokens   {equal} of {total}", flush=True)
         wrong += equal != total
     return 1 if wrong else 0

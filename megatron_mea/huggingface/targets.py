@@ -215,9 +215,7 @@ def _served_config(model: Model, shapes: list[tuple[int, int]], fields: dict[str
     usual = max(sorted(set(shapes)), key=shapes.count)
     served = dict(zip(("num_key_value_heads", "head_dim"), usual, strict=True))
     own = {"num_composite_heads": model.num_key_value_heads, "component_head_dim": model.head_dim}
-    others = {
-        str(layer): dict(zip(served, shape, strict=True)) for layer, shape in enumerate(shapes) if shape != usual
-    }
+    others = {str(layer): dict(zip(served, shape, strict=True)) for layer, shape in enumerate(shapes) if shape != usual}
     return MEAServedConfig.from_dict(trained | served | own | ({"per_layer_config": others} if others else {}))
 
 
