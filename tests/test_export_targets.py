@@ -177,6 +177,9 @@ def test_the_command(whole, tmp_path, capsys, kind, dtype):
         assert (config["num_key_value_heads"], config["head_dim"]) == (1, 16)
         assert config["per_layer_config"] == {"1": {"num_key_value_heads": 2}}
         assert "vllm serve" in card
+    capsys.readouterr()
+    assert main(["generate", str(out), "--prompt", "And the", "--max-new-tokens", "2"]) == 0
+    assert capsys.readouterr().out.startswith("And the")
     assert config["dtype"] == {"fp32": "float32", "bf16": "bfloat16"}[dtype]
     model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=kind == "vllm", dtype=torch.float32)
     main(["export", str(whole), str(tmp_path / "own"), "--dtype", dtype])

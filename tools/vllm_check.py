@@ -32,7 +32,7 @@ def prompt_ids(folder: str) -> list[list[int]]:
     return [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in PROMPTS]
 
 
-def by_transformers(folder: str) -> list[list[int]]:
+def by_transformers(folder: str) -> list[int]:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -40,14 +40,14 @@ def by_transformers(folder: str) -> list[list[int]]:
     found = []
     for ids in prompt_ids(folder):
         output = model.generate(torch.tensor([ids]), max_new_tokens=TOKENS, do_sample=False, eos_token_id=None)
-        found.append(output[0, len(ids) :].tolist())
+        found += output[0, len(ids) :].tolist()
     return found
 
 
-def by_vllm(folder: str) -> list[list[int]]:
+def by_vllm(folder: str) -> list[int]:
     from vllm import LLM, SamplingParams
 
-    stock = json.loads(Path(folder, "config.json").read_text())["model_type"] != "mea"
+    stock = json.loads(Path(folder, "config.json").read_text())["model_type"] in ("llama", "mistral", "qwen2", "qwen3")
     llm = LLM(
         model=folder,
         dtype="float32",
@@ -59,10 +59,10 @@ def by_vllm(folder: str) -> list[list[int]]:
     )
     sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
     prompts = [{"prompt_token_ids": ids} for ids in prompt_ids(folder)]
-    return [list(one.outputs[0].token_ids) for one in llm.generate(prompts, sampling)]
+    return [token for one in llm.generate(prompts, sampling) for token in one.outputs[0].token_ids]
 
 
-def in_a_process(which: str, folder: str) -> tuple[list[list[int]], str]:
+def in_a_process(which: str, folder: str) -> tuple[list[int], str]:
     command = [sys.executable, __file__, which, folder]
     done = subprocess.run(command, env=os.environ | SETTINGS, capture_output=True, text=True)
     if done.returncode:
@@ -78,7 +78,6 @@ def main(folders: list[str]) -> int:
         expected, _ = in_a_process("--transformers", folder)
         found, log = in_a_process("--vllm", folder)
         size = re.search(r"KV cache size: ([\d,]+) tokens", log)
-        found, expected = sum(found, []), sum(expected, [])
         equal = sum(one == other for one, other in zip(found, expected, strict=True))
         total = len(expected)
         print(f"{folder:<28} {size[1] if size else '?':>17} tokens   {equal} of {total}", flush=True)

@@ -27,6 +27,8 @@ class MEAServedConfig(MEAConfig):
     The model's own are `num_composite_heads` (h) and `component_head_dim` (d).
     """
 
+    model_type = "mea_vllm"
+
     num_composite_heads: int = 4
     component_head_dim: int = 64
 
@@ -37,7 +39,7 @@ class MEAServedConfig(MEAConfig):
         return MEAConfig.from_dict(fields | own)
 
 
-_SERVED = ("num_composite_heads", "component_head_dim", "per_layer_config", "auto_map", "architectures")
+_SERVED = ("model_type", "num_composite_heads", "component_head_dim", "per_layer_config", "auto_map", "architectures")
 
 
 class MEAServedAttention(MEAAttention):

@@ -19,6 +19,7 @@ from megatron_mea.data.tokenizer import load_tokenizer
 from megatron_mea.errors import UserError
 from megatron_mea.huggingface.convert import to_hf_config
 from megatron_mea.huggingface.modeling_mea import MEAForCausalLM
+from megatron_mea.huggingface.modeling_mea_vllm import MEAServedForCausalLM
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ def load_model(path: str | Path) -> tuple[PreTrainedModel, Path, Config | None]:
         if not isinstance(description, dict):
             raise ValueError(f"config.json holds a {type(description).__name__}")
         kind = description.get("model_type")
-        loader = MEAForCausalLM if kind == "mea" else AutoModelForCausalLM
+        ours = {"mea": MEAForCausalLM, "mea_vllm": MEAServedForCausalLM}
+        loader = ours.get(kind, AutoModelForCausalLM)
         model, info = loader.from_pretrained(
             str(path),
             dtype=torch.float32,

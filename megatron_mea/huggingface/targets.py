@@ -211,6 +211,7 @@ def _vllm(model: Model, fields: dict[str, Any]) -> Target:
 
 def _served_config(model: Model, shapes: list[tuple[int, int]], fields: dict[str, Any]) -> MEAServedConfig:
     trained = to_hf_config(model, **fields).to_dict()
+    del trained["model_type"]
     # The shape of most layers stands in the configuration itself, that of the others by layer.
     usual = max(sorted(set(shapes)), key=shapes.count)
     served = dict(zip(("num_key_value_heads", "head_dim"), usual, strict=True))
