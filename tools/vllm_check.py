@@ -28,7 +28,7 @@ SETTINGS = {
 def prompt_ids(folder: str) -> list[list[int]]:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     return [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in PROMPTS]
 
 
@@ -67,7 +67,9 @@ def in_a_process(which: str, folder: str) -> tuple[list[int], str]:
     done = subprocess.run(command, env=os.environ | SETTINGS, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stdout + done.stderr)
-    return json.loads(done.stdout.splitlines()[-1]), done.stdout + done.stderr
+    # vLLM logs on both.
+    answer = next(line for line in done.stdout.splitlines() if line.startswith("tokens: "))
+    return json.loads(answer.removeprefix("tokens: ")), done.stdout + done.stderr
 
 
 def main(folders: list[str]) -> int:
@@ -88,9 +90,9 @@ def main(folders: list[str]) -> int:
 if __name__ == "__main__":
     match sys.argv[1:]:
         case ["--transformers", one]:
-            print(json.dumps(by_transformers(one)))
+            print(f"tokens: {by_transformers(one)}")
         case ["--vllm", one]:
-            print(json.dumps(by_vllm(one)))
+            print(f"tokens: {by_vllm(one)}")
         case []:
             sys.exit(__doc__)
         case several:

@@ -46,7 +46,7 @@ transformers 5.16 or newer:
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("this/folder")
+tokenizer = AutoTokenizer.from_pretrained("this/folder"{trust})
 model = AutoModelForCausalLM.from_pretrained("this/folder"{trust})
 inputs = tokenizer("In the beginning", return_tensors="pt", return_token_type_ids=False)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))

@@ -228,9 +228,9 @@ class MEAAttention(nn.Module):
                 scaling=self.scaling,
                 **kwargs,
             )
-        # shape: (batch, seq, heads, d)
+        # shape: (batch, seq, heads, d); vLLM's attention hands back (batch, seq, heads d)
         if self.head_norm is not None:
-            output = self.head_norm(output)
+            output = self.head_norm(output.reshape(batch, seq, -1, self.head_dim))
         return self.o_proj(output.reshape(batch, seq, -1)), weights
 
     def _normalise(self, query, key):
