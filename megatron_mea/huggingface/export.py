@@ -24,8 +24,8 @@ from megatron_mea.huggingface.targets import Target, make_target
 from megatron_mea.outputs import output_place, written
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_LOGITS = 1 << 26
-"""As many logits at most are compared: 256 MB of each model."""
+_LENGTH, _LOGITS = 256, 1 << 26
+"""As many tokens of two windows are compared, and so many logits at most: half a gigabyte of each model."""
 
 
 def export(
@@ -111,9 +111,9 @@ def _umask() -> int:
 
 
 def _real_tokens(source: CheckpointSource) -> torch.Tensor:
-    """(2, up to 512) tokens of the run's own data, or of a sentence where the data is not at hand."""
+    """(2, up to 256) tokens of the run's own data, or of a sentence where the data is not at hand."""
     data, vocab = source.config.data, source.config.model.vocab_size
-    length = max(min(data.seq_length, 512, _LOGITS // (2 * vocab)), 1)
+    length = max(min(data.seq_length, _LENGTH, _LOGITS // (2 * vocab)), 1)
     for corpora in (data.validation, data.train):
         if not corpora:
             continue

@@ -107,7 +107,7 @@ def _stock(model: Model, fields: dict[str, Any]) -> Target:
             "transformers, or vllm: no stock architecture norms the outputs of its heads, and the norm cannot be "
             "folded into weights",
         )
-    composites, heads = model.num_key_value_heads, model.num_attention_heads
+    composites = model.num_key_value_heads
     config_class, model_class, own = _stock_classes(model)
     shared = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     shared += ("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_parameters", "max_position_embeddings")
@@ -132,12 +132,10 @@ def _stock(model: Model, fields: dict[str, Any]) -> Target:
             # Of these architectures the output has a bias too, where the inputs have.
             hidden = model.hidden_size
             tensors[f"{layer}self_attn.o_proj.bias"] = Recipe((hidden,), (), lambda hidden=hidden: torch.zeros(hidden))
-    notes = [f"A plain {config_class.model_type.capitalize()}, which needs no code: {heads} query heads."]
-    if model.has_hlc:
-        notes[0] = (
-            f"A plain {config_class.model_type.capitalize()}, which computes the same and needs no code: the head "
-            "combination is folded into its weights."
-        )
+    kind = config_class.model_type.capitalize()
+    notes = [f"A plain {kind}, which computes the same and needs no code: the head combination is folded into weights."]
+    if not model.has_hlc:
+        notes = [f"A plain {kind}, which needs no code."]
     if min(model.component_heads) < composites:
         counts = ", ".join(map(str, sorted(set(model.component_heads))))
         notes.append(
