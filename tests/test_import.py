@@ -127,6 +127,16 @@ class TestStock:
         assert (ours - theirs).norm() <= 2e-6 * theirs.norm()
         assert theirs.std() > 0.1
 
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_the_stock_export_is_the_source_bit_for_bit(self, kind, tmp_path):
+        source, out = saved(kind, tmp_path / kind), tmp_path / "out"
+        assert main(["import", str(source), str(tmp_path / "checkpoint")]) == 0
+        assert main(["export", str(tmp_path / "checkpoint"), str(out), "--target", "stock"]) == 0
+        held, found = (load_file(folder / "model.safetensors") for folder in (source, out))
+        assert held.keys() == found.keys()
+        assert all(torch.equal(held[name], found[name]) for name in held)
+        assert torch.equal(logits(source), logits(out))
+
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
     def test_masters_are_float32(self, dtype, tmp_path, capsys):
         source = saved("llama", tmp_path / "llama", dtype, max_shard_size="20KB")
