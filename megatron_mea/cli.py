@@ -163,17 +163,30 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     sub.add_argument("out", metavar="OUT_DIR", help="a folder that does not exist or is empty")
     sub.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="default fp32: the master weights")
-    sub.add_argument("--target", choices=("transformers", "stock", "vllm"), default="transformers")
+    targets = "stock: plain Llama or Qwen where that is exact; vllm: its cache holds component heads alone"
+    sub.add_argument("--target", choices=("transformers", "stock", "vllm"), default="transformers", help=targets)
+
+    sub = verb(
+        "import",
+        _import,
+        "write a checkpoint that a run can begin from, out of a Llama, Mistral, Qwen2, Qwen3 or an export",
+        "Llama-3.2-1B imported",
+    )
+    sub.add_argument("source", metavar="HF_DIR", help="a Hugging Face folder with safetensors")
+    sub.add_argument("out", metavar="OUT_CHECKPOINT", help="a folder that does not exist or is empty")
+    variant = "attention variant (default: mea_no_norm, which computes what the source does; an export's own)"
+    sub.add_argument("--variant", metavar="V", help=variant)
 
     sub = verb(
         "evaluate",
         _evaluate,
-        "cross-entropy and perplexity of a model on prepared data",
+        "cross-entropy and perplexity of a model on prepared data, and lm-eval's tasks",
         "runs/quickstart/run --data runs/quickstart/data/validation",
     )
     sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     sub.add_argument("--data", metavar="PREFIX", help="prepared data (default: a checkpoint's data.validation)")
-    sub.add_argument("--tasks", nargs="+", metavar="NAME_OR_YAML", help="lm-eval tasks")
+    tasks = "lm-eval tasks, by name or as files; `paper`: the six of the paper"
+    sub.add_argument("--tasks", nargs="+", metavar="NAME_OR_YAML", help=tasks)
     sub.add_argument("--out", metavar="FILE.json", help="write the result there too")
 
     sub = verb("generate", _generate, "continue a text", 'exported --prompt "In the beginning"')
@@ -279,19 +292,25 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    if arguments.target != "transformers":
-        raise UserError("--target", arguments.target, "transformers (the rest is not in this release yet)")
     from megatron_mea.huggingface.export import export
 
-    print(export(arguments.model, arguments.out, arguments.dtype))
+    print(export(arguments.model, arguments.out, arguments.dtype, arguments.target))
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    from megatron_mea.huggingface.importing import import_model
+
+    print(import_model(arguments.source, arguments.out, arguments.variant))
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    if arguments.tasks:
-        raise UserError("--tasks", " ".join(arguments.tasks), "nothing: tasks are not in this release yet")
     from megatron_mea.huggingface.use import evaluate
 
-    print(evaluate(arguments.model, arguments.data, arguments.out))
+    text, table = evaluate(arguments.model, arguments.data, arguments.tasks, arguments.out)
+    print(text)
+    if table:
+        # stdout stays JSON.
+        print(table, file=sys.stderr)
 
 
 def _generate(arguments: argparse.Namespace) -> None:

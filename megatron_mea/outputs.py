@@ -40,6 +40,13 @@ def output_place(path: str | Path, folder: bool) -> Iterator[Path]:
         raise
 
 
+def check_free_folder(path: Path) -> None:
+    """Raises UserError where `path` is anything but a folder that is empty or does not exist."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        found = "a folder that is not empty" if path.is_dir() else "a file"
+        raise UserError(str(path), found, "a folder that is empty or does not exist")
+
+
 @contextmanager
 def written(path: Path) -> Iterator[None]:
     """Makes one message of what the disk refuses.

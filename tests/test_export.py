@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +15,20 @@ import pytest
 import torch
 from reference import reference_logits
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, GenerationConfig
 
 from megatron_mea.checkpoint.folder import checkpoints_of
 from megatron_mea.checkpoint.tensors import read_tensors, weight_shapes
 from megatron_mea.cli import main
+from megatron_mea.huggingface import export as export_module
 from megatron_mea.huggingface import modeling_mea
+from megatron_mea.huggingface.export import export
+from megatron_mea.huggingface.modeling_mea import MEAForCausalLM
 
 SETTINGS = {
     "model.num_attention_heads": 4,
+    # As narrow as vLLM's kernels take them.
+    "model.head_dim": 32,
     "training.steps": 20,
     "training.global_batch_size": 8,
     "evaluation.interval": 20,
@@ -59,37 +66,55 @@ def test_files(exported, whole):
     assert [path.name for path in exported.parent.iterdir()] == ["model"]
 
 
-def test_stands_alone(exported, tmp_path):
-    """Greedy generation with left padding equals row by row; nothing of this package is importable."""
+ALONE = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition('.')[0] in ('megatron_mea', 'deepspeed'):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True, padding_side='left')
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+texts = ['In the beginning', 'To be']
+def run(texts, **settings):
+    inputs = tokenizer(texts, return_tensors='pt', padding=True, return_token_type_ids=False)
+    output = model.generate(**inputs, max_new_tokens=8, do_sample=False, **settings)
+    return [row[inputs['input_ids'].shape[1]:].tolist() for row in output]
+batch = run(texts)
+assert batch == run(texts, use_cache=False), batch
+assert batch == [run([text])[0] for text in texts], batch
+print(transformers.__version__, type(model).__name__, model.config.model_type, batch)
+"""
+OLDEST = "MEA_OLDEST_TRANSFORMERS"
+
+
+@pytest.mark.parametrize("release", ["this", "oldest"])
+def test_stands_alone(exported, whole, tmp_path, release):
+    """Greedy generation with left padding equals row by row; nothing of this package is importable.
+
+    So do the folders for vLLM, in the release that is installed and in the oldest one that is supported.
+    """
+    python = sys.executable if release == "this" else os.environ.get(OLDEST)
+    if python is None:
+        pytest.skip(f"{OLDEST} names no Python with transformers 5.16")
     script = tmp_path / "alone.py"
-    script.write_text(
-        "import sys\n"
-        "class Absent:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.partition('.')[0] == 'megatron_mea':\n"
-        "            raise ModuleNotFoundError(name)\n"
-        "sys.meta_path.insert(0, Absent())\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True, padding_side='left')\n"
-        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
-        "texts = ['In the beginning', 'To be']\n"
-        "def run(texts, **settings):\n"
-        "    inputs = tokenizer(texts, return_tensors='pt', padding=True, return_token_type_ids=False)\n"
-        "    output = model.generate(**inputs, max_new_tokens=8, do_sample=False, **settings)\n"
-        "    return [row[inputs['input_ids'].shape[1]:].tolist() for row in output]\n"
-        "batch = run(texts)\n"
-        "assert batch == run(texts, use_cache=False), batch\n"
-        "assert batch == [run([text])[0] for text in texts], batch\n"
-        "print(type(model).__name__, model.config.model_type, batch)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, str(script), str(exported)],
-        env=os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("MEAForCausalLM mea")
+    script.write_text(ALONE)
+    assert main(["export", str(whole), str(tmp_path / "served"), "--target", "vllm"]) == 0
+    answers = []
+    for folder in (exported, tmp_path / "served"):
+        done = subprocess.run(
+            [python, str(script), str(folder)],
+            env=os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        answers.append(done.stdout.split(maxsplit=3))
+    assert [answer[1:3] for answer in answers] == [["MEAForCausalLM", "mea"], ["MEAServedForCausalLM", "mea_vllm"]]
+    assert answers[0][3] == answers[1][3]
+    assert release == "this" or answers[0][0].startswith("5.16.")
 
 
 def test_evaluate_generate_and_inspect(exported, whole, tiny, tmp_path, capsys):
@@ -124,6 +149,88 @@ def test_bfloat16(whole, tmp_path, capsys):
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_shards(exported, whole, tmp_path):
+    """As many files as it takes, an index as transformers writes it, and the numbers of the one file."""
+    out = tmp_path / "out"
+    export(whole, out, shard_bytes=30_000)
+    files = sorted(out.glob("*.safetensors"))
+    assert len(files) > 2
+    tensors = {}
+    for number, file in enumerate(files, start=1):
+        assert file.name == f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        part = load_file(file)
+        assert len(part) == 1 or sum(tensor.nbytes for tensor in part.values()) <= 30_000
+        tensors |= part
+    expected = load_file(exported / "model.safetensors")
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+    assert {name: name in load_file(out / file) for name, file in index["weight_map"].items()} == dict.fromkeys(
+        tensors, True
+    )
+    model, info = MEAForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values())
+    assert torch.equal(model.lm_head.weight, expected["lm_head.weight"])
+
+
+def test_card_and_generation(exported, whole):
+    card = (exported / "README.md").read_text()
+    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    for text in ("`mea`", "20 steps, 5,120 tokens", "train (", f"{rows[-1]['validation_loss']:.4f} nats", "fp32"):
+        assert text in card
+    assert str(whole.parent) not in card
+    generation = GenerationConfig.from_pretrained(exported)
+    tokenizer = AutoTokenizer.from_pretrained(exported, trust_remote_code=True)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert getattr(generation, name) == getattr(tokenizer, name)
+
+
+def test_chat_template(whole, tmp_path):
+    """It travels with the tokenizer."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    folder = checkpoints_of(run)[-1][1]
+    template = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    (folder / "tokenizer" / "chat_template.jinja").write_text(template)
+    export(run, tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "speak"}], tokenize=False)
+    assert text == "user: speak\n"
+
+
+def test_one_layer_at_a_time(whole, tmp_path, monkeypatch):
+    """Nothing reads more than one tensor, and what the check fills a layer with is let go of again."""
+    alive, most, double = [], 0, torch.Tensor.double
+
+    def read(folder: Path, shapes: dict) -> dict:
+        assert len(shapes) == 1
+        return read_tensors(folder, shapes)
+
+    def counted(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal most
+        found = double(tensor)
+        alive.append(weakref.ref(found))
+        most = max(most, sum(one() is not None for one in alive))
+        return found
+
+    monkeypatch.setattr(export_module, "read_tensors", read)
+    monkeypatch.setattr(torch.Tensor, "double", counted)
+    export(whole, tmp_path / "out")
+    folder = checkpoints_of(whole)[-1][1]
+    layer = [name for name in weight_shapes(folder) if ".layers.1." in name]
+    assert len(alive) >= 2 * len(weight_shapes(folder))
+    assert most <= len(layer)
+
+
+def test_a_full_disk_is_refused(whole, tmp_path, monkeypatch, capsys):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    assert main(["export", str(whole), str(tmp_path / "deep" / "out")]) == 2
+    assert "GB free" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_that_lacks_a_tensor_is_refused(exported, tmp_path, capsys):
     folder = tmp_path / "model"
     shutil.copytree(exported, folder)
@@ -148,6 +255,41 @@ def test_a_wrong_export_is_noticed(whole, tmp_path, monkeypatch, capsys):
     wrong = modeling_mea.MEAHeadCombination.forward
     monkeypatch.setattr(modeling_mea.MEAHeadCombination, "forward", lambda self, x: 2 * wrong(self, x))
     assert main(["export", str(whole), str(tmp_path / "out")]) == 1
+    assert "logits differ from the trainer's" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["transformers", "vllm"])
+def test_what_the_check_finds(whole, tmp_path, monkeypatch, capsys, kind):
+    """A number that was written wrongly, a tensor that no model has, a setting that was lost."""
+    write = export_module.write_safetensors
+
+    def flipped(folder, shapes, dtype, read, shard_bytes):
+        return write(folder, shapes, dtype, lambda name: read(name) + 1e-6 * ("hlc_v" in name), shard_bytes)
+
+    monkeypatch.setattr(export_module, "write_safetensors", flipped)
+    assert main(["export", str(whole), str(tmp_path / "out"), "--target", kind]) == 1
+    assert "hlc_v.weight is not what model.safetensors holds" in capsys.readouterr().err
+    monkeypatch.undo()
+
+    make = export_module.make_target
+
+    def surplus(*arguments, **fields):
+        target = make(*arguments, **fields)
+        target.tensors["model.more.weight"] = target.tensors["model.norm.weight"]
+        return target
+
+    monkeypatch.setattr(export_module, "make_target", surplus)
+    assert main(["export", str(whole), str(tmp_path / "out"), "--target", kind]) == 1
+    assert "missing or unexpected: model.more.weight" in capsys.readouterr().err
+
+    def another(*arguments, **fields):
+        target = make(*arguments, **fields)
+        target.config.rope_parameters = target.config.rope_parameters | {"rope_theta": 1e4}
+        return target
+
+    monkeypatch.setattr(export_module, "make_target", another)
+    assert main(["export", str(whole), str(tmp_path / "out"), "--target", kind]) == 1
     assert "logits differ from the trainer's" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 

@@ -191,7 +191,7 @@ class TestInitFrom:
         shutil.copytree(exported, model)
         description = json.loads((model / "config.json").read_text())
         (model / "config.json").write_text(json.dumps(description | {"model_type": "gpt2"}))
-        assert "of model_type gpt2" in refused("refused", f"run.init_from={model}")
+        assert "model_type = gpt2" in refused("refused", f"run.init_from={model}")
         (model / "config.json").write_text(json.dumps(description))
         (model / "model.safetensors").rename(model / "model.bin")
         assert "without model.safetensors" in refused("refused", f"run.init_from={model}")

@@ -121,7 +121,7 @@ def test_a_value_that_a_description_leaves_out_is_the_one_of_its_model_type(tmp_
     assert problems(source, plain("llama")) == [("model.num_key_value_heads", "2")]
     describe(source, num_key_value_heads=2)
     assert [line.split(", and ")[1] for line in open_weights(source, plain("llama")).warnings] == [
-        f"{{'rope_theta': 10000.0, 'rope_type': 'default'}} in {source}",
+        f"{{'rope_type': 'default', 'rope_theta': 10000.0}} in {source}",
         f"1e-06 in {source}",
     ]
     # As transformers 4 wrote it.
@@ -133,10 +133,10 @@ def test_a_value_that_a_description_leaves_out_is_the_one_of_its_model_type(tmp_
 @pytest.mark.parametrize(
     ("changes", "found"),
     [
-        ({"hidden_act": "gelu"}, "another activation"),
-        ({"sliding_window": 8}, "a sliding window"),
+        ({"hidden_act": "gelu"}, "hidden_act = gelu"),
+        ({"sliding_window": 8}, "sliding_window = 8"),
         ({"num_attention_heads": "four"}, "unreadable"),
-        ({"model_type": "gpt2"}, "of model_type gpt2"),
+        ({"model_type": "gpt2"}, "model_type = gpt2"),
     ],
 )
 def test_a_description_of_another_function_is_refused(changes, found, tmp_path):

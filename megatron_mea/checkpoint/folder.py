@@ -2,8 +2,9 @@
 
 step_00001000/
     __R_0.distcp, .metadata    named global tensors, torch.distributed.checkpoint: NAME is the float32 master
-                               weight, exp_avg.NAME and exp_avg_sq.NAME are its moments; rank R wrote its pieces
-    meta.json                  step, samples, tokens, configuration, data fingerprint, layout, versions
+                               weight, exp_avg.NAME and exp_avg_sq.NAME are its moments; rank R wrote its pieces.
+                               An imported checkpoint has no moments
+    meta.json                  step, samples, tokens, configuration, data fingerprint, layout, versions, origin
     tokenizer/                 the tokenizer folder of the run
     COMPLETE                   written last: the SHA-256 of every other file
 
@@ -165,7 +166,12 @@ def remove_leftovers(run_dir: str | Path) -> None:
 
 @dataclass(frozen=True)
 class Meta:
-    """The contents of meta.json."""
+    """The contents of meta.json.
+
+    Args:
+        origin: where weights come from that no run of ours has trained; such a checkpoint holds no moments, its
+            configuration names no data, and its layout is empty. Empty for the checkpoint of a run.
+    """
 
     step: int
     samples: int
@@ -175,6 +181,7 @@ class Meta:
     layout: dict[str, int]
     versions: dict[str, str]
     validation_loss: float | None
+    origin: str = ""
 
     def write(self, folder: Path) -> None:
         (folder / META).write_text(json.dumps(vars(self), indent=1))

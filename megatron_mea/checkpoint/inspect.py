@@ -35,7 +35,7 @@ def inspect(path: str | Path) -> str:
         ),
         ("variant", meta.config["model"]["attention_variant"]),
         ("parameters", f"{sum(counts.values()):,}"),
-        ("saved from", ", ".join(f"{key} {value}" for key, value in meta.layout.items())),
+        ("saved from", meta.origin or ", ".join(f"{key} {value}" for key, value in meta.layout.items())),
         ("versions", ", ".join(f"{key} {value}" for key, value in meta.versions.items())),
         ("integrity", f"whole: all checksums hold, {size:,} bytes"),
     ]

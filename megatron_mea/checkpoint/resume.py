@@ -103,6 +103,10 @@ def check_resume(meta: Meta, config: Config, fingerprint: list[dict[str, Any]] |
     Raises:
         UserError: a key that must not change has changed, or the data has; names old and new values.
     """
+    if meta.origin:
+        found = f"{config.run.dir}, with a checkpoint that holds weights alone: {meta.origin}"
+        mend = "begin a new run with run.init_from = that checkpoint"
+        raise UserError("run.dir", found, "a folder of a run, or a name that is free", mend)
     old, new = _flat(meta.config), _flat(config.model_dump(mode="json"))
     fixed, changed = [], []
     for key in sorted(old.keys() | new.keys()):

@@ -7,7 +7,8 @@ anything, and who wrote what does not matter to who reads it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -15,7 +16,13 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import (
+    CheckpointException,
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    FileSystemReader,
+    FileSystemWriter,
+)
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
@@ -87,7 +94,54 @@ def write_fragments(folder: Path, fragments: Iterable[Fragment], group: Any) -> 
     Raises:
         CheckpointException: on every rank, where one of them could not write.
     """
-    dcp.save({}, storage_writer=FileSystemWriter(folder), planner=_Save(fragments), process_group=group)
+    views = {
+        MetadataIndex(fragment.name, torch.Size(offsets)): (fragment.shape, view)
+        for fragment in fragments
+        for offsets, view in fragment.pieces()
+    }
+    pieces = [(index, shape, view.shape) for index, (shape, view) in views.items()]
+    planner = _Save(pieces, lambda index: views[index][1].contiguous())
+    dcp.save({}, storage_writer=FileSystemWriter(folder), planner=planner, process_group=group)
+
+
+def write_tensors(
+    folder: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    read: Callable[[str, tuple[int, ...], tuple[int, ...]], torch.Tensor],
+) -> None:
+    """Writes and flushes whole tensors, of which no more than a piece is in memory; a file a piece.
+
+    Args:
+        shapes: of all tensors of the checkpoint, by exported name.
+        read: the float32 numbers of a piece, by name, offsets and shape; asked for when its turn comes.
+
+    Raises:
+        Exception: what `read` raises, or the disk.
+    """
+    pieces = {
+        MetadataIndex(name, torch.Size(offsets)): (shape, torch.Size(size))
+        for name, shape in shapes.items()
+        for offsets, size in rows_of(shape)
+    }
+    planner = _Save(
+        [(index, *both) for index, both in pieces.items()],
+        lambda index: read(index.fqn, tuple(index.offset or ()), tuple(pieces[index][1])),
+    )
+    # One file would make the writer keep every tensor, and its reader's ranks leave the checksum to one of them.
+    writer = FileSystemWriter(folder, single_file_per_rank=False)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from None
+
+
+def rows_of(shape: tuple[int, ...], most: int = 1 << 26) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(offsets, shape) of pieces of a tensor: whole rows of, together, `most` numbers or fewer (a row at least)."""
+    step = max(1, most // prod(shape[1:]))
+    for first in range(0, shape[0], step):
+        yield (first, *[0] * (len(shape) - 1)), (min(step, shape[0] - first), *shape[1:])
 
 
 def read_fragments(folder: Path, fragments: Iterable[Fragment]) -> None:
@@ -135,27 +189,33 @@ def copy_of(fragment: Fragment, buffer: torch.Tensor) -> Fragment:
 class _Save(DefaultSavePlanner):
     """Plans one item of the folder for every piece; the default's global plan checks that they make up each tensor."""
 
-    def __init__(self, fragments: Iterable[Fragment]) -> None:
+    def __init__(
+        self,
+        pieces: Iterable[tuple[MetadataIndex, tuple[int, ...], torch.Size]],
+        numbers: Callable[[MetadataIndex], torch.Tensor],
+    ) -> None:
+        """
+        Args:
+            pieces: name and offsets of each, the shape of the whole tensor, and its own.
+            numbers: of a piece; float32, contiguous.
+        """
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._views: dict[MetadataIndex, torch.Tensor] = {}
+        self._numbers = numbers
         self._items = []
-        for fragment in fragments:
-            for offsets, view in fragment.pieces():
-                index = MetadataIndex(fragment.name, torch.Size(offsets))
-                self._views[index] = view
-                data = TensorWriteData(
-                    chunk=ChunkStorageMetadata(torch.Size(offsets), view.shape),
-                    properties=TensorProperties(dtype=view.dtype),
-                    size=torch.Size(fragment.shape),
-                )
-                self._items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
+        for index, shape, size in pieces:
+            data = TensorWriteData(
+                chunk=ChunkStorageMetadata(index.offset, size),
+                properties=TensorProperties(dtype=torch.float32),
+                size=torch.Size(shape),
+            )
+            self._items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
 
     def create_local_plan(self) -> SavePlan:
         self.plan = SavePlan(self._items)
         return self.plan
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
-        return self._views[write_item.index].contiguous()
+        return self._numbers(write_item.index)
 
 
 class _Load(DefaultLoadPlanner):

@@ -25,7 +25,7 @@ from megatron_mea.errors import MachineError, UserError
 from megatron_mea.failures import exit_status
 from megatron_mea.training.processes import choose_device
 from megatron_mea.training.ranks import Ranks
-from megatron_mea.training.records import versions
+from megatron_mea.versions import versions
 
 PATIENCE = 180.0
 """Seconds that the slowest node may take to import torch."""

@@ -13,8 +13,10 @@ VARIANTS = ("plain", "plain_norm", "mea", "mea_no_norm")
 """The attention variants of this release."""
 
 
-def cross_checks(config: Config) -> Iterator[Problem]:
-    """The contradictions inside one configuration."""
+def cross_checks(config: Config, needs_data: bool = True) -> Iterator[Problem]:
+    """The contradictions inside one configuration; `needs_data`: it is one to train with."""
+    if needs_data and not config.data.train:
+        yield Problem("data.train", "a list of 0", "at least 1")
     yield from _not_yet(config)
     yield from _heads(config)
     yield from _rope(config)

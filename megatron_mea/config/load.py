@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from megatron_mea.config.checks import cross_checks
-from megatron_mea.config.schema import Config
+from megatron_mea.config.schema import Config, Model
 from megatron_mea.errors import Problem, UserError
 
 
@@ -51,17 +51,27 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return parse_config(tree)
 
 
-def parse_config(tree: dict[str, Any]) -> Config:
-    """Validates and resolves a configuration given as nested dictionaries."""
+def parse_config(tree: dict[str, Any], needs_data: bool = True) -> Config:
+    """Validates and resolves a configuration given as nested dictionaries.
+
+    Args:
+        needs_data: `data.train` must name something; that of an imported checkpoint does not.
+    """
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
         raise UserError.of(_problems(error)) from None
     config = _resolve(config)
-    problems = list(cross_checks(config))
+    problems = list(cross_checks(config, needs_data))
     if problems:
         raise UserError.of(problems)
     return config
+
+
+def parse_model(tree: dict[str, Any]) -> Model:
+    """The section `model`, validated and resolved by itself."""
+    elsewhere = {"data": {"tokenizer": "none", "train": [], "seq_length": 1}, "run": {"dir": "none"}}
+    return parse_config({"model": tree, **elsewhere}, needs_data=False).model
 
 
 def dump_config(config: Config) -> str:

@@ -138,7 +138,7 @@ class TrainCorpus(Section):
 
 class Data(Section):
     tokenizer: Path
-    train: Annotated[list[TrainCorpus], Field(min_length=1, max_length=MAX_CORPORA)]
+    train: Annotated[list[TrainCorpus], Field(max_length=MAX_CORPORA)]
     validation: Annotated[list[TrainCorpus], Field(max_length=MAX_CORPORA)] = []
     seq_length: PositiveInt = 1024
     document_mask: bool = True

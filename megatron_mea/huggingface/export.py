@@ -1,52 +1,52 @@
-"""From a checkpoint to a Hugging Face folder that transformers loads without this package."""
+"""From a checkpoint to a Hugging Face folder, a tensor at a time: the model need not fit into memory."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
+from math import prod
 from pathlib import Path
 
 import torch
+from transformers import GenerationConfig
 
+from megatron_mea.checkpoint.folder import SPARE
+from megatron_mea.checkpoint.tensors import read_tensors, weight_shapes
 from megatron_mea.data.corpora import Corpora
 from megatron_mea.data.tokenizer import copy_tokenizer, load_tokenizer
-from megatron_mea.errors import RunError, UserError
-from megatron_mea.huggingface import configuration_mea, modeling_mea
-from megatron_mea.huggingface.modeling_mea import MEAForCausalLM
-from megatron_mea.huggingface.source import CheckpointSource, causal_lm, is_hugging_face, open_checkpoint
-from megatron_mea.model.decoder import Decoder
-from megatron_mea.outputs import output_place
-from megatron_mea.parallel.parameter import named_specs
+from megatron_mea.errors import UserError
+from megatron_mea.huggingface.card import model_card
+from megatron_mea.huggingface.proof import compare
+from megatron_mea.huggingface.shards import SHARD_BYTES, write_safetensors
+from megatron_mea.huggingface.source import CheckpointSource, is_hugging_face, open_checkpoint, token_ids
+from megatron_mea.huggingface.targets import Target, make_target
+from megatron_mea.outputs import output_place, written
 
-_CLASSES = {
-    "AutoConfig": "configuration_mea.MEAConfig",
-    "AutoModel": "modeling_mea.MEAModel",
-    "AutoModelForCausalLM": "modeling_mea.MEAForCausalLM",
-    "AutoModelForSequenceClassification": "modeling_mea.MEAForSequenceClassification",
-}
-_TOLERANCE = 1e-4
-"""Of the largest logit: float32 rounding in two orders of summation; what is wrong is wrong by far more."""
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_LENGTH, _LOGITS = 256, 1 << 26
+"""As many tokens of two windows are compared, and so many logits at most: half a gigabyte of each model."""
 
 
-class ExportError(RunError):
-    """The exported model does not compute what the trainer computes; nothing was written."""
-
-
-def export(model: str | Path, out: str | Path, dtype: str = "fp32") -> str:
+def export(
+    model: str | Path, out: str | Path, dtype: str = "fp32", kind: str = "transformers", shard_bytes: int = SHARD_BYTES
+) -> str:
     """Writes weights, configuration, tokenizer, model card and modeling files, then compares logits.
 
     Args:
         model: a checkpoint or run folder.
         out: must not exist or be empty; it appears when everything, the comparison included, is done.
         dtype: `fp32` (the master weights) or `bf16`.
+        kind: `transformers`, `stock` or `vllm`.
+        shard_bytes: of a file at most.
 
     Returns:
         What was written and how far the logits are from the trainer's, for the user.
 
     Raises:
-        UserError: nothing to export, or `out` is not free.
+        UserError: nothing to export, a kind that this model cannot be, or `out` is not free.
         ExportError: the logits differ.
+        RunError: the disk refuses.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -55,33 +55,54 @@ def export(model: str | Path, out: str | Path, dtype: str = "fp32") -> str:
     if is_hugging_face(model):
         raise UserError(str(model), "a Hugging Face folder already", "a checkpoint folder or a run folder")
     source = open_checkpoint(model)
-    with output_place(out, folder=True), tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
-        folder = Path(scratch) / "export"
-        stored = torch.bfloat16 if dtype == "bf16" else torch.float32
-        _write(source, folder, stored)
-        tokens, difference, scale = _compare(source, folder, stored)
-        if not difference <= _TOLERANCE * scale:
-            raise ExportError(f"logits differ from the trainer's by {difference:.3g} (they reach {scale:.3g})")
-        if out.exists():
-            out.rmdir()
-        shutil.move(folder, out)
-    return (
-        f"wrote {out}: step {source.meta.step}, {dtype}\n"
-        f"logits of {tokens} real tokens differ from the trainer's by at most {difference:.2g} (they reach {scale:.3g})"
-    )
+    target = make_target(kind, source.config.model, dtype=_DTYPES[dtype], **token_ids(source.tokenizer))
+    with output_place(out, folder=True), written(out):
+        _check_space(out, target, dtype)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
+            folder = Path(scratch) / "export"
+            said = _write_and_compare(source, target, folder, dtype, shard_bytes)
+            if out.exists():
+                out.rmdir()
+            shutil.move(folder, out)
+    return "\n".join([f"wrote {out}: step {source.meta.step}, {dtype}", *target.notes, said])
 
 
-def _write(source: CheckpointSource, folder: Path, dtype: torch.dtype) -> None:
-    model = causal_lm(source, dtype)
-    model.config.auto_map = dict(_CLASSES)
-    model.save_pretrained(folder, max_shard_size="5GB")
-    for module in (configuration_mea, modeling_mea):
+def _check_space(out: Path, target: Target, dtype: str) -> None:
+    free = shutil.disk_usage(out.parent).free
+    size = sum(prod(recipe.shape) for recipe in target.tensors.values()) * _DTYPES[dtype].itemsize + SPARE
+    if free < size:
+        raise UserError(str(out), f"{free / 1e9:,.3f} GB free there", f"at least {size / 1e9:,.3f} GB")
+
+
+def _write_and_compare(source: CheckpointSource, target: Target, folder: Path, dtype: str, shard_bytes: int) -> str:
+    folder.mkdir()
+    shapes = weight_shapes(source.folder)
+
+    def masters(name: str) -> torch.Tensor:
+        return read_tensors(source.folder, {name: shapes[name]})[name]
+
+    def made(name: str) -> torch.Tensor:
+        recipe = target.tensors[name]
+        return recipe.make(*map(masters, recipe.sources))
+
+    sizes = {name: recipe.shape for name, recipe in target.tensors.items()}
+    files = write_safetensors(folder, sizes, _DTYPES[dtype], made, shard_bytes)
+    target.config.save_pretrained(folder)
+    GenerationConfig.from_model_config(target.config).save_pretrained(folder)
+    for module in target.modules:
         shutil.copy(module.__file__, folder)
     copy_tokenizer(source.tokenizer, folder)
-    (folder / "README.md").write_text(_card(source))
-    # safetensors writes files that only their owner may read.
+    (folder / "README.md").write_text(model_card(source, target, dtype))
     for file in folder.iterdir():
         file.chmod(0o666 & ~_umask())
+
+    tokens = _real_tokens(source)
+    agreement = compare(target, folder, files, _DTYPES[dtype], made, source.config.model, masters, tokens)
+    kind = "real" if source.tokenizer.is_dir() else "random"
+    return (
+        f"logits of {agreement.tokens} {kind} tokens differ from the trainer's by at most {agreement.difference:.2g} "
+        f"(they reach {agreement.scale:.3g})" + ("" if dtype == "fp32" else f", before the rounding to {dtype}")
+    )
 
 
 def _umask() -> int:
@@ -90,28 +111,13 @@ def _umask() -> int:
     return mask
 
 
-def _compare(source: CheckpointSource, folder: Path, stored: torch.dtype) -> tuple[int, float, float]:
-    """(tokens, largest difference of a logit, largest logit) of the folder against the training model.
-
-    Both compute in float32 with the weights as they are `stored`, so that only what the export may get wrong is seen.
-    """
-    exported = MEAForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
-    trained = Decoder(source.config.model)
-    weights = source.weights()
-    for name, parameter in named_specs(trained).items():
-        parameter.data = weights[name].to(stored).float()
-    tokens = _real_tokens(source)
-    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    with torch.no_grad():
-        expected = trained.run(tokens, positions)
-        found = exported(tokens, use_cache=False).logits
-    return tokens.numel(), (found - expected).abs().max().item(), expected.abs().max().item()
-
-
 def _real_tokens(source: CheckpointSource) -> torch.Tensor:
-    """(2, up to 512) tokens of the run's own data, or of a sentence where the data is not at hand."""
+    """(2, up to 256) tokens of the run's own data, or of a sentence where the data is not at hand.
+
+    Without a tokenizer, which an imported checkpoint may lack, ids at random.
+    """
     data, vocab = source.config.data, source.config.model.vocab_size
-    length = min(data.seq_length, 512)
+    length = max(min(data.seq_length, _LENGTH, _LOGITS // (2 * vocab)), 1)
     for corpora in (data.validation, data.train):
         if not corpora:
             continue
@@ -120,36 +126,8 @@ def _real_tokens(source: CheckpointSource) -> torch.Tensor:
         except (UserError, IndexError):
             continue
         return torch.from_numpy(batch.input_ids.copy())
+    if not source.tokenizer.is_dir():
+        return torch.randint(vocab, (2, length), generator=torch.Generator().manual_seed(0))
     tokenizer = load_tokenizer(source.tokenizer, str(source.tokenizer))
     ids = tokenizer("In the beginning God created the heaven and the earth. " * 8, add_special_tokens=False)
     return torch.tensor([ids["input_ids"][:length]] * 2)
-
-
-def _card(source: CheckpointSource) -> str:
-    model, meta = source.config.model, source.meta
-    loss = "not measured" if meta.validation_loss is None else f"{meta.validation_loss:.4f} nats a token"
-    heads = sorted(set(model.component_heads))
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
----
-# A language model with Multi-head Explicit Attention
-
-| | |
-| --- | --- |
-| variant | `{model.attention_variant}` (arXiv 2601.19611) |
-| heads | {model.num_attention_heads} query, {model.num_key_value_heads} composite and \
-{", ".join(map(str, heads))} component key/value heads of {model.head_dim} |
-| trained | {meta.step:,} steps, {meta.tokens:,} tokens |
-| validation loss | {loss} |
-| made with | {", ".join(f"{name} {value}" for name, value in meta.versions.items())} |
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("this/folder", trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained("this/folder", trust_remote_code=True)
-inputs = tokenizer("In the beginning", return_tensors="pt", return_token_type_ids=False)
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
-```
-"""

@@ -228,9 +228,9 @@ class MEAAttention(nn.Module):
                 scaling=self.scaling,
                 **kwargs,
             )
-        # shape: (batch, seq, heads, d)
+        # shape: (batch, seq, heads, d); vLLM's attention hands back (batch, seq, heads d)
         if self.head_norm is not None:
-            output = self.head_norm(output)
+            output = self.head_norm(output.reshape(batch, seq, -1, self.head_dim))
         return self.o_proj(output.reshape(batch, seq, -1)), weights
 
     def _normalise(self, query, key):
@@ -303,9 +303,11 @@ class MEAAttention(nn.Module):
 
 
 class MEADecoderLayer(GradientCheckpointingLayer):
+    attention_class = MEAAttention
+
     def __init__(self, config: MEAConfig, layer_idx: int):
         super().__init__()
-        self.self_attn = MEAAttention(config, layer_idx)
+        self.self_attn = self.attention_class(config, layer_idx)
         self.mlp = MEAMLP(config)
         self.input_layernorm = MEARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = MEARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -347,10 +349,12 @@ class MEAPreTrainedModel(PreTrainedModel):
 
 
 class MEAModel(MEAPreTrainedModel):
+    layer_class = MEADecoderLayer
+
     def __init__(self, config: MEAConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(MEADecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(self.layer_class(config, i) for i in range(config.num_hidden_layers))
         self.norm = MEARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
@@ -383,7 +387,7 @@ class MEAModel(MEAPreTrainedModel):
             position_ids=position_ids,
             **{CACHE: cache},
         )
-        position_embeddings = rotary_cos_sin(self.config, position_ids, hidden_states.dtype)
+        position_embeddings = self.rotary(position_ids, hidden_states.dtype)
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
@@ -397,13 +401,17 @@ class MEAModel(MEAPreTrainedModel):
             last_hidden_state=self.norm(hidden_states), **{CACHE: cache if use_cache else None}
         )
 
+    def rotary(self, position_ids: torch.Tensor, dtype: torch.dtype):
+        return rotary_cos_sin(self.config, position_ids, dtype)
+
 
 class MEAForCausalLM(MEAPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    model_class = MEAModel
 
     def __init__(self, config: MEAConfig):
         super().__init__(config)
-        self.model = MEAModel(config)
+        self.model = self.model_class(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()

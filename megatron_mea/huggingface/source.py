@@ -19,6 +19,7 @@ from megatron_mea.data.tokenizer import load_tokenizer
 from megatron_mea.errors import UserError
 from megatron_mea.huggingface.convert import to_hf_config
 from megatron_mea.huggingface.modeling_mea import MEAForCausalLM
+from megatron_mea.huggingface.modeling_mea_vllm import MEAServedForCausalLM
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class CheckpointSource:
 
     @property
     def tokenizer(self) -> Path:
+        """A folder; an imported checkpoint may lack it."""
         return self.folder / TOKENIZER
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -53,7 +55,7 @@ def open_checkpoint(path: str | Path) -> CheckpointSource:
     if problem is not None:
         raise UserError(str(folder), problem, "a whole checkpoint", "use an older one of the run")
     meta = Meta.read(folder)
-    return CheckpointSource(folder, meta, parse_config(meta.config))
+    return CheckpointSource(folder, meta, parse_config(meta.config, needs_data=False))
 
 
 def load_model(path: str | Path) -> tuple[PreTrainedModel, Path, Config | None]:
@@ -73,7 +75,8 @@ def load_model(path: str | Path) -> tuple[PreTrainedModel, Path, Config | None]:
         if not isinstance(description, dict):
             raise ValueError(f"config.json holds a {type(description).__name__}")
         kind = description.get("model_type")
-        loader = MEAForCausalLM if kind == "mea" else AutoModelForCausalLM
+        ours = {"mea": MEAForCausalLM, "mea_vllm": MEAServedForCausalLM}
+        loader = ours.get(kind, AutoModelForCausalLM)
         model, info = loader.from_pretrained(
             str(path),
             dtype=torch.float32,
@@ -92,14 +95,20 @@ def load_model(path: str | Path) -> tuple[PreTrainedModel, Path, Config | None]:
     return model.eval(), Path(path), None
 
 
+def token_ids(tokenizer: Path) -> dict[str, int | None]:
+    """The special ids of a tokenizer folder, as a configuration names them; none where there is no folder."""
+    if not tokenizer.is_dir():
+        return {}
+    loaded = load_tokenizer(tokenizer, str(tokenizer))
+    ids = {key: getattr(loaded, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    # Without a padding token batches are padded with the end-of-document token, as is usual.
+    return ids | {"pad_token_id": loaded.eos_token_id if ids["pad_token_id"] is None else ids["pad_token_id"]}
+
+
 def causal_lm(source: CheckpointSource, dtype: torch.dtype = torch.float32) -> MEAForCausalLM:
     """The exported model of a checkpoint, in memory."""
-    tokenizer = load_tokenizer(source.tokenizer, str(source.tokenizer))
-    ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    # Without a padding token batches are padded with the end-of-document token, as is usual.
-    ids["pad_token_id"] = tokenizer.eos_token_id if ids["pad_token_id"] is None else ids["pad_token_id"]
     with torch.device("meta"):
-        model = MEAForCausalLM(to_hf_config(source.config.model, dtype=dtype, **ids))
+        model = MEAForCausalLM(to_hf_config(source.config.model, dtype=dtype, **token_ids(source.tokenizer)))
     weights = {name: tensor.to(dtype) for name, tensor in source.weights().items()}
     if source.config.model.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]

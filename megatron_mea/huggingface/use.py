@@ -2,45 +2,69 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedModel
 
+from megatron_mea.config import Config
 from megatron_mea.data.corpora import IGNORE, read_window, stack
 from megatron_mea.data.indexed import IndexedReader, open_readers
 from megatron_mea.data.tokenizer import load_tokenizer
 from megatron_mea.errors import UserError
 from megatron_mea.huggingface.source import load_model
+from megatron_mea.huggingface.tasks import beside_the_paper, open_tasks, run_tasks
 from megatron_mea.outputs import output_place
 from megatron_mea.progress import progress_bar
 
 _BATCH = 8
 
 
-def evaluate(model: str | Path, data: str | None, out: str | None) -> str:
-    """`cross_entropy`, and its result in the file `out` too, if one is named."""
-    if out is None:
-        return cross_entropy(model, data)
-    with output_place(out, folder=False) as place:
-        text = cross_entropy(model, data)
-        place.write_text(text + "\n")
-    return text
+def evaluate(
+    model: str | Path, data: str | None, tasks: Sequence[str] | None, out: str | None
+) -> tuple[str, str | None]:
+    """Cross-entropy and perplexity on data, lm-eval's tasks, or both, as JSON text, in the file `out` too if named.
+
+    Args:
+        data: PREFIX; None takes the validation corpora of a checkpoint, unless there are tasks.
+        tasks: names and YAML files; `tasks.open_tasks` says which.
+
+    Returns:
+        The JSON text, and for people a table of the tasks.
+    """
+    opened = open_tasks(tasks) if tasks else None
+    with contextlib.nullcontext() if out is None else output_place(out, folder=False) as place:
+        loaded, folder, config = load_model(model)
+        loaded.to("cuda" if torch.cuda.is_available() else "cpu")
+        result: dict[str, Any] = {"model": str(model)}
+        if data is not None or not opened:
+            result |= cross_entropy(loaded, config, data)
+        table = None
+        if opened:
+            result["tasks"] = run_tasks(loaded, folder, opened)
+            table = beside_the_paper(result["tasks"])
+        text = json.dumps(result, indent=1)
+        if place is not None:
+            place.write_text(text + "\n")
+    return text, table
 
 
-def cross_entropy(model: str | Path, data: str | None) -> str:
-    """Cross-entropy (nats a token) and perplexity over all of the data, as JSON text.
+def cross_entropy(loaded: PreTrainedModel, config: Config | None, data: str | None) -> dict[str, Any]:
+    """Cross-entropy (nats a token) and perplexity over all of the data.
 
     Windows as long as in training, with documents masked as in training (for a Hugging Face folder 2,048 tokens at
     most, and masked); every token is predicted once, but for the first one, and of masked documents the first of each.
 
     Args:
+        config: of a checkpoint.
         data: PREFIX; None takes the validation corpora of a checkpoint.
     """
-    loaded, _, config = load_model(model)
     if data is None and (config is None or not config.data.validation):
         raise UserError("--data", "nothing", "the PREFIX of prepared data: this model names no validation data")
     paths = [corpus.path for corpus in config.data.validation] if data is None else [data]
@@ -49,15 +73,13 @@ def cross_entropy(model: str | Path, data: str | None) -> str:
     readers = open_readers(paths, "--data")
     for path, reader in zip(paths, readers, strict=True):
         _check(reader, path, loaded.config.vocab_size)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded.to(device)
     total, count = 0.0, 0
     batches = [batch for reader in readers for batch in _windows(reader, window)]
     with torch.inference_mode():
         for start, stop, length, reader in progress_bar(batches, desc="evaluate", unit="batch"):
             batch = stack([read_window(reader, at, length, mask) for at in range(start, stop, length)])
             arrays = (batch.input_ids, batch.position_ids, batch.targets)
-            input_ids, position_ids, targets = (torch.from_numpy(array).to(device) for array in arrays)
+            input_ids, position_ids, targets = (torch.from_numpy(array).to(loaded.device) for array in arrays)
             # transformers masks documents by itself where positions restart.
             logits = loaded(input_ids, position_ids=position_ids, use_cache=False).logits.float()
             summed = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
@@ -66,15 +88,8 @@ def cross_entropy(model: str | Path, data: str | None) -> str:
     if count == 0:
         raise UserError("--data", f"documents of one token in {', '.join(paths)}", "a token to predict")
     loss = total / count
-    result = {
-        "model": str(model),
-        "data": paths,
-        "tokens": count,
-        "cross_entropy": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-    }
-    text = json.dumps(result, indent=1)
-    return text
+    perplexity = math.exp(min(loss, 700.0))
+    return {"data": paths, "tokens": count, "cross_entropy": loss, "perplexity": perplexity}
 
 
 def _check(reader: IndexedReader, path: str, vocab_size: int) -> None:

@@ -35,6 +35,7 @@ from megatron_mea.training.replicas import check_replicas
 from megatron_mea.training.schedule import learning_rate
 from megatron_mea.training.signals import StopSignal
 from megatron_mea.training.watchdog import Watchdog
+from megatron_mea.versions import versions
 
 T = TypeVar("T")
 _SHOWN = 20
@@ -78,7 +79,7 @@ class _Run:
     def __init__(self, config: Config, inputs: Inputs, device: torch.device, watchdog: Watchdog) -> None:
         self.config, self.inputs, self.watchdog = config, inputs, watchdog
         self.dir, self.rank = Path(config.run.dir), inputs.ranks.rank
-        self.versions, self.data = records.versions(), inputs.train.fingerprint()
+        self.versions, self.data = versions(), inputs.train.fingerprint()
         self.validation_loss: float | None = None
         self.waiting = Waiting()
         self.lease: Lease | None = None

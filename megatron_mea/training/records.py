@@ -5,16 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import subprocess
 import time
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_mea import __version__
 from megatron_mea.checkpoint.folder import flush
 from megatron_mea.config import Config, dump_config
 
@@ -173,22 +170,3 @@ def write_atomically(path: Path, text: str) -> None:
     flush(scratch)
     scratch.replace(path)
     flush(path.parent)
-
-
-def versions() -> dict[str, str]:
-    """Versions of this package and of what decides on numbers, and the git revision where there is one."""
-    found = {"megatron_mea": __version__}
-    for name in ("torch", "deepspeed", "transformers"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "absent"
-    root = Path(__file__).resolve().parents[2]
-    if (root / ".git").exists():
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-        found["git"] = "unknown"
-        # The program may be missing, in a container for example.
-        with contextlib.suppress(OSError):
-            revision = subprocess.run(command, capture_output=True, text=True, check=False)
-            found["git"] = revision.stdout.strip() or "unknown"
-    return found

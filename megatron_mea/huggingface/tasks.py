@@ -1,0 +1,115 @@
+"""Tasks of lm-evaluation-harness on a model that is in memory: by name, or local files without a network."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from megatron_mea.data.tokenizer import load_tokenizer
+from megatron_mea.errors import UserError
+
+PAPER = ("piqa", "openbookqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge")
+"""Table 1 of the paper, in its order, by lm-eval's names."""
+_HEADINGS = ("PIQA", "OBQA", "WinoGrande", "HellaSwag", "ARC-e", "ARC-c")
+_TABLE_1 = {
+    "Transformer": (71.93, 21.00, 56.04, 40.62, 59.51, 26.19),
+    "+ GroupNorm": (71.38, 21.00, 56.12, 40.59, 59.13, 25.77),
+    "+ DFA": (71.76, 22.20, 54.38, 41.29, 60.69, 27.82),
+    "MEA": (73.18, 19.80, 54.14, 42.02, 61.57, 27.65),
+}
+_BATCH = 8
+
+
+def open_tasks(names: Sequence[str]) -> dict[str, Any]:
+    """lm-eval's tasks with their data, by name; `paper` stands for the six of the paper.
+
+    Args:
+        names: lm-eval's own, or YAML files of its format; data files in these are relative to the YAML file.
+
+    Raises:
+        UserError: lm-eval is not installed, or a task or its data cannot be had.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        mend = "pip install 'megatron-mea[eval]'"
+        raise UserError("--tasks", f"no lm-eval ({error})", "an environment with lm_eval 0.4.13", mend) from None
+    names = [one for name in names for one in (PAPER if name == "paper" else (name,))]
+    files = {name: Path(name).resolve() for name in names if Path(name).suffix in (".yaml", ".yml")}
+    for name, file in files.items():
+        if not file.is_file():
+            raise UserError("--tasks", f"{name}, which is no file", "a name or a YAML file of lm-eval")
+    # The thousands of tasks that come with lm-eval take a while to read.
+    manager = TaskManager(include_defaults=len(files) < len(names))
+    found: dict[str, Any] = {}
+    for name in names:
+        if name not in files and name not in manager.task_index:
+            near = difflib.get_close_matches(name.lower().replace("-", "_"), manager.all_tasks, n=3)
+            allowed = f"{', '.join(near) or ', '.join(PAPER)}, another task of lm-eval, a YAML file, or `paper`"
+            raise UserError("--tasks", name, allowed)
+        place = files[name].parent if name in files else "."
+        try:
+            with contextlib.chdir(place):
+                loaded = manager.load([str(files.get(name, name))])["tasks"]
+        except Exception as error:
+            # Whatever lm-eval, `datasets` and the hub raise.
+            reason = (str(error).strip().splitlines() or [""])[0]
+            raise UserError(
+                "--tasks",
+                f"{name}, which does not load ({type(error).__name__}: {reason})",
+                "a task whose data is at hand: on the hub, in the cache of `datasets`, or local files of a YAML task",
+            ) from None
+        if twice := found.keys() & loaded.keys():
+            raise UserError("--tasks", f"{', '.join(sorted(twice))} twice", "every task once")
+        found |= loaded
+    return found
+
+
+def run_tasks(model: PreTrainedModel, tokenizer: Path, tasks: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The metrics of each task, such as `acc` and `acc_stderr` (parts of 1), and its number of `samples`."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    loaded = load_tokenizer(tokenizer, str(tokenizer))
+    wrapped = HFLM(pretrained=model, tokenizer=loaded, batch_size=_BATCH)
+    result = simple_evaluate(model=wrapped, tasks=list(tasks.values()), log_samples=False)
+    table = {}
+    for name, metrics in result["results"].items():
+        numbers = {key.removesuffix(",none"): value for key, value in metrics.items()}
+        table[name] = {key: value for key, value in numbers.items() if isinstance(value, (int, float))}
+        table[name] |= {"samples": result["n-samples"][name]["effective"]}
+    return table
+
+
+def beside_the_paper(results: dict[str, dict[str, float]]) -> str:
+    """A table of accuracies in percent, for people: the paper's tasks beside its Table 1, then the others."""
+    rows = [("accuracy, percent", "this model", "+-", *_TABLE_1)]
+
+    def percent(metrics: dict[str, float], metric: str) -> str:
+        return f"{100 * metrics[metric]:.2f}" if metric in metrics else "-"
+
+    for place, (name, heading) in enumerate(zip(PAPER, _HEADINGS, strict=True)):
+        if name in results:
+            theirs = [f"{column[place]:.2f}" for column in _TABLE_1.values()]
+            rows.append((heading, percent(results[name], "acc"), percent(results[name], "acc_stderr"), *theirs))
+    if results.keys() >= set(PAPER):
+        ours = sum(results[name]["acc"] for name in PAPER) / len(PAPER)
+        theirs = [f"{sum(column) / len(column):.2f}" for column in _TABLE_1.values()]
+        rows.append(("mean", f"{100 * ours:.2f}", "", *theirs))
+    paper = len(rows) > 1
+    for name in [name for name in results if name not in PAPER]:
+        metrics = results[name]
+        rows.append((name, percent(metrics, "acc"), percent(metrics, "acc_stderr"), *["-"] * len(_TABLE_1)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]))
+    if paper:
+        lines.append("Right: arXiv 2601.19611, Table 1; 1B parameters, 500 B tokens, one seed.")
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,175 @@
+"""An export in the tools that people use it with; needs the extra `eval`, and runs wherever that is installed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
+
+from megatron_mea.cli import main
+
+for name in ("lm_eval", "accelerate", "peft"):
+    pytest.importorskip(name, reason=f"{name} is not installed (the extra `eval`)")
+
+SETTINGS = {"training.steps": 20, "evaluation.interval": 20, "checkpoint.interval": 20}
+
+
+@pytest.fixture(scope="module")
+def exported(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("export") / "model"
+    assert main(["export", str(whole), str(out)]) == 0
+    return out
+
+
+def load(folder: Path, **settings):
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **settings)
+
+
+def test_accelerate(exported, tmp_path):
+    """A layer at a time from disk, as `device_map` does with a model that is too large."""
+    from accelerate import disk_offload
+
+    ids = torch.arange(3, 30)[None]
+    expected = load(exported)(ids).logits
+    offloaded = disk_offload(load(exported), tmp_path / "offload", execution_device="cpu")
+    assert torch.equal(offloaded(ids).logits, expected)
+    mapped = load(exported, device_map="auto")
+    assert torch.equal(mapped(ids.to(mapped.device)).logits.cpu(), expected) or torch.cuda.is_available()
+
+
+def test_peft(exported, tmp_path):
+    """LoRA on the component projections: gradients reach them alone, and merging changes no logit."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    settings = LoraConfig(
+        r=2, target_modules=["q_proj", "k_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False
+    )
+    model = get_peft_model(load(exported), settings)
+    ids = torch.arange(3, 30)[None]
+    model(ids, labels=ids).loss.backward()
+    trained = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+    assert trained
+    assert all("lora" in name for name in trained)
+    expected = model.eval()(ids).logits
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(load(exported), tmp_path / "adapter").merge_and_unload().eval()
+    torch.testing.assert_close(again(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_pipeline(exported):
+    tokenizer = AutoTokenizer.from_pretrained(exported, trust_remote_code=True)
+    generate = pipeline("text-generation", model=str(exported), tokenizer=tokenizer, trust_remote_code=True)
+    settings = {"max_new_tokens": 4, "do_sample": False}
+    texts = generate(["And the", "To be"], return_full_text=True, **settings)
+    assert [row[0]["generated_text"][:5] for row in texts] == ["And t", "To be"]
+
+
+def test_trainer(exported, tiny, tmp_path):
+    """A few steps lower the loss, and what is saved loads again, its code with it."""
+    tokenizer = AutoTokenizer.from_pretrained(exported, trust_remote_code=True)
+    ids = tokenizer("And the king said unto the people. " * 4, return_tensors="pt")["input_ids"][0]
+    rows = [{"input_ids": ids, "labels": ids}] * 8
+    model = load(exported)
+    before = model(ids[None], labels=ids[None]).loss.item()
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "out"),
+        max_steps=4,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        gradient_checkpointing=True,
+        report_to=[],
+        save_strategy="no",
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    assert (tmp_path / "saved" / "modeling_mea.py").is_file()
+    again = load(tmp_path / "saved")
+    assert again(ids[None], labels=ids[None]).loss.item() < before
+
+
+def write_task(folder: Path, name: str, rows: list[dict]) -> Path:
+    """A multiple-choice task with its data beside it."""
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = folder / f"{name}.yaml"
+    path.write_text(
+        f"task: {name}\n"
+        "dataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{validation: {name}.jsonl}}}}\n"
+        "output_type: multiple_choice\n"
+        "validation_split: validation\n"
+        'doc_to_text: "Question: {{goal}}\\nAnswer:"\n'
+        "doc_to_target: label\n"
+        'doc_to_choice: "{{[sol1, sol2]}}"\n'
+        "metric_list:\n"
+        "  - {metric: acc, aggregation: mean, higher_is_better: true}\n"
+        "  - {metric: acc_norm, aggregation: mean, higher_is_better: true}\n"
+    )
+    return path
+
+
+ROWS = [{"goal": f"the {word}", "sol1": "king", "sol2": "x9#q", "label": i % 2} for i, word in enumerate("abcdefgh")]
+
+
+def test_tasks_of_local_files(exported, whole, tiny, tmp_path, capsys, monkeypatch):
+    """Against log-likelihoods computed here; checkpoint and export agree; with --data both are measured."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    one, two = write_task(tmp_path / "tasks", "piqa", ROWS), write_task(tmp_path / "tasks", "mine", ROWS[:4])
+    out = tmp_path / "results" / "found.json"
+    assert main(["evaluate", str(whole), "--tasks", str(one), str(two), "--out", str(out)]) == 0
+    captured = capsys.readouterr()
+    result = json.loads(out.read_text())
+    assert json.loads(captured.out) == result
+    assert "cross_entropy" not in result
+    assert result["tasks"]["piqa"]["samples"] == 8
+    assert result["tasks"]["piqa"]["acc"] == accuracy(exported, ROWS)
+    assert result["tasks"]["mine"]["acc"] == accuracy(exported, ROWS[:4])
+    for text in ("PIQA", "73.18", "this model", "mine", "Table 1"):
+        assert text in captured.err
+    assert main(["evaluate", str(exported), "--tasks", str(one), "--data", str(tiny.validation)]) == 0
+    both = json.loads(capsys.readouterr().out)
+    assert both["tasks"]["piqa"] == result["tasks"]["piqa"]
+    assert both["cross_entropy"] > 0
+
+
+@torch.no_grad()
+def accuracy(folder: Path, rows: list[dict]) -> float:
+    model, tokenizer = load(folder).eval(), AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+
+    def likelihood(goal: str, answer: str) -> float:
+        context = tokenizer(f"Question: {goal}\nAnswer:", add_special_tokens=False)["input_ids"]
+        ids = tokenizer(f"Question: {goal}\nAnswer: {answer}", add_special_tokens=False, return_tensors="pt")[
+            "input_ids"
+        ]
+        logits = model(ids).logits[0, len(context) - 1 : -1].log_softmax(-1)
+        return logits.gather(-1, ids[0, len(context) :, None]).sum().item()
+
+    right = [
+        (likelihood(row["goal"], row["sol2"]) > likelihood(row["goal"], row["sol1"])) == row["label"] for row in rows
+    ]
+    return sum(right) / len(right)
+
+
+@pytest.mark.parametrize(
+    ("task", "reason"),
+    [
+        ("hellswag", "hellaswag"),
+        ("nowhere.yaml", "which is no file"),
+        ("broken.yaml", "which does not load"),
+        ("piqa", "piqa, which does not load"),
+    ],
+)
+def test_tasks_that_cannot_be_had(exported, tmp_path, capsys, monkeypatch, task, reason):
+    """`piqa`: its data is on the hub, and tests have no network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    Path("broken.yaml").write_text("task: broken\ndataset_path: json\ndataset_kwargs: {data_files: nothing.jsonl}\n")
+    assert main(["evaluate", str(exported), "--tasks", task, "--out", "deep/found.json"]) == 2
+    error = capsys.readouterr().err
+    assert "--tasks" in error
+    assert reason in error
+    assert not Path("deep").exists()
