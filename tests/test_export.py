@@ -70,7 +70,7 @@ ALONE = """
 import sys
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.partition('.')[0] in ('megatron_mea', 'deepspeed'):
+        if name.partition('.')[0] == 'megatron_mea':
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
 import transformers

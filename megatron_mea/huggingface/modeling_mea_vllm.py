@@ -84,7 +84,10 @@ class MEAServedAttention(MEAAttention):
             scaling=self.scaling,
             **kwargs,
         )
-        # shape: (batch, seq, H, width), or flattened by an engine
+        # shape: (batch, seq, H, width), or flattened by an engine -> (batch, seq, H width)
+        output = output.reshape(batch, seq, -1)
+        if output.shape[-1] != self.num_heads * query.shape[-1]:
+            raise ValueError("not for tensor parallelism, which cannot cut the shared head: use data parallelism")
         output = output.reshape(batch, seq, self.num_heads, -1)
         if self.absorbed:
             # shape: (batch, seq, H, h', d) * (H, h', 1), summed over h' -> (batch, seq, H, d)

@@ -81,7 +81,7 @@ def run_tasks(model: PreTrainedModel, tokenizer: Path, tasks: dict[str, Any]) ->
     table = {}
     for name, metrics in result["results"].items():
         numbers = {key.removesuffix(",none"): value for key, value in metrics.items()}
-        table[name] = {key: value for key, value in numbers.items() if isinstance(value, (int, float))}
+        table[name] = {key: value for key, value in numbers.items() if isinstance(value, float)}
         table[name] |= {"samples": result["n-samples"][name]["effective"]}
     return table
 
