@@ -53,6 +53,11 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
+def same_bits(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor's memory read as `dtype`. No gradient passes `view(dtype)`, not even to the tensor's own type."""
+    return tensor if tensor.dtype == dtype else tensor.view(dtype)
+
+
 @lru_cache(maxsize=8)
 def _inverse_frequencies(rope: tuple, dim: int, max_positions: int, seq_len: int) -> tuple[tuple, float]:
     parameters = dict(rope)
@@ -329,19 +334,22 @@ class MEAAttention(nn.Module):
     def _through_cache(self, cache, key, value, key_scale):
         """Appends to the cache and returns all of it: keys, values (batch, h', all, d), scalars (batch, h, all)."""
         batch, _, seq, _ = key.shape
-        if key_scale is not None and any(hasattr(layer, "_quantize") for layer in cache.layers):
-            raise ValueError("with qk_norm the cache holds exact scalars (allowed: every cache that does not quantise)")
         # shape: (batch, h', seq, d) -> (batch, 1, seq, h' d)
-        keys = key.transpose(1, 2).reshape(batch, 1, seq, -1)
-        values = value.transpose(1, 2).reshape(batch, 1, seq, -1)
+        keys, values = (heads.transpose(1, 2).reshape(batch, 1, seq, -1) for heads in (key, value))
         width = keys.shape[-1]
         if key_scale is not None:
+            if any(hasattr(layer, "_quantize") for layer in cache.layers):
+                raise ValueError("qk_norm has exact scalars in the cache (allowed: caches that do not quantise)")
             # The scalars keep their float32 bits in a 16-bit cache: they take two places each.
-            scales = key_scale.transpose(1, 2).contiguous()
-            keys = torch.cat((keys, scales.view(keys.dtype).unsqueeze(1)), dim=-1)
+            scales = key_scale.transpose(1, 2).unsqueeze(1).contiguous()
+            keys = torch.cat((keys, same_bits(scales, keys.dtype)), dim=-1)
         keys, values = cache.update(keys, values, self.layer_idx)
+        if keys.shape[2] == seq:
+            return key, value, key_scale  # no past: what was given, which has its gradients
         if key_scale is not None:
-            key_scale = keys[:, 0, :, width:].view(key_scale.dtype).transpose(1, 2)
+            if keys.dtype != key_scale.dtype and key_scale.requires_grad:
+                raise ValueError("no gradients pass the scalars of qk_norm in a 16-bit cache: use_cache=False")
+            key_scale = same_bits(keys[:, 0, :, width:], key_scale.dtype).transpose(1, 2)
         # Views: no step of decoding copies the cache.
         components = (self.num_component_heads, self.head_dim)
         keys, values = (heads[:, 0, :, :width].unflatten(2, components) for heads in (keys, values))
