@@ -143,8 +143,7 @@ def eager_attention_forward(
     """
     batch, heads, seq, dim = query.shape
     count, length = key.shape[1:3]
-    accurate = at_least_float32(query.dtype)
-    kind = value.dtype
+    accurate, dtype = at_least_float32(query.dtype), value.dtype
     if key_scale is not None and query.device.type == "cpu":
         # Explicit 16-bit products are up to 50 times slower than float32 where the CPU has no such instructions.
         query, key, value = query.to(accurate), key.to(accurate), value.to(accurate)
@@ -159,7 +158,7 @@ def eager_attention_forward(
     weights = F.softmax(scores, dim=-1).to(value.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     output = (weights.view(batch, count, -1, length) @ value).view(batch, heads, seq, -1)
-    return output.transpose(1, 2).to(kind).contiguous(), weights
+    return output.transpose(1, 2).to(dtype).contiguous(), weights
 
 
 def packed_attention_forward(module, query, key, value, attention_mask, scaling, key_scale=None):
@@ -183,17 +182,21 @@ def packed_attention_forward(module, query, key, value, attention_mask, scaling,
     return output.view(batch, heads, seq, -1).transpose(1, 2), None
 
 
-def absorbing_is_cheaper(tokens: int, heads: int, composites: int, components: int, on_cpu: bool) -> bool:
-    """Whether `tokens` new tokens attend cheaper to component heads than to heads composed anew from the cache.
+def absorbing_is_cheaper(
+    tokens: int, context: int, heads: int, composites: int, components: int, dim: int, on_cpu: bool
+) -> bool:
+    """Whether `tokens` new tokens a row attend cheaper to component heads than to heads composed anew from the cache.
 
     Counted for one side (keys or values) of one cached token, in products of a head's width. Absorbed: each row of
     queries meets h' heads where it would meet one. Composed: the combination itself, h h', and moving h' + h
-    heads, each of which takes as long as so many products as measured in docs/decoding.md (for a GPU: taken from
-    the ratio of its arithmetic to its bandwidth). Batch, context and d multiply both alike and so drop out.
+    heads, each of which takes as long as so many products as measured in docs/decoding.md (for a GPU: estimated from
+    the ratio of its arithmetic to its bandwidth). `context`, the cached tokens of the batch, multiplies both alike;
+    but absorbing costs a CPU some small operations more, which a short context does not pay for.
     """
-    products_per_move = 12 if on_cpu else 150
+    products_per_move, fixed = (20, 1e6) if on_cpu else (150, 0)
     composing = composites * components + products_per_move * (composites + components)
-    return tokens * heads * (components - 1) <= composing
+    saved = composing - tokens * heads * (components - 1)
+    return saved > 0 and 2 * saved * dim * context >= fixed
 
 
 class MEARMSNorm(nn.RMSNorm):
@@ -255,11 +258,7 @@ class MEAAttention(nn.Module):
         super().__init__()
         hidden, dim = config.hidden_size, config.head_dim
         self.config, self.layer_idx = config, layer_idx
-        self.num_heads, self.num_kv_heads, self.head_dim = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            dim,
-        )
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, dim
         self.num_component_heads = config.num_component_heads[layer_idx]
         self.num_key_value_groups = self.num_heads // self.num_kv_heads
         self.scaling = dim**-0.5
@@ -296,7 +295,7 @@ class MEAAttention(nn.Module):
         implementation = self.config._attn_implementation
         # Several tokens without a mask are a prompt; sdpa takes its causal mask for granted.
         decoding = cache is not None and not self.training and (seq == 1 or attention_mask is not None)
-        absorbed = decoding and self._absorbs(implementation, seq, key_scale, query.device.type == "cpu")
+        absorbed = decoding and self._absorbs(implementation, query, key, key_scale)
         if absorbed:
             query, key, value, mix = self._absorb(query, key, value)
         else:
@@ -314,15 +313,9 @@ class MEAAttention(nn.Module):
             attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
             if key_scale is not None:
                 kwargs["key_scale"] = key_scale
+            dropout = self.config.attention_dropout if self.training else 0.0
             output, weights = attention_interface(
-                self,
-                query,
-                key,
-                value,
-                attention_mask,
-                dropout=self.config.attention_dropout if self.training else 0.0,
-                scaling=self.scaling,
-                **kwargs,
+                self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
             )
         # shape: (batch, seq, heads, d)
         if absorbed:
@@ -355,17 +348,18 @@ class MEAAttention(nn.Module):
         keys, values = (heads[:, 0, :, :width].unflatten(2, components) for heads in (keys, values))
         return keys.transpose(1, 2), values.transpose(1, 2), key_scale
 
-    def _absorbs(self, implementation: str, tokens: int, key_scale, on_cpu: bool) -> bool:
+    def _absorbs(self, implementation: str, query, key, key_scale) -> bool:
+        """Whether the combination goes into these queries: where the kernel can do it, and where it is cheaper."""
         if self.hlc_k is None and self.hlc_v is None:
             return False
+        count, dim, tokens, context = self.num_component_heads, self.head_dim, query.shape[2], key.shape[2]
         if implementation not in ("sdpa", "eager"):
             # Kernels that read grouped keys as they are, but neither wide heads nor scaled scores.
-            wide = self.num_component_heads * self.head_dim > WIDEST_KERNEL_HEAD
             native = implementation == "flex_attention" or implementation.startswith("flash_attention")
-            if wide or not native or key_scale is not None:
+            if not native or count * dim > WIDEST_KERNEL_HEAD or key_scale is not None:
                 return False
-        sizes = (self.num_heads, self.num_kv_heads, self.num_component_heads)
-        return tokens <= FEW_TOKENS and absorbing_is_cheaper(tokens, *sizes, on_cpu)
+        sizes = (len(query) * context, self.num_heads, self.num_kv_heads, count, dim)
+        return tokens <= FEW_TOKENS and absorbing_is_cheaper(tokens, *sizes, query.device.type == "cpu")
 
     def _absorb(self, query, key, value):
         """Queries (batch, H, q, h' d) on one key/value head (batch, 1, all, h' d), and what `_resolve` needs.
@@ -477,7 +471,7 @@ class MEAModel(MEAPreTrainedModel):
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
-                position_embeddings=position_embeddings,
+                position_embeddings,
                 attention_mask=mask,
                 cache=cache,
                 position_ids=position_ids,
