@@ -148,9 +148,13 @@ def eager_attention_forward(
         # Explicit 16-bit products are up to 50 times slower than float32 where the CPU has no such instructions.
         query, key, value = query.to(accurate), key.to(accurate), value.to(accurate)
     scores = query.reshape(batch, count, -1, dim) @ key.transpose(2, 3)
-    scores = scores.view(batch, heads, seq, length).to(accurate) * scaling
-    if key_scale is not None:
-        scores = scores * key_scale.repeat_interleave(heads // key_scale.shape[1], dim=1).unsqueeze(2)
+    scores = scores.view(batch, heads, seq, length).to(accurate)
+    if key_scale is None:
+        scores = scores * scaling
+    else:
+        # shape: (batch, h, H / h, q, all) * (batch, h, 1, 1, all) -> (batch, H, q, all)
+        scores = scores.unflatten(1, (key_scale.shape[1], -1)) * (key_scale * scaling)[:, :, None, None]
+        scores = scores.flatten(1, 2)
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     elif attention_mask is not None:
