@@ -197,7 +197,7 @@ def absorbing_is_cheaper(
     the ratio of its arithmetic to its bandwidth). `context`, the cached tokens of the batch, multiplies both alike;
     but absorbing costs a CPU some small operations more, which a short context does not pay for.
     """
-    products_per_move, fixed = (20, 1e6) if on_cpu else (150, 0)
+    products_per_move, fixed = (28, 1.5e6) if on_cpu else (150, 0)
     composing = composites * components + products_per_move * (composites + components)
     saved = composing - tokens * heads * (components - 1)
     return saved > 0 and 2 * saved * dim * context >= fixed
