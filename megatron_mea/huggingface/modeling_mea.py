@@ -1,9 +1,9 @@
 """Multi-head Explicit Attention (MEA) decoder for transformers. Travels with every export, imports nothing else.
 
 The cache of a layer holds one head: all rotated component heads side by side, h' d wide, in transformers' own
-cache classes. Composite heads are made from it when several tokens attend (prefill); a single new token absorbs
-the combination into its query and its output instead (arXiv 2601.19611, eq. 13: RoPE commutes with the
-combination, so rotated component heads can be stored).
+cache classes (arXiv 2601.19611, eq. 13: RoPE commutes with the combination, so rotated component heads can be
+stored). Composite heads are made from it when many tokens attend (prefill). A few new tokens absorb the
+combination into their queries and outputs instead, and attend to that one head; `absorbing_is_cheaper` decides.
 """
 
 import inspect
@@ -29,6 +29,11 @@ from .configuration_mea import MEAConfig
 # transformers 5.24 renamed `past_key_values` to `cache` everywhere; older releases know the old name only.
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
+FEW_TOKENS = (
+    32  # as many new tokens are a step of decoding, not a prompt: the mask is then repeated for each query head
+)
+WIDEST_KERNEL_HEAD = 256  # of FlashAttention and, on a GPU, FlexAttention
+
 
 def accept_either_cache_name(function):
     """Lets a forward method that names its argument `cache` be called with `past_key_values` too."""
@@ -46,6 +51,11 @@ def accept_either_cache_name(function):
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """The type for sums and angles: float32 for 16-bit inputs, the input's own type otherwise."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def same_bits(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor's memory read as `dtype`. No gradient passes `view(dtype)`, not even to the tensor's own type."""
+    return tensor if tensor.dtype == dtype else tensor.view(dtype)
 
 
 @lru_cache(maxsize=8)
@@ -123,19 +133,96 @@ def apply_rotary(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> t
     return heads * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    groups = module.num_key_value_groups
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
+def eager_attention_forward(
+    module, query, key, value, attention_mask, scaling, dropout=0.0, key_scale=None, **kwargs
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of query heads (batch, H, q, D) on n key/value heads (batch, n, all, D): (batch, q, H, D) and weights.
+
+    The H / n query heads of a key head are rows of one product, so nothing is repeated. `key_scale`
+    (batch, h, all) multiplies the scores of each composite head's queries.
+    """
+    batch, heads, seq, dim = query.shape
+    count, length = key.shape[1:3]
+    accurate, dtype = at_least_float32(query.dtype), value.dtype
+    if key_scale is not None and query.device.type == "cpu":
+        # Explicit 16-bit products are up to 50 times slower than float32 where the CPU has no such instructions.
+        query, key, value = query.to(accurate), key.to(accurate), value.to(accurate)
+    scores = query.reshape(batch, count, -1, dim) @ key.transpose(2, 3)
+    scores = scores.view(batch, heads, seq, length).to(accurate)
+    if key_scale is None:
+        scores = scores * scaling
+    else:
+        # shape: (batch, h, H / h, q, all) * (batch, h, 1, 1, all) -> (batch, H, q, all)
+        scores = scores.unflatten(1, (key_scale.shape[1], -1)) * (key_scale * scaling)[:, :, None, None]
+        scores = scores.flatten(1, 2)
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
         scores = scores + attention_mask
-    weights = F.softmax(scores, dim=-1, dtype=at_least_float32(scores.dtype)).to(query.dtype)
+    weights = F.softmax(scores, dim=-1).to(value.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
+    output = (weights.view(batch, count, -1, length) @ value).view(batch, heads, seq, -1)
+    return output.transpose(1, 2).to(dtype).contiguous(), weights
+
+
+def packed_attention_forward(module, query, key, value, attention_mask, scaling, key_scale=None):
+    """`eager_attention_forward` by torch's fused attention, for few tokens: (batch, q, H, D) and no weights.
+
+    transformers' own `sdpa` repeats keys and values for several tokens, and some kernels read them once for each
+    query head. A multiplication of scores is beyond the fused kernels.
+    """
+    if key_scale is not None:
+        output, _ = eager_attention_forward(module, query, key, value, attention_mask, scaling, key_scale=key_scale)
+        return output, None
+    batch, heads, seq, dim = query.shape
+    count = key.shape[1]
+    if attention_mask is not None and attention_mask.shape[1] > 1:
+        attention_mask = attention_mask.reshape(-1, count, heads // count * seq, key.shape[2])
+    elif attention_mask is not None and seq > 1:
+        attention_mask = attention_mask.repeat(1, 1, heads // count, 1)
+    output = F.scaled_dot_product_attention(
+        query.reshape(batch, count, -1, dim), key, value, attn_mask=attention_mask, scale=scaling
+    )
+    return output.view(batch, heads, seq, -1).transpose(1, 2), None
+
+
+def absorbing_is_cheaper(
+    tokens: int, context: int, heads: int, composites: int, components: int, dim: int, on_cpu: bool
+) -> bool:
+    """Whether `tokens` new tokens a row attend cheaper to component heads than to heads composed anew from the cache.
+
+    Counted for one side (keys or values) of one cached token, in products of a head's width. Absorbed: each row of
+    queries meets h' heads where it would meet one. Composed: the combination itself, h h', and moving h' + h
+    heads, each of which takes as long as so many products as measured in docs/decoding.md (for a GPU: estimated from
+    the ratio of its arithmetic to its bandwidth). `context`, the cached tokens of the batch, multiplies both alike;
+    but absorbing costs a CPU some small operations more, which a short context does not pay for.
+    """
+    products_per_move, fixed = (28, 1.5e6) if on_cpu else (150, 0)
+    composing = composites * components + products_per_move * (composites + components)
+    saved = composing - tokens * heads * (components - 1)
+    return saved > 0 and 2 * saved * dim * context >= fixed
 
 
 class MEARMSNorm(nn.RMSNorm):
     """Root-mean-square norm over the last dimension; sums in float32 for 16-bit inputs, in float64 for float64."""
+
+
+class MEAKeyNorm(nn.Module):
+    """The norm of composite keys, as what components take of it (gain) and what cannot act on them (scalars).
+
+    The norm of composite key j is its gain times k_j times a scalar s_j. Gain and RoPE act on features and
+    commute with the combination, so they can act on components; the scalars (batch, h, seq) are multiplied onto
+    composite keys, or onto scores, later.
+    """
+
+    def __init__(self, head_dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(head_dim))
+        self.eps = eps
+
+    def forward(self, components: torch.Tensor, composites: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean_square = composites.to(at_least_float32(composites.dtype)).pow(2).mean(-1)
+        return components * self.weight, torch.rsqrt(mean_square + self.eps)
 
 
 class MEAHeadCombination(nn.Module):
@@ -145,8 +232,13 @@ class MEAHeadCombination(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_component_heads, num_key_value_heads))
 
-    def forward(self, components: torch.Tensor) -> torch.Tensor:
-        """(batch, h', seq, d) -> (batch, h, seq, d)"""
+    def forward(self, components: torch.Tensor | None) -> torch.Tensor:
+        """(batch, h', seq, d) -> (batch, h, seq, d); without components the columns of `weight`: (h, h').
+
+        Nobody reads `weight` from outside: offloading puts it in place during a module's own forward only.
+        """
+        if components is None:
+            return self.weight.t().clone()
         batch, count, seq, dim = components.shape
         # shape: (h, h') @ (batch, h', seq d) -> (batch, h, seq d)
         return (self.weight.t() @ components.reshape(batch, count, seq * dim)).view(batch, -1, seq, dim)
@@ -170,11 +262,7 @@ class MEAAttention(nn.Module):
         super().__init__()
         hidden, dim = config.hidden_size, config.head_dim
         self.config, self.layer_idx = config, layer_idx
-        self.num_heads, self.num_kv_heads, self.head_dim = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            dim,
-        )
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, dim
         self.num_component_heads = config.num_component_heads[layer_idx]
         self.num_key_value_groups = self.num_heads // self.num_kv_heads
         self.scaling = dim**-0.5
@@ -187,7 +275,7 @@ class MEAAttention(nn.Module):
         self.hlc_k = MEAHeadCombination(*sizes) if config.mixes_keys else None
         self.hlc_v = MEAHeadCombination(*sizes) if config.mixes_values else None
         self.q_norm = MEARMSNorm(dim, eps=config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = MEARMSNorm(dim, eps=config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = MEAKeyNorm(dim, eps=config.rms_norm_eps) if config.qk_norm else None
         self.head_norm = None
         if config.has_head_norm:
             self.head_norm = MEARMSNorm(dim, eps=config.head_norm_eps, elementwise_affine=config.head_norm_affine)
@@ -201,105 +289,105 @@ class MEAAttention(nn.Module):
         key = self.k_proj(hidden_states).view(batch, seq, -1, self.head_dim).transpose(1, 2)
         value = self.v_proj(hidden_states).view(batch, seq, -1, self.head_dim).transpose(1, 2)
         key_scale = None
-        if self.q_norm is not None:
-            query, key, key_scale = self._normalise(query, key)
+        if self.k_norm is not None:
+            query = self.q_norm(query)
+            key, key_scale = self.k_norm(key, key if self.hlc_k is None else self.hlc_k(key))
         query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
         if cache is not None:
             key, value, key_scale = self._through_cache(cache, key, value, key_scale)
 
-        absorbable = self.hlc_k is not None or self.hlc_v is not None
-        if absorbable and cache is not None and seq == 1 and self.config._attn_implementation == "sdpa":
-            output, weights = self._absorbed(query, key, value, key_scale, attention_mask), None
+        implementation = self.config._attn_implementation
+        # Several tokens without a mask are a prompt; sdpa takes its causal mask for granted.
+        decoding = cache is not None and not self.training and (seq == 1 or attention_mask is not None)
+        absorbed = decoding and self._absorbs(implementation, query, key, key_scale)
+        if absorbed:
+            query, key, value, mix = self._absorb(query, key, value)
         else:
+            if implementation == "sdpa" and attention_mask is None and seq > 1:
+                # A prompt sees nothing of a static cache beyond itself.
+                key, value = key[:, :, :seq], value[:, :, :seq]
             key = key if self.hlc_k is None else self.hlc_k(key)
             value = value if self.hlc_v is None else self.hlc_v(value)
             if key_scale is not None:
-                key = (key * key_scale[..., None]).to(query.dtype)
-            attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
-                self.config._attn_implementation, eager_attention_forward
-            )
+                key, key_scale = (key * key_scale[:, :, : key.shape[2], None]).to(query.dtype), None
+
+        if decoding and implementation == "sdpa" and seq <= FEW_TOKENS:
+            output, weights = packed_attention_forward(self, query, key, value, attention_mask, self.scaling, key_scale)
+        else:
+            attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+            if key_scale is not None:
+                kwargs["key_scale"] = key_scale
+            dropout = self.config.attention_dropout if self.training else 0.0
             output, weights = attention_interface(
-                self,
-                query,
-                key,
-                value,
-                attention_mask,
-                dropout=self.config.attention_dropout if self.training else 0.0,
-                scaling=self.scaling,
-                **kwargs,
+                self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
             )
         # shape: (batch, seq, heads, d); vLLM's attention hands back (batch, seq, heads d)
+        if absorbed:
+            output = self._resolve(output, mix)
         if self.head_norm is not None:
             output = self.head_norm(output.reshape(batch, seq, -1, self.head_dim))
         return self.o_proj(output.reshape(batch, seq, -1)), weights
-
-    def _normalise(self, query, key):
-        """Norms the queries; of the keys' norm, which acts on composite heads, only the gain here.
-
-        The norm of composite key j is its gain times k_j times a scalar s_j. Gain and RoPE act on features and
-        commute with the combination, so they can act on components; the scalars (batch, h, seq) come back and
-        are multiplied onto the composite keys later.
-        """
-        accurate = at_least_float32(key.dtype)
-        composite = key if self.hlc_k is None else self.hlc_k(key)
-        mean_square = composite.to(accurate).pow(2).mean(-1)
-        return self.q_norm(query), key * self.k_norm.weight, torch.rsqrt(mean_square + self.k_norm.eps)
 
     def _through_cache(self, cache, key, value, key_scale):
         """Appends to the cache and returns all of it: keys, values (batch, h', all, d), scalars (batch, h, all)."""
         batch, _, seq, _ = key.shape
         # shape: (batch, h', seq, d) -> (batch, 1, seq, h' d)
-        keys = key.transpose(1, 2).reshape(batch, 1, seq, -1)
-        values = value.transpose(1, 2).reshape(batch, 1, seq, -1)
+        keys, values = (heads.transpose(1, 2).reshape(batch, 1, seq, -1) for heads in (key, value))
         width = keys.shape[-1]
         if key_scale is not None:
+            if any(hasattr(layer, "_quantize") for layer in cache.layers):
+                raise ValueError("qk_norm has exact scalars in the cache (allowed: caches that do not quantise)")
             # The scalars keep their float32 bits in a 16-bit cache: they take two places each.
-            scales = key_scale.transpose(1, 2).contiguous()
-            keys = torch.cat((keys, scales.view(keys.dtype).unsqueeze(1)), dim=-1)
+            scales = key_scale.transpose(1, 2).unsqueeze(1).contiguous()
+            keys = torch.cat((keys, same_bits(scales, keys.dtype)), dim=-1)
         keys, values = cache.update(keys, values, self.layer_idx)
+        if keys.shape[2] == seq:
+            return key, value, key_scale  # no past: what was given, which has its gradients
         if key_scale is not None:
-            scales = keys[:, 0, :, width:].contiguous().view(key_scale.dtype)
-            keys, key_scale = keys[..., :width], scales.transpose(1, 2)
-        components = (batch, keys.shape[2], self.num_component_heads, self.head_dim)
-        keys, values = keys.reshape(components), values.reshape(components)
+            if keys.dtype != key_scale.dtype and key_scale.requires_grad:
+                raise ValueError("no gradients pass the scalars of qk_norm in a 16-bit cache: use_cache=False")
+            key_scale = same_bits(keys[:, 0, :, width:], key_scale.dtype).transpose(1, 2)
+        # Views: no step of decoding copies the cache.
+        components = (self.num_component_heads, self.head_dim)
+        keys, values = (heads[:, 0, :, :width].unflatten(2, components) for heads in (keys, values))
         return keys.transpose(1, 2), values.transpose(1, 2), key_scale
 
-    def _absorbed(self, query, key, value, key_scale, mask):
-        """One token's attention on component heads, without composite keys or values: (batch, 1, H, d).
+    def _absorbs(self, implementation: str, query, key, key_scale) -> bool:
+        """Whether the combination goes into these queries: where the kernel can do it, and where it is cheaper."""
+        if self.hlc_k is None and self.hlc_v is None:
+            return False
+        count, dim, tokens, context = self.num_component_heads, self.head_dim, query.shape[2], key.shape[2]
+        if implementation not in ("sdpa", "eager"):
+            # Kernels that read grouped keys as they are, but neither wide heads nor scaled scores.
+            native = implementation == "flex_attention" or implementation.startswith("flash_attention")
+            if not native or count * dim > WIDEST_KERNEL_HEAD or key_scale is not None:
+                return False
+        sizes = (len(query) * context, self.num_heads, self.num_kv_heads, count, dim)
+        return tokens <= FEW_TOKENS and absorbing_is_cheaper(tokens, *sizes, query.device.type == "cpu")
+
+    def _absorb(self, query, key, value):
+        """Queries (batch, H, q, h' d) on one key/value head (batch, 1, all, h' d), and what `_resolve` needs.
 
         q . k_j = sum_c (weight[c, j] q) . k_c, so the query head takes the combination, concatenated over c;
-        the values' combination is applied to the output in the same way.
+        the values' combination is applied to the output in the same way. Keys and values are views of the cache.
         """
-        batch, heads, _, dim = query.shape
-        groups, count, length = self.num_key_value_groups, self.num_component_heads, key.shape[2]
-        # shape: (batch, h', all, d) -> (batch, all, h' d); the cache's own layout, so no copy
-        key = key.transpose(1, 2).reshape(batch, length, count * dim)
-        value = value.transpose(1, 2).reshape(batch, length, count * dim)
-        mix_k, mix_v = self._mix(self.hlc_k, query), self._mix(self.hlc_v, query)
-        # shape: (batch, H, 1, d) * (H, h', 1) -> (batch, H, h' d)
-        query = (query * mix_k.unsqueeze(-1)).reshape(batch, heads, count * dim)
-        if key_scale is None:
-            mask = None if mask is None else mask[:, :, :, :length].expand(batch, 1, heads, length)
-            output = F.scaled_dot_product_attention(
-                query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1), attn_mask=mask, scale=self.scaling
-            )
-        else:
-            # shape: (batch, H, all)
-            scores = (query @ key.transpose(1, 2)).to(key_scale.dtype) * self.scaling
-            scores = scores * key_scale.repeat_interleave(groups, dim=1)
-            if mask is not None:
-                scores = scores.masked_fill(~mask[:, 0, :, :length], torch.finfo(scores.dtype).min)
-            output = F.softmax(scores, dim=-1).to(value.dtype) @ value
-        # shape: (batch, H, h', d) * (H, h', 1) summed over h' -> (batch, H, d)
-        output = (output.view(batch, heads, count, dim) * mix_v.unsqueeze(-1)).sum(2)
-        return output.unsqueeze(1)
+        # shape: (batch, H, q, 1, d) * (H, 1, h', 1) -> (batch, H, q, h' d)
+        query = (query.unsqueeze(3) * self._mix(self.hlc_k, query)[:, None]).flatten(3)
+        # shape: (batch, h', all, d) -> (batch, 1, all, h' d)
+        key, value = (heads.transpose(1, 2).flatten(2).unsqueeze(1) for heads in (key, value))
+        return query, key, value, self._mix(self.hlc_v, query)
+
+    def _resolve(self, output, mix):
+        """Output on component values (batch, q, H, h' d) -> on composite values (batch, q, H, d)."""
+        return (output.unflatten(3, (self.num_component_heads, self.head_dim)) * mix).sum(3)
 
     def _mix(self, combination, like) -> torch.Tensor:
-        """Column of each query head's composite head: (H, h')."""
-        columns = torch.eye(self.num_kv_heads, dtype=like.dtype, device=like.device)
-        if combination is not None:
-            columns = combination.weight.t()
-        return columns.repeat_interleave(self.num_key_value_groups, dim=0)
+        """Column of each query head's composite head: (H, h', 1)."""
+        if combination is None:
+            columns = torch.eye(self.num_kv_heads, dtype=like.dtype, device=like.device)
+        else:
+            columns = combination(None).to(like.dtype)
+        return columns.repeat_interleave(self.num_key_value_groups, dim=0).unsqueeze(2)
 
 
 class MEADecoderLayer(GradientCheckpointingLayer):
@@ -391,7 +479,7 @@ class MEAModel(MEAPreTrainedModel):
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
-                position_embeddings=position_embeddings,
+                position_embeddings,
                 attention_mask=mask,
                 cache=cache,
                 position_ids=position_ids,

@@ -32,7 +32,9 @@ class Job:
         (name,) = [line for line in script.splitlines() if line.startswith("SUBMISSION=")]
         self.ended = self.run / f"slurm/ended-{name.removeprefix('SUBMISSION=')}"
         self.log = desk.folder / "log"
-        self.answer, self.others, self.requeue = "echo RUNNING", "", "(sleep 0.2; kill -TERM $(cut -d ' ' -f 6 /proc/self/stat)) & exit 0"
+        self.answer, self.others = "echo RUNNING", ""
+        # SLURM ends the shell of a job that it requeues, here the leader of a session.
+        self.requeue = "(sleep 0.2; kill -TERM $(cut -d ' ' -f 6 /proc/self/stat)) & exit 0"
 
     def trains(self, training: str, preflight: str = "exit 0") -> None:
         """What srun does for a training, and for the check before it."""
