@@ -32,8 +32,15 @@ def report(rank: int, host: str, **changes) -> preflight.Report:
         ([{}, {}, {"versions": {"torch": "2.11"}}], [("versions", "torch: 2.13 on a, b; 2.11 on c")]),
         ([{}, {"versions": {}}, {}], [("versions", "torch: 2.13 on a, c; absent on b")]),
         (
-            [{"machine": "hot"}, {"folder": "full"}, {"versions": {"torch": "2.13", "git": "1"}}],
-            [("machine", "a, rank 0: hot"), ("folder", "b: full"), ("versions", "git: absent on a, b; 1 on c")],
+            [{"machine": "hot"}, {"folder": "full"}, {"versions": {"torch": "2.13", "cuda": "1"}}],
+            [("machine", "a, rank 0: hot"), ("folder", "b: full"), ("versions", "cuda: absent on a, b; 1 on c")],
+        ),
+        # A node without git knows no revision.
+        ([{"versions": {"git": "1"}}, {"versions": {}}, {"versions": {"git": "1"}}], []),
+        ([{"device": "GPU 1"}, {"device": "GPU 1"}, {"device": "GPU 2"}], []),
+        (
+            [{"device": "GPU 1"}, {"device": "cpu"}, {"device": "GPU 2"}],
+            [("machine", "some nodes have GPUs: GPU on a, cpu on b, GPU on c")],
         ),
     ],
 )

@@ -32,9 +32,9 @@ MASTER = {"MASTER_ADDR": "fast7", "MASTER_PORT": "29500"}
         (STEP | {"SLURM_JOB_ID": "45678"}, Ranks(5, 8, 1, "gpu03", 20000 + 9678)),
         (STEP | MASTER, Ranks(5, 8, 1, "fast7", 29500)),
         (STEP | {"MASTER_PORT": "7"}, Ranks(5, 8, 1, "gpu03", 7)),
-        (STEP | {"SLURM_STEP_NODELIST": ""}, Ranks(5, 8, 1, "cpu7", 32345)),
+        (STEP | {"SLURM_STEP_NODELIST": ""}, Ranks(5, 8, 1, "cpu7", 20345)),
         # torchrun within a job.
-        (STEP | FIVE, Ranks(1, 4, 1, "10.0.0.1", 1234)),
+        (STEP | FIVE | {"SLURM_STEP_NUM_TASKS": "2"}, Ranks(1, 4, 1, "10.0.0.1", 1234)),
     ],
 )
 def test_one_rank_of_many(environment, expected):
@@ -117,3 +117,10 @@ def test_the_first_host_of_a_list(hosts):
 
 def test_no_host():
     assert first_host("") == ""
+
+
+def test_variables_of_the_one_who_submitted_are_no_ranks():
+    """Every task would train alone, and write the same run."""
+    leaked = STEP | FIVE | {"RANK": "0", "WORLD_SIZE": "1"}
+    with pytest.raises(UserError, match="WORLD_SIZE=1 in a step of srun with 8 tasks"):
+        Ranks.from_environment(leaked)

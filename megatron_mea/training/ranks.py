@@ -37,10 +37,6 @@ class Ranks:
             if not environment.get("SLURM_STEP_ID") or environment.get("SLURM_STEP_NUM_TASKS") == "1":
                 return cls(0, 1, 0, "127.0.0.1", _free_port())
             given = _of_step(environment) | {key: given[key] for key in ("MASTER_ADDR", "MASTER_PORT") if key in given}
-        tasks = environment.get("SLURM_STEP_NUM_TASKS", "")
-        if environment.get("SLURM_STEP_ID") and _number(given.get("WORLD_SIZE")) < _number(tasks):
-            found = f"WORLD_SIZE={given.get('WORLD_SIZE')} in a step of srun with {tasks} tasks"
-            raise UserError("environment", found, "a rank a task", "unset RANK WORLD_SIZE LOCAL_RANK")
         missing = [key for key in _KEYS if key not in given]
         if missing:
             raise UserError("environment", f"{', '.join(given)} without {', '.join(missing)}", "all of these or none")
@@ -48,6 +44,10 @@ class Ranks:
             rank, world, local, port = (int(given[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"))
         except ValueError:
             raise UserError("environment", given, "whole numbers in all but MASTER_ADDR") from None
+        tasks = environment.get("SLURM_STEP_NUM_TASKS", "")
+        if environment.get("SLURM_STEP_ID") and tasks.isdecimal() and world < int(tasks):
+            found = f"WORLD_SIZE={world} in a step of srun with {tasks} tasks"
+            raise UserError("environment", found, "a rank a task", "unset RANK WORLD_SIZE LOCAL_RANK")
         if not 0 <= rank < world:
             raise UserError("environment", f"RANK={rank} with WORLD_SIZE={world}", "0 <= RANK < WORLD_SIZE")
         if not 0 < port < 65536 or local < 0:
@@ -60,10 +60,6 @@ class Ranks:
         """Writes the five variables, where torch and DeepSpeed look for them."""
         values = (self.rank, self.world_size, self.local_rank, self.master_address, self.master_port)
         os.environ.update(zip(_KEYS, map(str, values), strict=True))
-
-
-def _number(text: str | None) -> int:
-    return int(text) if text and text.isdecimal() else 0
 
 
 def _of_step(environment: Mapping[str, str]) -> dict[str, str]:

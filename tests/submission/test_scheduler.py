@@ -100,13 +100,15 @@ def test_a_partition_of_site_env_counts(desk, submit):
 
 @pytest.mark.parametrize("name", ["run", "a run"])
 def test_a_script_that_has_a_job_is_refused(name, desk, submit):
-    script = f"{desk.folder}/{name}/slurm/train.sbatch"
-    desk.slurm(squeue=f"7|RUNNING|/somewhere/train.sbatch\n41_[0-3]|PENDING|{script}\n")
+    """Alone or as the element of an array, by whichever path its folder was named."""
+    desk.slurm(squeue="7|RUNNING\n41_1|PENDING\n41_2|PENDING\n")
+    (desk.folder / name / "slurm").mkdir(parents=True)
+    (desk.folder / name / "slurm/jobs").write_text("41_2\n")
     before = desk.files()
     status, out, err = submit(f"run.dir={name}")
     assert (status, out) == (2, "")
-    assert f"found:   {desk.folder}/{name}, for which job 41_[0-3] is PENDING\n" in err
-    assert "scancel 41" in err
+    assert f"found:   {name}, for which job 41_2 is PENDING\n" in err
+    assert "scancel 41_2" in err
     assert desk.files() == before
     assert submit("run.dir=another")[0] == 0
 
