@@ -309,7 +309,7 @@ def test_nothing_changes_where_the_rule_changes_its_mind(monkeypatch):
 
 def test_weights_that_are_offloaded_to_a_disk(tmp_path, path):
     """Each module's weights are in place during its own forward only; absorbing needs the combination's."""
-    pytest.importorskip("accelerate")
+    pytest.importorskip("accelerate", reason="accelerate is not installed (the extra `eval`)")
     _, _, hf = exported(MIXED | {"qk_norm": True})
     hf.save_pretrained(tmp_path / "model")
     places = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.norm", "lm_head"), "cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -60,3 +61,14 @@ def test_an_interruption_while_python_executes_a_string_keeps_its_status(tmp_pat
     command = [sys.executable, "-m", "command"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (130, "megatron-mea: interrupted\n")
+
+
+def test_slurms_own_termination_does_not_cut_a_save_short():
+    """It sends TERM at the limit of a job, after the signal that was asked for, and kills by itself in the end."""
+    script = "from megatron_mea.training.signals import StopSignal; import os, signal, time; stop = StopSignal()\n"
+    script += "os.kill(os.getpid(), signal.SIGUSR2); time.sleep(2.3); os.kill(os.getpid(), signal.SIGTERM)\n"
+    script += "time.sleep(0.3); print(stop.received)"
+    for environment, expected in (({"SLURM_JOB_ID": "7"}, (0, "SIGUSR2\n")), ({}, (143, ""))):
+        outside = {name: value for name, value in os.environ.items() if name != "SLURM_JOB_ID"}
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=outside | environment)
+        assert (done.returncode, done.stdout) == expected

@@ -74,8 +74,6 @@ def submit(config: Config, resources: Resources, dry_run: bool) -> str:
     Raises:
         UserError: anything that would fail in the queue or afterwards; nothing was written or submitted.
     """
-    if problems := list(_contradictions(resources, None)):
-        raise UserError.of(problems)
     layout, step, warnings = check_run(config, resources)
     site = Site.read()
     state = Path(config.run.dir).resolve() / "slurm"
@@ -99,7 +97,7 @@ def submit(config: Config, resources: Resources, dry_run: bool) -> str:
     with files_of_jobs([config], path, script) as jobs:
         for _ in range(resources.chain):
             jobs.append(slurm.submit(str(path), after=jobs[-1] if jobs else None))
-            jobs_file(config).write_text("\n".join(jobs) + "\n")
+            note_jobs(config, jobs)
     return "\n".join(_told(jobs, config, resources, layout, step, path, expected, warned))
 
 
@@ -107,8 +105,10 @@ def check_run(config: Config, resources: Resources) -> tuple[Layout, int, list[s
     """What `train` would check: layout, data, tokenizer, weights, space; returns the step it begins at, and warnings.
 
     Raises:
-        UserError: the run cannot start, is finished, or is being trained.
+        UserError: the resources contradict themselves, or the run cannot start, is finished, or is being trained.
     """
+    if problems := list(_contradictions(resources, None)):
+        raise UserError.of(problems)
     world = resources.world_size
     layout, before = check_layout(config, world), look_at(config)
     if before.finished is not None:
@@ -149,14 +149,14 @@ def check_resources(
     wanted = (slurm.option([*site.options, *given], "--partition", "-p") or "").split(",")
     allowed = [one for one in partitions.values() if one.name in wanted or (wanted == [""] and one.is_default)]
     partition = allowed[0] if allowed else None
+    lead = _longest_lead(configs, resources)
     problems = [
         *(problem for one in allowed or [None] for problem in _contradictions(resources, one)),
-        *(problem for config in configs for problem in _signal_problems(config, resources)),
+        *_signal_problems(lead, resources),
     ]
     if problems:
         raise UserError.of(problems)
     options, gpus, warnings = [], resources.gpus_per_node, []
-    lead = max(signal_lead(config, resources) for config in configs)
     if (slurm.seconds(resources.time) or 0) < 2 * (lead + _EARLY):
         warnings.append(f"--time {resources.time} is short: the run is told to save {lead} to {lead + _EARLY} s before")
     if partition is None or partition.gpus:
@@ -176,15 +176,21 @@ def _check_jobs(configs: Sequence[Config]) -> None:
     """Raises UserError where a job that was submitted for one of the runs, alone or in a sweep, waits or runs."""
     living = {job.id: job for job in slurm.waiting_or_running()}
     for config in configs:
-        path = jobs_file(config)
+        path = _jobs_file(config)
         for name in path.read_text().split() if path.is_file() else ():
             if job := living.get(name):
                 found = f"{config.run.dir}, for which job {job.id} is {job.state}"
                 raise UserError("run.dir", found, "a run without a job", f"wait for it, or scancel {job.id}")
 
 
-def jobs_file(config: Config) -> Path:
-    """The numbers of the jobs that were submitted for a run last."""
+def note_jobs(config: Config, jobs: Sequence[str]) -> None:
+    """Leaves the numbers of the jobs that were submitted for a run, for the next `submit`."""
+    path = _jobs_file(config)
+    with written(path):
+        path.write_text("\n".join(jobs) + "\n")
+
+
+def _jobs_file(config: Config) -> Path:
     return Path(config.run.dir) / "slurm" / "jobs"
 
 
@@ -198,7 +204,7 @@ def header(configs: Sequence[Config], resources: Resources, script: Path, log: s
         # sbatch replaces %j and its like.
         "LOG": f"{str(script.parent).replace('%', '%%')}/{log}",
         "FOLDER": str(Path.cwd()),
-        "LEAD": max(signal_lead(config, resources) for config in configs),
+        "LEAD": _longest_lead(configs, resources),
         "SUBMISSION": time.strftime("%Y%m%d-%H%M%S"),
         "REQUEUE": "yes" if resources.chain == 1 else "no",
     }
@@ -257,6 +263,10 @@ def signal_lead(config: Config, resources: Resources) -> int:
     return math.ceil(20 + 2 * (max(save, _LEAST) + max(step + validation, _LEAST)))
 
 
+def _longest_lead(configs: Sequence[Config], resources: Resources) -> int:
+    return max(signal_lead(config, resources) for config in configs)
+
+
 def _contradictions(resources: Resources, partition: slurm.Partition | None) -> Iterator[Problem]:
     for key in ("nodes", "gpus_per_node", "chain"):
         if getattr(resources, key) < 1:
@@ -278,8 +288,8 @@ def _contradictions(resources: Resources, partition: slurm.Partition | None) -> 
             yield Problem("--gpus-per-node", resources.gpus_per_node, f"at most {partition.gpus}")
 
 
-def _signal_problems(config: Config, resources: Resources) -> Iterator[Problem]:
-    lead, needed = signal_lead(config, resources), signal_lead(config, resources)
+def _signal_problems(needed: int, resources: Resources) -> Iterator[Problem]:
+    lead = needed
     if (given := slurm.option(resources.options, "--signal")) is not None:
         sender, _, seconds = given.partition("@")
         if sender != "B:USR2" or not seconds.isdecimal():
@@ -287,7 +297,7 @@ def _signal_problems(config: Config, resources: Resources) -> Iterator[Problem]:
             return
         lead = int(seconds)
     if lead < needed:
-        allowed = f"at least {needed} s before the limit: twice a step and a save of this run, and 20 s"
+        allowed = f"at least {needed} s before the limit: twice a step, a validation and a save, and 20 s"
         yield Problem("-- --signal", f"{lead} s", allowed)
     limit = slurm.seconds(resources.time)
     if limit and limit <= lead:

@@ -18,7 +18,7 @@ from megatron_mea.cluster.submit import (
     config_of_jobs,
     files_of_jobs,
     header,
-    jobs_file,
+    note_jobs,
 )
 from megatron_mea.config import Config, dump_config
 from megatron_mea.config.load import load_config
@@ -105,9 +105,9 @@ def submit_array(configs: Sequence[Config], out: Path, resources: Resources, at_
     open_ones = [config for config in configs if look_at(config).finished is None]
     if not open_ones:
         return f"all {len(configs)} runs are finished"
-    warnings = list(dict.fromkeys(line for config in open_ones for line in check_run(config, resources)[2]))
     if at_once is not None and at_once < 1:
         raise UserError("--at-once", at_once, "at least 1")
+    warnings = list(dict.fromkeys(line for config in open_ones for line in check_run(config, resources)[2]))
     site, state = Site.read(), out.resolve() / "slurm"
     path = state / "sweep.sbatch"
     options, more = check_resources(open_ones, resources, site, needs_scheduler=not dry_run)
@@ -126,7 +126,7 @@ def submit_array(configs: Sequence[Config], out: Path, resources: Resources, at_
     with files_of_jobs(open_ones, path, script) as jobs:
         jobs.append(job := slurm.submit(str(path)))
         for index, config in enumerate(open_ones):
-            jobs_file(config).write_text(f"{job}_{index}\n")
+            note_jobs(config, [f"{job}_{index}"])
     lines = [f"Submitted batch job {job}", *warned]
     lines += [f"  {job}_{index}  {run}" for index, run in enumerate(runs)]
     lines += [

@@ -192,3 +192,26 @@ def test_a_run_goes_on_from_its_checkpoint(desk, submit, trained):
     status, out, _ = submit("training.steps=5", "checkpoint.interval=1")
     assert status == 0
     assert "  begins        at step 2, the newest checkpoint, of 5\n" in out
+
+
+def test_a_node_without_gpus_takes_none_from_its_partition(desk, submit):
+    desk.slurm(sinfo="all*|infinite|32|(null)\nall*|infinite|96|gpu:8\nall*|infinite|64|gpu:4\n")
+    script = submit(DRY, gpus=2)[1]
+    assert "#SBATCH --gpus-per-node=2\n" in script
+    assert "#SBATCH --cpus-per-task=16\n" in script
+
+
+def test_of_the_environment_only_where_to_run_is_taken_over(desk, submit, monkeypatch):
+    """SBATCH_... would win over the script, unseen."""
+    for name, value in (("PARTITION", "cpu"), ("ACCOUNT", "mine"), ("TIMELIMIT", "1")):
+        monkeypatch.setenv(f"SBATCH_{name}", value)
+    desk.slurm(sbatch='echo "limit: ${SBATCH_TIMELIMIT:-none} ${SBATCH_PARTITION:-none}" > seen; echo 42')
+    assert submit()[0] == 0
+    assert (desk.folder / "seen").read_text() == "limit: none none\n"
+    script = (desk.folder / "run/slurm/train.sbatch").read_text()
+    assert "#SBATCH --partition=cpu\n#SBATCH --account=mine\n" in script
+
+
+def test_every_partition_of_a_list_counts(desk, submit):
+    desk.slurm()
+    assert submit(DRY, "--", "--partition=cpu,gpu", time="9-0")[0] == 2

@@ -142,3 +142,22 @@ def test_a_sweep_that_is_done(desk, ask):
         (desk.folder / f"out/mea-lr{rate}/FINISHED").write_text('{"step": 4}')
     assert ask(*SWEEP, "--submit")[:2] == (0, "all 3 runs are finished\n")
     assert ask(*SWEEP)[0] == 0
+
+
+@pytest.mark.parametrize(
+    "option", [["--nodes", "2"], ["--time", "1:00"], ["--at-once", "2"], ["--dry-run"], ["--", "-q"]]
+)
+def test_options_of_a_job_are_refused_where_there_is_none(option, desk, ask):
+    status, _, err = ask("sweep", "tiny.yaml", "--out", "out", *option)
+    assert status == 2
+    assert "options of a job without --submit" in err
+    assert not (desk.folder / "out").exists()
+
+
+def test_as_many_at_once_as_asked(desk, ask):
+    arguments = ["sweep", "tiny.yaml", "--learning-rates", "1e-2,1e-3,1e-4", "--out", "out", "--submit", "--dry-run"]
+    assert "#SBATCH --array=0-2%2\n" in ask(*arguments, "--at-once", "2")[1]
+    assert "#SBATCH --array=0-2\n" in ask(*arguments)[1]
+    for wrong in (["--at-once", "0"], ["--nodes", "0"], ["--time", "soon"]):
+        status, _, err = ask(*arguments, *wrong)
+        assert (status, wrong[0] in err) == (2, True), err
