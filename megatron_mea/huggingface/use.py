@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from megatron_mea.config import Config
-from megatron_mea.data.corpora import IGNORE, read_window, stack
-from megatron_mea.data.indexed import IndexedReader, open_readers
+from megatron_mea.data.corpora import IGNORE
 from megatron_mea.data.tokenizer import load_tokenizer
+from megatron_mea.data.windows import MAX_WINDOW, open_windows
 from megatron_mea.errors import UserError
 from megatron_mea.huggingface.source import load_model
 from megatron_mea.huggingface.tasks import beside_the_paper, open_tasks, run_tasks
@@ -68,16 +68,12 @@ def cross_entropy(loaded: PreTrainedModel, config: Config | None, data: str | No
     if data is None and (config is None or not config.data.validation):
         raise UserError("--data", "nothing", "the PREFIX of prepared data: this model names no validation data")
     paths = [corpus.path for corpus in config.data.validation] if data is None else [data]
-    window = config.data.seq_length if config else min(loaded.config.max_position_embeddings, 2048)
+    window = config.data.seq_length if config else min(loaded.config.max_position_embeddings, MAX_WINDOW)
     mask = config is None or config.data.document_mask
-    readers = open_readers(paths, "--data")
-    for path, reader in zip(paths, readers, strict=True):
-        _check(reader, path, loaded.config.vocab_size)
+    windows = open_windows(paths, "--data", window, _BATCH, loaded.config.vocab_size, mask)
     total, count = 0.0, 0
-    batches = [batch for reader in readers for batch in _windows(reader, window)]
     with torch.inference_mode():
-        for start, stop, length, reader in progress_bar(batches, desc="evaluate", unit="batch"):
-            batch = stack([read_window(reader, at, length, mask) for at in range(start, stop, length)])
+        for batch in progress_bar(windows, desc="evaluate", unit="batch"):
             arrays = (batch.input_ids, batch.position_ids, batch.targets)
             input_ids, position_ids, targets = (torch.from_numpy(array).to(loaded.device) for array in arrays)
             # transformers masks documents by itself where positions restart.
@@ -90,24 +86,6 @@ def cross_entropy(loaded: PreTrainedModel, config: Config | None, data: str | No
     loss = total / count
     perplexity = math.exp(min(loss, 700.0))
     return {"data": paths, "tokens": count, "cross_entropy": loss, "perplexity": perplexity}
-
-
-def _check(reader: IndexedReader, path: str, vocab_size: int) -> None:
-    if reader.tokens.size < 2:
-        raise UserError(f"{path}.bin", f"{reader.tokens.size} tokens", "at least 2")
-    allowed = f"ids from 0 up to but not including the model's vocab_size = {vocab_size}"
-    # All of them, since all are read.
-    reader.check_ids(vocab_size, allowed, sample=reader.tokens.size)
-
-
-def _windows(reader: IndexedReader, window: int) -> Iterator[tuple[int, int, int, IndexedReader]]:
-    """(first token, end of the first tokens, window length, reader) of each batch; the tail is one of its own."""
-    targets = reader.tokens.size - 1
-    whole = targets // window * window
-    for start in range(0, whole, window * _BATCH):
-        yield start, min(start + window * _BATCH, whole), window, reader
-    if targets > whole:
-        yield whole, targets, targets - whole, reader
 
 
 def generate(model: str | Path, prompt: str, max_new_tokens: int, temperature: float) -> str:

@@ -1,0 +1,70 @@
+"""How many component heads each layer gets: the paper's presets, a list, or the best use of a cache budget."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from megatron_mea.errors import UserError
+
+PRESETS = ("full", "half", "deep")
+AUTO = "auto"
+_PART = re.compile(r"(\d+)(?:-(\d+))?(?::(\d+))?")
+
+
+def chosen_layers(text: str, num_layers: int) -> dict[int, int | None]:
+    """The layers to compress, counted from 1 as in the paper, and a number of heads where the list gives one.
+
+    Args:
+        text: `full`; `half`, layers N/4 to 3N/4 - 1 of N (12 to 35 of 48); `deep`, all but the first 3; or a list as
+            `5-12,20` or, with numbers of component heads, `5-12:2,20:1`.
+
+    Raises:
+        UserError: it is none of these, or no layer, or one that the model has not.
+    """
+    key = "--layers"
+    presets = {
+        "full": range(1, num_layers + 1),
+        "half": range(max(num_layers // 4, 1), 3 * num_layers // 4),
+        "deep": range(4, num_layers + 1),
+    }
+    if text in presets:
+        if not presets[text]:
+            raise UserError(key, f"{text}, no layer of {num_layers}", "full, or a list of layers")
+        return dict.fromkeys(presets[text])
+    found: dict[int, int | None] = {}
+    for part in text.split(","):
+        match = _PART.fullmatch(part.strip())
+        if match is None:
+            allowed = f"{', '.join(PRESETS)}, {AUTO}, or a list of layers counted from 1, as 5-12,20 or 5-12:2,20:1"
+            raise UserError(key, text, allowed)
+        first, last = int(match[1]), int(match[2] or match[1])
+        if not 1 <= first <= last <= num_layers:
+            raise UserError(key, part.strip(), f"layers from 1 to {num_layers}, the smaller number first")
+        for layer in range(first, last + 1):
+            if layer in found:
+                raise UserError(key, f"layer {layer} twice, in {text}", "each layer once")
+            found[layer] = int(match[3]) if match[3] else None
+    return found
+
+
+def best_heads(costs: Sequence[Mapping[int, float]], budget: int) -> list[int] | None:
+    """The number of heads of each layer with the smallest sum of costs among those of at most `budget` heads in all.
+
+    Args:
+        costs: of every layer, {number of heads: cost}.
+
+    Returns:
+        None where the budget is too small for any choice.
+    """
+    # best[heads used] = (cost, choice) for the layers so far
+    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
+    for options in costs:
+        longer: dict[int, tuple[float, list[int]]] = {}
+        for used, (cost, choice) in best.items():
+            for heads, more in options.items():
+                total = used + heads
+                if total <= budget and (total not in longer or cost + more < longer[total][0]):
+                    longer[total] = (cost + more, [*choice, heads])
+        best = longer
+    return min(best.values())[1] if best else None

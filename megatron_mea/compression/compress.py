@@ -1,0 +1,168 @@
+"""Virtual heads for a trained model: what `megatron-mea compress` does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_mea.compression.budget import AUTO, best_heads, chosen_layers
+from megatron_mea.compression.calibrate import TOKENS, head_moments, open_data
+from megatron_mea.compression.origin import Origin, open_origin
+from megatron_mea.compression.sensitivity import losses_of_changes, windows_at_once
+from megatron_mea.compression.virtual import Compressed, Factoriser, check_variant
+from megatron_mea.data.corpora import IGNORE
+from megatron_mea.errors import UserError
+from megatron_mea.outputs import check_free_folder
+from megatron_mea.progress import progress_bar
+
+HEADS, RATIO, LAYERS, CALIBRATION = "--component-heads", "--cache-ratio", "--layers", "--calibration"
+AUTO_TOKENS = 4096
+"""On which the choice of heads measures what each layer loses."""
+
+
+def compress(
+    model: str | Path,
+    out: str | Path,
+    heads: str | None = None,
+    ratio: float | None = None,
+    layers: str | None = None,
+    calibration: str | None = None,
+    aligned: bool = False,
+) -> str:
+    """Writes a model with fewer component heads, which computes nearly the same with a smaller cache.
+
+    Layer by layer: no more than one is in memory, but for what the calibration tokens need.
+
+    Args:
+        model: MODEL; a checkpoint or run gives a checkpoint, a Hugging Face folder a Hugging Face folder.
+        out: must not exist or be empty.
+        heads: component heads of the layers, one number, or one for every layer, separated by commas.
+        ratio: of the cache to a model's with all composite heads, in place of `heads`; the number of heads of each
+            layer is chosen.
+        layers: as `chosen_layers` reads it; `auto`, all that the ratio may choose among.
+        calibration: PREFIX of tokens whose outputs are to lose least; None: the weights, as in the paper.
+        aligned: turn each head's features towards the others' first; `q_proj` and `o_proj` take that back.
+
+    Returns:
+        What was done, for the user.
+
+    Raises:
+        UserError: any of these cannot be done; nothing is written.
+    """
+    out = Path(out)
+    check_free_folder(out)
+    origin = open_origin(model)
+    check_variant(origin)
+    options = _options(origin, heads, ratio, layers)
+    moments = None
+    if calibration is not None:
+        windows = open_data(origin, calibration, CALIBRATION, tokens=TOKENS)
+        changing = {layer for layer, one in enumerate(options) if one != [origin.model.component_heads[layer]]}
+        moments = head_moments(origin, windows, changing) if changing else {}
+    factoriser = Factoriser(origin, moments, aligned)
+    counts = [one[0] for one in options]
+    if ratio is not None:
+        counts = _choose(origin, factoriser, options, ratio, calibration)
+    compressed = Compressed(origin, counts, factoriser)
+    return _told(compressed, calibration)
+
+
+def _options(origin: Origin, heads: str | None, ratio: float | None, layers: str | None) -> list[list[int]]:
+    """Of every layer the numbers of component heads it may get; one where there is nothing to choose."""
+    if (heads is None) == (ratio is None):
+        both = "both" if heads is not None else "neither"
+        raise UserError(f"{HEADS}, {RATIO}", both, "one of them")
+    before = origin.model.component_heads
+    if layers is None:
+        layers = AUTO if heads is None else "full"
+    if ratio is not None:
+        if not 0 < ratio <= 1:
+            raise UserError(RATIO, ratio, "above 0, and at most 1: all composite heads")
+        free = chosen_layers("full" if layers == AUTO else layers, len(before))
+        if any(free.values()):
+            raise UserError(LAYERS, f"{layers} with {RATIO}", "layers alone: their numbers of heads are chosen")
+        return [list(range(1, had + 1)) if layer in free else [had] for layer, had in enumerate(before, start=1)]
+    if layers == AUTO:
+        raise UserError(LAYERS, f"{AUTO} with {HEADS}", f"{RATIO}, a budget to choose for, or other layers")
+    numbers = _numbers(heads)
+    if len(numbers) > 1:
+        if len(numbers) != len(before) or layers != "full":
+            allowed = f"one number, or one for each of the {len(before)} layers and no {LAYERS}"
+            raise UserError(HEADS, heads, allowed)
+        wanted: dict[int, int] = dict(enumerate(numbers, start=1))
+    else:
+        wanted = {layer: own or numbers[0] for layer, own in chosen_layers(layers, len(before)).items()}
+    for layer, number in wanted.items():
+        had = before[layer - 1]
+        if not 1 <= number <= had:
+            raise UserError(HEADS, number, f"1 to {had}, of which layer {layer} of {origin.folder} is made")
+    return [[wanted.get(layer, had)] for layer, had in enumerate(before, start=1)]
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(HEADS, text, "a number, or one for every layer, as 4,4,2,2") from None
+
+
+def _choose(
+    origin: Origin, factoriser: Factoriser, options: list[list[int]], ratio: float, calibration: str | None
+) -> list[int]:
+    """The heads of every layer that are predicted to cost least at that size of the cache."""
+    total = origin.model.num_key_value_heads * origin.model.num_hidden_layers
+    # Not a head less because 0.1 has no exact binary form.
+    budget = math.floor(ratio * total + 1e-9)
+    least = sum(one[0] for one in options)
+    if budget < least:
+        allowed = f"at least {least / total:.4g}: {least} of {total} heads are left when every layer has as few as it can"
+        raise UserError(RATIO, ratio, allowed)
+    if calibration is None:
+        costs = [
+            {heads: factoriser.lost(layer, heads) if heads < max(one) else 0.0 for heads in one}
+            for layer, one in enumerate(options)
+        ]
+    else:
+        costs = _measured(origin, factoriser, options, calibration)
+    chosen = best_heads(costs, budget)
+    assert chosen is not None
+    return chosen
+
+
+def _measured(
+    origin: Origin, factoriser: Factoriser, options: list[list[int]], calibration: str
+) -> list[dict[int, float]]:
+    """What each number of heads costs in each layer alone, in nats a token of calibration data."""
+    changes = {layer: one[:-1] for layer, one in enumerate(options)}
+    at_once = windows_at_once(origin, sum(map(len, changes.values())))
+    windows = open_data(origin, calibration, CALIBRATION, at_once, AUTO_TOKENS)
+    costs = [dict.fromkeys(one, 0.0) for one in options]
+    count = 0
+    with progress_bar(
+        total=len(windows) * (origin.model.num_hidden_layers + 1), desc="heads of each layer", unit="layer"
+    ) as bar:
+        for batch in windows:
+            losses = losses_of_changes(origin, factoriser, changes, batch, windows.document_mask, bar)
+            count += int((batch.targets != IGNORE).sum())
+            for layer, one in changes.items():
+                for heads in one:
+                    costs[layer][heads] += losses[layer, heads] - losses[None]
+    return [{heads: cost / max(count, 1) for heads, cost in one.items()} for one in costs]
+
+
+def _told(compressed: Compressed, calibration: str | None) -> str:
+    origin, model = compressed.origin, compressed.model
+    total = model.num_key_value_heads * model.num_hidden_layers
+    lines = [f"cache: {sum(compressed.heads)} of {total} heads ({sum(compressed.heads) / total:.0%}), by layer " + ranges(compressed.heads)]
+    return "\n".join(lines)
+
+
+def ranges(heads: Sequence[int]) -> str:
+    """Runs of equal numbers, layers counted from 1: `1-3: 4, 4-9: 2`"""
+    parts, first = [], 1
+    for layer in range(1, len(heads) + 1):
+        if layer == len(heads) or heads[layer] != heads[layer - 1]:
+            parts.append(f"{first}{f'-{layer}' if layer > first else ''}: {heads[layer - 1]}")
+            first = layer + 1
+    return ", ".join(parts)
