@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig
 
-from megatron_mea.checkpoint.folder import SPARE
+from megatron_mea.checkpoint.folder import GENERATION, SPARE
 from megatron_mea.checkpoint.tensors import read_tensors, weight_shapes
 from megatron_mea.data.corpora import Corpora
 from megatron_mea.data.tokenizer import copy_tokenizer, load_tokenizer
@@ -99,7 +99,11 @@ def _write_and_compare(source: CheckpointSource, target: Target, folder: Path, d
     sizes = {name: recipe.shape for name, recipe in target.tensors.items()}
     files = write_safetensors(folder, sizes, _DTYPES[dtype], made, shard_bytes)
     target.config.save_pretrained(folder)
-    GenerationConfig.from_model_config(target.config).save_pretrained(folder)
+    if (source.folder / GENERATION).is_file():
+        # As it is: transformers loads settings that it refuses to save.
+        shutil.copy(source.folder / GENERATION, folder)
+    else:
+        GenerationConfig.from_model_config(target.config).save_pretrained(folder)
     for module in target.modules:
         shutil.copy(module.__file__, folder)
     copy_tokenizer(source.tokenizer, folder)
