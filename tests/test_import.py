@@ -293,6 +293,27 @@ class TestVariants:
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
+    def test_a_folder_is_exported_as_its_import_is(self, tmp_path, capsys):
+        """By way of a checkpoint, of which nothing stays; what the target cannot be is refused before there is one."""
+        source, places = exported(tmp_path / "own", attention_variant="mea_no_norm", num_component_heads=2), {}
+        assert main(["import", str(source), str(tmp_path / "checkpoint")]) == 0
+        for name in ("checkpoint", "own"):
+            places[name] = tmp_path / "stock" / name
+            assert main(["export", str(tmp_path / name), str(places[name]), "--target", "stock"]) == 0
+        assert "differ from the trainer's by at most" in capsys.readouterr().out
+        ours, theirs = (load_file(place / "model.safetensors") for place in places.values())
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        assert main(["export", str(places["own"]), str(tmp_path / "deep/out"), "--target", "vllm"]) == 2
+        captured = capsys.readouterr()
+        assert "leave nothing to save" in captured.err
+        assert "import" not in captured.err
+        (source / "model.safetensors").write_bytes(b"")
+        assert main(["export", str(source), str(tmp_path / "deep/out")]) == 2
+        assert "model.safetensors, unreadable" in capsys.readouterr().err
+        assert {path.name for path in tmp_path.iterdir()} == {"own", "checkpoint", "stock"}
+        assert {path.name for path in (tmp_path / "stock").iterdir()} == {"own", "checkpoint"}
+
     @pytest.mark.parametrize(
         ("own", "keeping"),
         [

@@ -163,9 +163,13 @@ def index(text: str):
 @pytest.mark.parametrize(
     ("change", "found"),
     [
-        (lambda folder: shutil.move(folder / "model.safetensors", folder / "pytorch_model.bin"), "without model.safe"),
+        (
+            lambda folder: shutil.move(folder / "model.safetensors", folder / "pytorch_model.bin"),
+            "pytorch_model.bin may run code",
+        ),
         (lambda folder: (folder / "config.json").unlink(), "no config.json"),
         (lambda folder: (folder / "config.json").write_text("[]"), "unreadable"),
+        (lambda folder: (folder / "config.json").write_text("{}"), "unreadable (no key 'model_type')"),
         (lambda folder: (folder / "config.json").write_bytes(b"\xff{}"), "unreadable"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 64), "model.safetensors, unreadable"),
         (index('{"weight_map": {"a": "../model-2.safetensors"}}'), "'../model-2.safetensors' is no name"),
@@ -175,7 +179,20 @@ def index(text: str):
         (lambda folder: (folder / "generation_config.json").write_text("{"), "generation_config.json, unreadable"),
         (lambda folder: (folder / "generation_config.json").write_text("[]"), "generation_config.json, unreadable"),
     ],
-    ids=["pickle", "no-config", "list", "bytes", "cut", "outside", "no-shard", "twice", "tokenizer", "cut2", "list2"],
+    ids=[
+        "pickle",
+        "no-config",
+        "list",
+        "dict",
+        "bytes",
+        "cut",
+        "outside",
+        "no-shard",
+        "twice",
+        "tokenizer",
+        "cut2",
+        "list2",
+    ],
 )
 def test_files(change, found, refuse):
     assert found in refuse("llama", change)
@@ -220,7 +237,9 @@ class TestPlace:
         assert main(["import", str(tmp_path / "empty"), str(tmp_path / "again")]) == 2
         assert "a checkpoint already" in capsys.readouterr().err
         assert main(["import", str(tmp_path / "nowhere"), str(tmp_path / "again")]) == 2
-        assert "no such folder" in capsys.readouterr().err
+        message = capsys.readouterr().err
+        assert "no such folder" in message
+        assert "hf download" in message
 
     def test_too_small_a_disk_is_seen_before(self, refuse, monkeypatch):
         usage = namedtuple("usage", "free")

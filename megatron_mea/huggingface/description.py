@@ -80,6 +80,7 @@ def read_description(path: Path, where: str) -> Description:
     except Exception as error:
         # transformers checks types and values, each with an exception of its own.
         reason = " ".join(str(error).split()) or type(error).__name__
+        reason = f"no key {reason}" if isinstance(error, KeyError) else reason
         raise UserError(where, f"{file}, unreadable ({reason})", "a Hugging Face folder") from None
     if problems:
         raise UserError.of(Problem(where, f"{file}: {each.where} = {each.found}", each.allowed) for each in problems)

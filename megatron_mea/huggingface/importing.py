@@ -54,9 +54,7 @@ def import_model(source: str | Path, out: str | Path, variant: str | None = None
     """
     source, out = Path(source), Path(out)
     check_free_folder(out)
-    _check_kind(source)
-    described = read_description(source, _SOURCE)
-    model, warnings = _with_variant(source, described, variant)
+    described, model, warnings = read_settings(source, variant)
     found = stored_tensors(source, _SOURCE)
     found = without_tied_head(source, _SOURCE, found, model.tie_word_embeddings)
     shapes = {name: one.shape for name, one in found.items()}
@@ -85,12 +83,24 @@ def import_model(source: str | Path, out: str | Path, variant: str | None = None
     )
 
 
+def read_settings(source: Path, variant: str | None = None) -> tuple[Description, Model, list[str]]:
+    """What a Hugging Face folder describes, the `model` section of its import, and warnings about it.
+
+    Raises:
+        UserError: it is not supported, or has not that variant.
+    """
+    _check_kind(source)
+    described = read_description(source, _SOURCE)
+    return described, *_with_variant(source, described, variant)
+
+
 def _check_kind(source: Path) -> None:
     if (source / "config.json").is_file():
         return
     found = "no config.json" if source.is_dir() else "a file" if source.exists() else "no such folder"
     found = "a checkpoint already" if (source / META).is_file() else found
-    raise UserError(str(source), found, "a Hugging Face folder: config.json, safetensors, tokenizer")
+    mend = "" if source.exists() else "`hf download NAME --local-dir HF_DIR` fetches a model of the hub"
+    raise UserError(str(source), found, "a Hugging Face folder: config.json, safetensors, tokenizer", mend)
 
 
 def _with_variant(source: Path, described: Description, variant: str | None) -> tuple[Model, list[str]]:
