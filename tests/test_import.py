@@ -24,6 +24,7 @@ from megatron_mea.config.load import parse_config, parse_model
 from megatron_mea.data.tokenizer import copy_tokenizer, load_tokenizer
 from megatron_mea.huggingface.convert import from_hf_config, to_hf_config
 from megatron_mea.huggingface.modeling_mea import MEAForCausalLM
+from megatron_mea.huggingface.source import load_model
 
 SIZES: dict[str, Any] = {
     "vocab_size": 384,
@@ -199,6 +200,22 @@ class TestStock:
         assert main(["inspect", str(tmp_path / "checkpoint")]) == 0
         assert "imported from model (mistral, F32); no moments" in capsys.readouterr().out
 
+    def test_generation_settings_and_chat_template_go_in_and_out(self, tiny, tmp_path):
+        """As they are: a model for chats ends with several tokens, of which a tokenizer knows one."""
+        source = saved("llama", tmp_path / "model")
+        copy_tokenizer(tiny.tokenizer, source)
+        (source / "chat_template.jinja").write_text("{% for one in messages %}{{ one['content'] }}{% endfor %}")
+        # transformers loads what it would not save: sampling settings without sampling.
+        settings = {"eos_token_id": [2, 7], "temperature": 0.6, "top_p": 0.9, "transformers_version": "4.42.3"}
+        (source / "generation_config.json").write_text(json.dumps(settings))
+        assert main(["import", str(source), str(tmp_path / "checkpoint")]) == 0
+        assert damage(tmp_path / "checkpoint") is None
+        assert load_model(tmp_path / "checkpoint")[0].generation_config.eos_token_id == [2, 7]
+        for target in ("transformers", "stock"):
+            assert main(["export", str(tmp_path / "checkpoint"), str(tmp_path / target), "--target", target]) == 0
+            for name in ("generation_config.json", "chat_template.jinja"):
+                assert (tmp_path / target / name).read_bytes() == (source / name).read_bytes()
+
     @pytest.mark.parametrize("kind", ["llama", "qwen2"])
     def test_a_tokenizer_stays_what_the_whole_folder_makes_of_it(self, kind, tiny, tmp_path):
         """Without a `tokenizer_class` config.json decides, which a checkpoint does not hold."""
@@ -263,6 +280,39 @@ class TestVariants:
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
         models = [parse_config(Meta.read(one).config, False).model for one in (run, tmp_path / "checkpoint-fp32")]
         assert models[0] == models[1]
+
+    def test_the_export_for_vllm(self, tmp_path):
+        """Its config.json tells of the cache what others tell of the model; the weights are the same."""
+        source = exported(tmp_path / "own", num_component_heads=[1, 2, 4], head_dim=32)
+        first, second = tmp_path / "first", tmp_path / "second"
+        assert main(["import", str(source), str(first)]) == 0
+        assert main(["export", str(first), str(tmp_path / "served"), "--target", "vllm"]) == 0
+        assert main(["import", str(tmp_path / "served"), str(second)]) == 0
+        assert Meta.read(first).config["model"] == Meta.read(second).config["model"]
+        ours, theirs = weights_of(first), weights_of(second)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+    def test_a_folder_is_exported_as_its_import_is(self, tmp_path, capsys):
+        """By way of a checkpoint, of which nothing stays; what the target cannot be is refused before there is one."""
+        source, places = exported(tmp_path / "own", attention_variant="mea_no_norm", num_component_heads=2), {}
+        assert main(["import", str(source), str(tmp_path / "checkpoint")]) == 0
+        for name in ("checkpoint", "own"):
+            places[name] = tmp_path / "stock" / name
+            assert main(["export", str(tmp_path / name), str(places[name]), "--target", "stock"]) == 0
+        assert "differ from the trainer's by at most" in capsys.readouterr().out
+        ours, theirs = (load_file(place / "model.safetensors") for place in places.values())
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        assert main(["export", str(places["own"]), str(tmp_path / "deep/out"), "--target", "vllm"]) == 2
+        captured = capsys.readouterr()
+        assert "leave nothing to save" in captured.err
+        assert "import" not in captured.err
+        (source / "model.safetensors").write_bytes(b"")
+        assert main(["export", str(source), str(tmp_path / "deep/out")]) == 2
+        assert "model.safetensors, unreadable" in capsys.readouterr().err
+        assert {path.name for path in tmp_path.iterdir()} == {"own", "checkpoint", "stock"}
+        assert {path.name for path in (tmp_path / "stock").iterdir()} == {"own", "checkpoint"}
 
     @pytest.mark.parametrize(
         ("own", "keeping"),
@@ -347,7 +397,10 @@ class TestPieces:
         config = CONFIG_MAPPING["llama"](**SIZES | sizes | {"num_key_value_heads": 8, "head_dim": 128})
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        model.to_empty(device="cpu").save_pretrained(tmp_path / "model")
+        model.to_empty(device="cpu")
+        for parameter in model.parameters():
+            torch.nn.init.ones_(parameter)
+        model.save_pretrained(tmp_path / "model")
         del model
         script = (
             "import resource, sys\n"

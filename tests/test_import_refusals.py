@@ -127,6 +127,19 @@ def test_tensors_that_do_not_fit_are_named(kind, change, found, refuse):
     assert found in refuse(kind, change_tensors(change))
 
 
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, 1e39])
+def test_numbers_that_are_not_finite(number, models, tmp_path, capsys):
+    """In float32; seen when the tensor is read, after the warnings."""
+    source = tmp_path / "source"
+    shutil.copytree(models / "llama", source)
+    change_tensors(lambda held: held.update({"model.norm.weight": torch.full((16,), number, dtype=torch.float64)}))(
+        source
+    )
+    assert main(["import", str(source), str(tmp_path / "deep/out")]) == 2
+    assert "found:   model.norm.weight in " in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [source]
+
+
 def test_a_folder_of_other_names_gets_a_short_message(refuse):
     def rename(held: dict) -> None:
         for name in list(held):
@@ -150,17 +163,36 @@ def index(text: str):
 @pytest.mark.parametrize(
     ("change", "found"),
     [
-        (lambda folder: shutil.move(folder / "model.safetensors", folder / "pytorch_model.bin"), "without model.safe"),
+        (
+            lambda folder: shutil.move(folder / "model.safetensors", folder / "pytorch_model.bin"),
+            "pytorch_model.bin may run code",
+        ),
         (lambda folder: (folder / "config.json").unlink(), "no config.json"),
         (lambda folder: (folder / "config.json").write_text("[]"), "unreadable"),
+        (lambda folder: (folder / "config.json").write_text("{}"), "unreadable (no key 'model_type')"),
         (lambda folder: (folder / "config.json").write_bytes(b"\xff{}"), "unreadable"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 64), "model.safetensors, unreadable"),
         (index('{"weight_map": {"a": "../model-2.safetensors"}}'), "'../model-2.safetensors' is no name"),
         (index('{"weight_map": {"a": "model-3.safetensors"}}'), "model-3.safetensors, unreadable"),
         (index('{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}'), "each tensor once"),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "which does not load"),
+        (lambda folder: (folder / "generation_config.json").write_text("{"), "generation_config.json, unreadable"),
+        (lambda folder: (folder / "generation_config.json").write_text("[]"), "generation_config.json, unreadable"),
     ],
-    ids=["pickle", "no-config", "list", "bytes", "cut", "outside", "no-shard", "twice", "tokenizer"],
+    ids=[
+        "pickle",
+        "no-config",
+        "list",
+        "dict",
+        "bytes",
+        "cut",
+        "outside",
+        "no-shard",
+        "twice",
+        "tokenizer",
+        "cut2",
+        "list2",
+    ],
 )
 def test_files(change, found, refuse):
     assert found in refuse("llama", change)
@@ -205,7 +237,9 @@ class TestPlace:
         assert main(["import", str(tmp_path / "empty"), str(tmp_path / "again")]) == 2
         assert "a checkpoint already" in capsys.readouterr().err
         assert main(["import", str(tmp_path / "nowhere"), str(tmp_path / "again")]) == 2
-        assert "no such folder" in capsys.readouterr().err
+        message = capsys.readouterr().err
+        assert "no such folder" in message
+        assert "hf download" in message
 
     def test_too_small_a_disk_is_seen_before(self, refuse, monkeypatch):
         usage = namedtuple("usage", "free")

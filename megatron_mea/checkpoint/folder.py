@@ -6,6 +6,7 @@ step_00001000/
                                An imported checkpoint has no moments
     meta.json                  step, samples, tokens, configuration, data fingerprint, layout, versions, origin
     tokenizer/                 the tokenizer folder of the run
+    generation_config.json     of an imported checkpoint, where its source has one
     COMPLETE                   written last: the SHA-256 of every other file
 
 A folder gets its name by a rename when everything in it is on disk, so it is complete or absent.
@@ -28,6 +29,7 @@ from megatron_mea.errors import UserError
 
 _NAME = re.compile(r"step_(\d{8,})")
 COMPLETE, META, TOKENIZER, INDEX = "COMPLETE", "meta.json", "tokenizer", ".metadata"
+GENERATION = "generation_config.json"
 SPARE = 1 << 20
 """Bytes a checkpoint may need beyond its tensors: metadata, tokenizer."""
 

@@ -19,7 +19,7 @@ from megatron_mea.huggingface.convert import from_hf_config, from_rope_parameter
 
 STOCK = ("llama", "mistral", "qwen2", "qwen3")
 """Hugging Face models that compute what our variant `plain` does."""
-_KINDS = ("mea", *STOCK)
+_KINDS = ("mea", "mea_vllm", *STOCK)
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 _MOST = {"num_hidden_layers": 10_000} | dict.fromkeys(_SIZES, 1 << 20)
 """Larger numbers are traps or typing errors: transformers makes lists as long as a config.json says."""
@@ -35,7 +35,7 @@ class Description:
     """What a config.json describes.
 
     Args:
-        kind: its model_type, one of `mea` and STOCK.
+        kind: its model_type, one of ours or of STOCK.
         model: our section `model`; of STOCK the variant `plain`.
         own_code: whether the folder wants code of its own to be run, which it is not.
     """
@@ -58,6 +58,7 @@ def read_description(path: Path, where: str) -> Description:
     from transformers.utils import logging
 
     from megatron_mea.huggingface.configuration_mea import MEAConfig
+    from megatron_mea.huggingface.modeling_mea_vllm import MEAServedConfig
 
     file = path / "config.json"
     try:
@@ -69,24 +70,28 @@ def read_description(path: Path, where: str) -> Description:
             verbosity = logging.get_verbosity()
             logging.set_verbosity_error()
             try:
-                config = (MEAConfig if kind == "mea" else CONFIG_MAPPING[kind]).from_dict(description)
+                ours = {"mea": MEAConfig, "mea_vllm": MEAServedConfig}
+                config = (ours.get(kind) or CONFIG_MAPPING[kind]).from_dict(description)
+                # The config.json for vLLM tells of the cache what others tell of the model.
+                config = config.trained() if kind == "mea_vllm" else config
             finally:
                 logging.set_verbosity(verbosity)
-            problems = [] if kind == "mea" else list(_different(config, kind))
+            problems = list(_different(config, kind)) if kind in STOCK else []
     except Exception as error:
         # transformers checks types and values, each with an exception of its own.
         reason = " ".join(str(error).split()) or type(error).__name__
+        reason = f"no key {reason}" if isinstance(error, KeyError) else reason
         raise UserError(where, f"{file}, unreadable ({reason})", "a Hugging Face folder") from None
     if problems:
         raise UserError.of(Problem(where, f"{file}: {each.where} = {each.found}", each.allowed) for each in problems)
     try:
-        model = parse_model(from_hf_config(config) if kind == "mea" else _plain(config, kind))
+        model = parse_model(_plain(config, kind) if kind in STOCK else from_hf_config(config))
     except UserError as error:
         found = ((each.where.removeprefix("model."), each) for each in error.problems)
         raise UserError.of(
             Problem(where, f"{file}: {key} = {each.found}", each.allowed, each.mend) for key, each in found
         ) from None
-    return Description(kind, model, kind != "mea" and "auto_map" in description)
+    return Description(kind, model, kind in STOCK and "auto_map" in description)
 
 
 def _foreign(description: dict[str, Any]) -> Iterator[Problem]:

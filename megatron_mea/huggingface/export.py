@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig
 
-from megatron_mea.checkpoint.folder import SPARE
+from megatron_mea.checkpoint.folder import GENERATION, SPARE
 from megatron_mea.checkpoint.tensors import read_tensors, weight_shapes
 from megatron_mea.data.corpora import Corpora
 from megatron_mea.data.tokenizer import copy_tokenizer, load_tokenizer
 from megatron_mea.errors import UserError
 from megatron_mea.huggingface.card import model_card
+from megatron_mea.huggingface.importing import import_model, read_settings
 from megatron_mea.huggingface.proof import compare
 from megatron_mea.huggingface.shards import SHARD_BYTES, write_safetensors
 from megatron_mea.huggingface.source import CheckpointSource, is_hugging_face, open_checkpoint, token_ids
@@ -38,7 +39,7 @@ def export(
     """Writes weights, configuration, tokenizer, model card and modeling files, then compares logits.
 
     Args:
-        model: a checkpoint or run folder.
+        model: a checkpoint or run folder, or a Hugging Face folder, which is exported as its import.
         out: must not exist or be empty; it appears when everything, the comparison included, is done.
         dtype: `fp32` (the master weights) or `bf16`.
         kind: `transformers`, `stock` or `vllm`.
@@ -57,7 +58,15 @@ def export(
         found = "a folder that is not empty" if out.is_dir() else "a file"
         raise UserError(str(out), found, "a folder that is empty or does not exist")
     if is_hugging_face(model):
-        raise UserError(str(model), "a Hugging Face folder already", "a checkpoint folder or a run folder")
+        # What its target cannot be is refused before anything is read.
+        make_target(kind, read_settings(Path(model))[1])
+        with (
+            output_place(out, folder=True),
+            tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch,
+        ):
+            checkpoint = Path(scratch) / "checkpoint"
+            import_model(model, checkpoint)
+            return export(checkpoint, out, dtype, kind, shard_bytes)
     _return_freed_memory()
     source = open_checkpoint(model)
     target = make_target(kind, source.config.model, dtype=_DTYPES[dtype], **token_ids(source.tokenizer))
@@ -99,7 +108,11 @@ def _write_and_compare(source: CheckpointSource, target: Target, folder: Path, d
     sizes = {name: recipe.shape for name, recipe in target.tensors.items()}
     files = write_safetensors(folder, sizes, _DTYPES[dtype], made, shard_bytes)
     target.config.save_pretrained(folder)
-    GenerationConfig.from_model_config(target.config).save_pretrained(folder)
+    if (source.folder / GENERATION).is_file():
+        # As it is: transformers loads settings that it refuses to save.
+        shutil.copy(source.folder / GENERATION, folder)
+    else:
+        GenerationConfig.from_model_config(target.config).save_pretrained(folder)
     for module in target.modules:
         shutil.copy(module.__file__, folder)
     copy_tokenizer(source.tokenizer, folder)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 import yaml
+from transformers import GenerationConfig
 
-from megatron_mea.checkpoint.folder import META, TOKENIZER, Meta, publish, seal
+from megatron_mea.checkpoint.folder import GENERATION, META, TOKENIZER, Meta, publish, seal
 from megatron_mea.checkpoint.tensors import write_tensors
 from megatron_mea.config.checks import VARIANTS
 from megatron_mea.config.load import parse_config, parse_model
@@ -53,9 +54,7 @@ def import_model(source: str | Path, out: str | Path, variant: str | None = None
     """
     source, out = Path(source), Path(out)
     check_free_folder(out)
-    _check_kind(source)
-    described = read_description(source, _SOURCE)
-    model, warnings = _with_variant(source, described, variant)
+    described, model, warnings = read_settings(source, variant)
     found = stored_tensors(source, _SOURCE)
     found = without_tied_head(source, _SOURCE, found, model.tie_word_embeddings)
     shapes = {name: one.shape for name, one in found.items()}
@@ -84,12 +83,24 @@ def import_model(source: str | Path, out: str | Path, variant: str | None = None
     )
 
 
+def read_settings(source: Path, variant: str | None = None) -> tuple[Description, Model, list[str]]:
+    """What a Hugging Face folder describes, the `model` section of its import, and warnings about it.
+
+    Raises:
+        UserError: it is not supported, or has not that variant.
+    """
+    _check_kind(source)
+    described = read_description(source, _SOURCE)
+    return described, *_with_variant(source, described, variant)
+
+
 def _check_kind(source: Path) -> None:
     if (source / "config.json").is_file():
         return
     found = "no config.json" if source.is_dir() else "a file" if source.exists() else "no such folder"
     found = "a checkpoint already" if (source / META).is_file() else found
-    raise UserError(str(source), found, "a Hugging Face folder: config.json, safetensors, tokenizer")
+    mend = "" if source.exists() else "`hf download NAME --local-dir HF_DIR` fetches a model of the hub"
+    raise UserError(str(source), found, "a Hugging Face folder: config.json, safetensors, tokenizer", mend)
 
 
 def _with_variant(source: Path, described: Description, variant: str | None) -> tuple[Model, list[str]]:
@@ -120,11 +131,12 @@ def _about(source: Path, described: Description, model: Model, found: dict[str, 
     """Warnings about a folder that can be imported, its tokenizer included.
 
     Raises:
-        UserError: there is a tokenizer, and it does not load.
+        UserError: there is a tokenizer, or generation settings, and they do not load.
     """
     told = []
     if described.own_code:
         told.append(f"{source} brings code of its own (auto_map), which is not run: imported as a {described.kind}")
+    _check_generation(source)
     if any(one.dtype == "F64" for one in found.values()):
         told.append(f"{source} is in float64, and is rounded to float32")
     if not _has_tokenizer(source):
@@ -133,6 +145,17 @@ def _about(source: Path, described: Description, model: Model, found: dict[str, 
     if size > model.vocab_size:
         told.append(f"the tokenizer has {size} ids, and the model only {model.vocab_size}")
     return told
+
+
+def _check_generation(source: Path) -> None:
+    file = source / GENERATION
+    if file.is_file():
+        try:
+            GenerationConfig.from_dict(json.loads(file.read_text(encoding="utf-8")))
+        except Exception as error:
+            # transformers checks types and values, each with an exception of its own.
+            reason = " ".join(str(error).split())
+            raise UserError(_SOURCE, f"{file}, unreadable ({reason})", "generation settings, or no such file") from None
 
 
 def _has_tokenizer(source: Path) -> bool:
@@ -159,7 +182,12 @@ def _write(source: Path, folder: Path, out: Path, model: Model, found: dict[str,
         def read(name: str, offsets: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
             bar.update(4 * math.prod(shape))
             if name in found:
-                return read_piece(found, name, offsets, shape)
+                piece = read_piece(found, name, offsets, shape)
+                # Without a copy, as `piece.isfinite()` makes.
+                if not torch.stack(piece.aminmax()).isfinite().all():
+                    said = f"{name} in {found[name].file}, with numbers that are not finite in float32"
+                    raise UserError(_SOURCE, said, "finite numbers", "take the source from before it diverged")
+                return piece
             # A combination or a gain: small, so always whole, and no random numbers enter it.
             return specs[name].initialize(shape, torch.Generator())
 
@@ -168,6 +196,8 @@ def _write(source: Path, folder: Path, out: Path, model: Model, found: dict[str,
     if _has_tokenizer(source):
         tokenizer = str(source)
         _copy_tokenizer(source, folder / TOKENIZER)
+    if (source / GENERATION).is_file():
+        shutil.copy(source / GENERATION, folder)
     # As `evaluate` looks at a Hugging Face folder.
     data = {"tokenizer": tokenizer, "train": [], "seq_length": min(model.max_position_embeddings, 2048)}
     config = parse_config({"model": model.model_dump(), "data": data, "run": {"dir": str(out)}}, needs_data=False)

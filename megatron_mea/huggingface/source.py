@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
-from megatron_mea.checkpoint.folder import TOKENIZER, Meta, checkpoint_folder, damage
+from megatron_mea.checkpoint.folder import GENERATION, TOKENIZER, Meta, checkpoint_folder, damage
 from megatron_mea.checkpoint.tensors import read_tensors, weight_shapes
 from megatron_mea.config import Config
 from megatron_mea.config.load import parse_config
@@ -114,4 +114,6 @@ def causal_lm(source: CheckpointSource, dtype: torch.dtype = torch.float32) -> M
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     model.load_state_dict(weights, strict=True, assign=True)
     model.tie_weights()
+    if (source.folder / GENERATION).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source.folder)
     return model.eval()

@@ -14,6 +14,7 @@ from megatron_mea.checkpoint.tensors import Fragment, rows_of
 from megatron_mea.errors import Problem, UserError
 
 _TYPES = ("F32", "BF16", "F16", "F64")
+_PICKLES = (".bin", ".pt", ".pth")
 _NAMED = 16
 """Names in a message, of thousands where a folder holds something else."""
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -128,7 +129,9 @@ def _files(path: Path, where: str) -> list[Path]:
         return [single]
     if not index.is_file():
         allowed = f"{single.name}, or {index.name} and the files that it names"
-        raise UserError(where, f"{path} without {single.name}", allowed)
+        pickles = sorted({file.name for suffix in _PICKLES for file in path.glob(f"*{suffix}")})
+        mend = f"{pickles[0]} may run code and is not read: where you trust it, load and save it with transformers 5"
+        raise UserError(where, f"{path} without {single.name}", allowed, mend if pickles else "")
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         # Nothing outside of the folder is read, whatever the index says.
