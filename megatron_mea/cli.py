@@ -178,6 +178,40 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--variant", metavar="V", help=variant)
 
     sub = verb(
+        "compress",
+        _compress,
+        "virtual heads: a smaller key-value cache for a trained model",
+        "Llama-3.2-1B compressed --cache-ratio 0.5 --calibration data/train --align",
+    )
+    sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    sub.add_argument("out", metavar="OUT", help="of the same kind as MODEL; does not exist or is empty")
+    size = sub.add_mutually_exclusive_group(required=True)
+    numbers = "component heads of the layers; one number, or one for every layer with commas between"
+    size.add_argument("--component-heads", metavar="N", help=numbers)
+    ratio = "size of the cache to that of all composite heads; each layer's number of heads is chosen"
+    size.add_argument("--cache-ratio", type=float, metavar="R", help=ratio)
+    layers = (
+        "full, half or deep as in the paper, auto (all, with --cache-ratio), or from 1 on as 5-12,20 or 5-12:2,20:1"
+    )
+    sub.add_argument("--layers", metavar="LAYERS", help=layers)
+    tokens = "prepared data: lose least of what heads put out there, rather than of the weights"
+    sub.add_argument("--calibration", metavar="PREFIX", help=tokens)
+    align = "turn heads towards one another first, which costs nothing and loses far less; q_proj and o_proj change too"
+    sub.add_argument("--align", action="store_true", help=align)
+
+    sub = verb(
+        "sensitivity",
+        _sensitivity,
+        "compress one layer at a time, and measure the cross-entropy of each",
+        "runs/quickstart/run --component-heads 1 --data runs/quickstart/data/validation --out sensitivity.json",
+    )
+    sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    sub.add_argument("--component-heads", type=int, required=True, metavar="N", help="of the layer in question")
+    sub.add_argument("--data", required=True, metavar="PREFIX", help="prepared data")
+    sub.add_argument("--out", required=True, metavar="FILE.json", help="the result; a plot is written to FILE.png")
+    sub.add_argument("--align", action="store_true", help="as in `compress`")
+
+    sub = verb(
         "evaluate",
         _evaluate,
         "cross-entropy and perplexity of a model on prepared data, and lm-eval's tasks",
@@ -301,6 +335,20 @@ def _import(arguments: argparse.Namespace) -> None:
     from megatron_mea.huggingface.importing import import_model
 
     print(import_model(arguments.source, arguments.out, arguments.variant))
+
+
+def _compress(arguments: argparse.Namespace) -> None:
+    from megatron_mea.compression.compress import compress
+
+    size = arguments.component_heads, arguments.cache_ratio
+    print(compress(arguments.model, arguments.out, *size, arguments.layers, arguments.calibration, arguments.align))
+
+
+def _sensitivity(arguments: argparse.Namespace) -> None:
+    from megatron_mea.compression.sensitivity import sensitivity
+
+    given = arguments.model, arguments.component_heads, arguments.data, arguments.out, arguments.align
+    print(sensitivity(*given))
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,6 +46,13 @@ def check_free_folder(path: Path) -> None:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         found = "a folder that is not empty" if path.is_dir() else "a file"
         raise UserError(str(path), found, "a folder that is empty or does not exist")
+
+
+def require_space(path: Path, needed: int) -> None:
+    """Raises UserError where fewer than `needed` bytes are free beside `path`."""
+    free = shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise UserError(str(path), f"{free / 1e9:,.3f} GB free there", f"at least {needed / 1e9:,.3f} GB")
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 The d features of a head are in a basis of its own, which nothing outside the head sees: what turns its values is taken
 back in the columns of `o_proj`, and what turns its keys, in the rows of `q_proj`. So heads need not be alike to have
 common components; it is enough that they are alike after such turns: y_j = T_j sum_c m_cj b_c. Keys pass through
-RoPE on their way, so that their T_j must commute with it: it turns and scales each pair of features, as a complex number
+RoPE on their way, so their T_j must commute with it: they turn and scale each pair of features, as a complex number
 does. The T_j of values are free, and orthogonal where a norm follows.
 
 The squared error falls in alternating least squares: T, m and b each have a closed form given the other two.
@@ -105,7 +105,7 @@ def _with_usual_sizes(
 
 
 def _in_real_features(selection: torch.Tensor, mix: torch.Tensor, turns: torch.Tensor, lost: float) -> VirtualHeads:
-    groups, rank, _, num_heads, _ = selection.shape
+    groups, rank = selection.shape[:2]
     if selection.is_complex():
         # shape: (pairs, h', 1, h, 1) -> (h', h, pairs), and (h, pairs, 1, 1) -> (h, pairs)
         selection = _as_matrices(selection[:, :, 0, :, 0].permute(1, 2, 0)).transpose(1, 2)

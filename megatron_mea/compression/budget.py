@@ -67,4 +67,8 @@ def best_heads(costs: Sequence[Mapping[int, float]], budget: int) -> list[int] |
                 if total <= budget and (total not in longer or cost + more < longer[total][0]):
                     longer[total] = (cost + more, [*choice, heads])
         best = longer
-    return min(best.values())[1] if best else None
+    if not best:
+        return None
+    # Of equal costs the larger cache.
+    used = min(best, key=lambda used: (best[used][0], -used))
+    return best[used][1]

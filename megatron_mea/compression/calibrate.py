@@ -9,12 +9,12 @@ import torch
 from megatron_mea.compression.origin import SIDES, Origin
 from megatron_mea.compression.virtual import Moments
 from megatron_mea.data.corpora import Batch
-from megatron_mea.data.windows import MAX_WINDOW, Windows, open_windows
+from megatron_mea.data.windows import Windows, open_windows
 from megatron_mea.model.decoder import Decoder
 from megatron_mea.model.layerwise import one_layer
 from megatron_mea.progress import progress_bar
 
-TOKENS = 32_768
+TOKENS = 16_384
 """That a calibration looks at: the moments of a few hundred outputs are known well from far fewer."""
 _BATCH = 4
 
@@ -25,15 +25,13 @@ def open_data(origin: Origin, path: str, where: str, batch: int = _BATCH, tokens
     Raises:
         UserError: the data cannot be read, or is not of this model's vocabulary.
     """
-    mask = origin.config is None or origin.config.data.document_mask
+    mask = origin.source.config.data.document_mask
     return open_windows([path], where, window_of(origin), batch, origin.model.vocab_size, mask, tokens)
 
 
 def window_of(origin: Origin) -> int:
-    """Tokens that the model sees at once."""
-    if origin.config is not None:
-        return origin.config.data.seq_length
-    return min(origin.model.max_position_embeddings, MAX_WINDOW)
+    """Tokens that the model sees at once, as it did in training."""
+    return origin.source.config.data.seq_length
 
 
 @torch.no_grad()
@@ -69,7 +67,7 @@ def _observe(origin: Origin, index: int, layer: Decoder, device: torch.device) -
     attention = layer.layers[0].self_attn
     sums = {}
     for side in SIDES:
-        rows = origin.composites(index, side).flatten(0, 1)
+        rows = origin.composites(index, side)
         sums[side] = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=device)
         weight = rows[:, : origin.model.hidden_size].float().to(device)
         bias = rows[:, -1].float().to(device) if origin.model.attention_bias else None

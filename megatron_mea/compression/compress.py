@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import math
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
+from megatron_mea.checkpoint.folder import GENERATION, SPARE, TOKENIZER, Meta, publish, seal
+from megatron_mea.checkpoint.tensors import write_tensors
 from megatron_mea.compression.budget import AUTO, best_heads, chosen_layers
 from megatron_mea.compression.calibrate import TOKENS, head_moments, open_data
 from megatron_mea.compression.origin import Origin, open_origin
 from megatron_mea.compression.sensitivity import losses_of_changes, windows_at_once
-from megatron_mea.compression.virtual import Compressed, Factoriser, check_variant
+from megatron_mea.compression.virtual import Compressed, Factoriser
 from megatron_mea.data.corpora import IGNORE
 from megatron_mea.errors import UserError
-from megatron_mea.outputs import check_free_folder
+from megatron_mea.huggingface.export import export
+from megatron_mea.huggingface.source import is_hugging_face
+from megatron_mea.huggingface.stored import stored_tensors
+from megatron_mea.model.decoder import parameter_shapes
+from megatron_mea.outputs import check_free_folder, output_place, require_space, written
 from megatron_mea.progress import progress_bar
+from megatron_mea.versions import versions
 
 HEADS, RATIO, LAYERS, CALIBRATION = "--component-heads", "--cache-ratio", "--layers", "--calibration"
-AUTO_TOKENS = 4096
+AUTO_TOKENS = 2048
 """On which the choice of heads measures what each layer loses."""
 
 
@@ -52,20 +63,64 @@ def compress(
     """
     out = Path(out)
     check_free_folder(out)
-    origin = open_origin(model)
-    check_variant(origin)
-    options = _options(origin, heads, ratio, layers)
-    moments = None
-    if calibration is not None:
-        windows = open_data(origin, calibration, CALIBRATION, tokens=TOKENS)
-        changing = {layer for layer, one in enumerate(options) if one != [origin.model.component_heads[layer]]}
-        moments = head_moments(origin, windows, changing) if changing else {}
-    factoriser = Factoriser(origin, moments, aligned)
-    counts = [one[0] for one in options]
-    if ratio is not None:
-        counts = _choose(origin, factoriser, options, ratio, calibration)
-    compressed = Compressed(origin, counts, factoriser)
-    return _told(compressed, calibration)
+    with output_place(out, folder=True), written(out), open_origin(model, out) as origin:
+        options = _options(origin, heads, ratio, layers)
+        windows = None
+        if calibration is not None:
+            windows = open_data(origin, calibration, CALIBRATION, tokens=TOKENS)
+        require_space(out, 4 * sum(map(math.prod, origin.shapes.values())) + SPARE)
+        moments = None if windows is None else head_moments(origin, windows, _changing(origin, options))
+        factoriser = Factoriser(origin, moments, aligned)
+        counts = [one[0] for one in options]
+        if ratio is not None:
+            counts = choose_heads(origin, factoriser, options, ratio, calibration)
+        compressed = Compressed(origin, counts, factoriser)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
+            checkpoint = Path(scratch) / "compressed"
+            _write(compressed, checkpoint)
+            if is_hugging_face(model):
+                _, *told = export(checkpoint, out, _dtype(Path(model))).splitlines()
+            else:
+                publish(checkpoint, out)
+                told = []
+        return "\n".join([f"wrote {out}: {_told(compressed)}", *told])
+
+
+def _changing(origin: Origin, options: list[list[int]]) -> set[int]:
+    before = origin.model.component_heads
+    return {layer for layer, one in enumerate(options) if one != [before[layer]]}
+
+
+def _write(compressed: Compressed, folder: Path) -> None:
+    """The checkpoint of step 0, without moments."""
+    origin, model = compressed.origin, compressed.model
+    shapes, source = parameter_shapes(model), origin.source
+    with progress_bar(total=4 * sum(map(math.prod, shapes.values())), desc="write", unit="B", unit_scale=True) as bar:
+
+        def read(name: str, offsets: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
+            bar.update(4 * math.prod(shape))
+            return compressed.read_piece(name, offsets, shape)
+
+        write_tensors(folder, shapes, read)
+    if source.tokenizer.is_dir():
+        shutil.copytree(source.tokenizer, folder / TOKENIZER)
+    if (source.folder / GENERATION).is_file():
+        shutil.copy(source.folder / GENERATION, folder)
+    config = source.config.model_copy(update={"model": model})
+    meta, heads = source.meta, compressed.heads
+    whence = meta.origin or f"{Path(origin.name).name}, step {meta.step:,}"
+    note = f"compressed to {sum(heads)} of {_composites(compressed)} key/value heads: {whence}"
+    Meta(0, 0, 0, config.model_dump(mode="json"), meta.data, {}, versions(), None, note).write(folder)
+    seal(folder)
+
+
+def _dtype(folder: Path) -> str:
+    kinds = {one.dtype for one in stored_tensors(folder, str(folder)).values()}
+    return "bf16" if kinds == {"BF16"} else "fp32"
+
+
+def _composites(compressed: Compressed) -> int:
+    return compressed.model.num_key_value_heads * compressed.model.num_hidden_layers
 
 
 def _options(origin: Origin, heads: str | None, ratio: float | None, layers: str | None) -> list[list[int]]:
@@ -96,7 +151,7 @@ def _options(origin: Origin, heads: str | None, ratio: float | None, layers: str
     for layer, number in wanted.items():
         had = before[layer - 1]
         if not 1 <= number <= had:
-            raise UserError(HEADS, number, f"1 to {had}, of which layer {layer} of {origin.folder} is made")
+            raise UserError(HEADS, number, f"1 to {had}, the component heads of layer {layer} of {origin.name}")
     return [[wanted.get(layer, had)] for layer, had in enumerate(before, start=1)]
 
 
@@ -107,7 +162,7 @@ def _numbers(text: str) -> list[int]:
         raise UserError(HEADS, text, "a number, or one for every layer, as 4,4,2,2") from None
 
 
-def _choose(
+def choose_heads(
     origin: Origin, factoriser: Factoriser, options: list[list[int]], ratio: float, calibration: str | None
 ) -> list[int]:
     """The heads of every layer that are predicted to cost least at that size of the cache."""
@@ -116,7 +171,7 @@ def _choose(
     budget = math.floor(ratio * total + 1e-9)
     least = sum(one[0] for one in options)
     if budget < least:
-        allowed = f"at least {least / total:.4g}: {least} of {total} heads are left when every layer has as few as it can"
+        allowed = f"at least {least}/{total}, with as few heads in every layer as it can have"
         raise UserError(RATIO, ratio, allowed)
     if calibration is None:
         costs = [
@@ -124,13 +179,13 @@ def _choose(
             for layer, one in enumerate(options)
         ]
     else:
-        costs = _measured(origin, factoriser, options, calibration)
+        costs = measured_costs(origin, factoriser, options, calibration)
     chosen = best_heads(costs, budget)
     assert chosen is not None
     return chosen
 
 
-def _measured(
+def measured_costs(
     origin: Origin, factoriser: Factoriser, options: list[list[int]], calibration: str
 ) -> list[dict[int, float]]:
     """What each number of heads costs in each layer alone, in nats a token of calibration data."""
@@ -148,13 +203,33 @@ def _measured(
             for layer, one in changes.items():
                 for heads in one:
                     costs[layer][heads] += losses[layer, heads] - losses[None]
-    return [{heads: cost / max(count, 1) for heads, cost in one.items()} for one in costs]
+    return [_never_better({heads: cost / max(count, 1) for heads, cost in one.items()}) for one in costs]
 
 
-def _told(compressed: Compressed, calibration: str | None) -> str:
-    origin, model = compressed.origin, compressed.model
-    total = model.num_key_value_heads * model.num_hidden_layers
-    lines = [f"cache: {sum(compressed.heads)} of {total} heads ({sum(compressed.heads) / total:.0%}), by layer " + ranges(compressed.heads)]
+def _never_better(costs: dict[int, float]) -> dict[int, float]:
+    """Fewer heads that seem to help do so by chance, on so few tokens."""
+    worst, found = 0.0, {}
+    for heads in sorted(costs, reverse=True):
+        found[heads] = worst = max(worst, costs[heads])
+    return found
+
+
+def _told(compressed: Compressed) -> str:
+    left, total = sum(compressed.heads), _composites(compressed)
+    lines = [
+        f"{left} of {total} key/value heads are cached ({left / total:.1%}); in the layers {ranges(compressed.heads)}"
+    ]
+    factoriser = compressed.factoriser
+    lost = [
+        factoriser.lost(layer, compressed.heads[layer]) / 2
+        for layer, changed in enumerate(compressed.changed)
+        if changed
+    ]
+    if lost:
+        mean = sum(lost) / len(lost)
+        lines.append(f"lost of the mean square of keys and values: {mean:.2%}, {max(lost):.2%} in the worst layer")
+    if compressed.model.qk_norm:
+        lines.append("with qk_norm the cache also holds a number for every composite head and token")
     return "\n".join(lines)
 
 

@@ -5,8 +5,8 @@ S = E[y y^T] their second moment, (h d, h d). All of this needs S alone: of real
 projection, which is that of white inputs and gives the paper's SVD (eq. 36 to 38): the Gram matrix G_ij = E[y_i . y_j]
 of the heads has the squared singular values and the left singular vectors U of the matrix (h, d D) whose rows are the
 heads. U U^T y loses least of all combinations of h' heads (Eckart and Young): the components are U^T y, the
-combination is U^T. The paper folds the singular values into the combination; here they stay with the components, so that
-both have the size that training gives them; the product is the same.
+combination is U^T. The paper folds the singular values into the combination; here they stay with the components, so
+that both have the size that training gives them; the product is the same.
 """
 
 from __future__ import annotations

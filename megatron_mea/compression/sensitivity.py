@@ -45,17 +45,17 @@ def sensitivity(model: str | Path, heads: int, data: str, out: str | Path, align
     out = Path(out)
     if out.suffix != ".json":
         raise UserError("--out", str(out), "a name that ends in .json")
-    origin = open_origin(model)
-    layers = compressible(origin, heads, "--component-heads")
     plot, part = out.with_suffix(".png"), Path(f"{out}.part")
-    with output_place(out, folder=False), output_place(plot, folder=False), written(out):
+    places = output_place(out, folder=False), output_place(plot, folder=False)
+    with places[0], places[1], written(out), open_origin(model, out) as origin:
+        layers = compressible(origin, heads, "--component-heads")
         windows = open_data(origin, data, "--data", windows_at_once(origin, len(layers)))
         asked = {
-            "model": str(origin.folder.resolve()),
-            "data": str(Path(data).resolve()),
+            "model": str(model),
+            "data": data,
             "component_heads": heads,
             "aligned": aligned,
-            "weights": origin.fingerprint(),
+            "weights": origin.fingerprint,
             "passes": len(windows),
         }
         found = _measure(origin, Factoriser(origin, None, aligned), layers, windows, part, asked)
@@ -113,7 +113,9 @@ def _result(origin: Origin, heads: int, layers: list[int], found: dict[str, Any]
 
 def _table(result: dict[str, Any], plot: Path) -> str:
     lines = [f"layer  cross-entropy  difference   (unchanged: {result['cross_entropy']:.4f})"]
-    lines += [f"{row['layer']:5d}  {row['cross_entropy']:13.4f}  {row['difference']:+10.4f}" for row in result["layers"]]
+    lines += [
+        f"{row['layer']:5d}  {row['cross_entropy']:13.4f}  {row['difference']:+10.4f}" for row in result["layers"]
+    ]
     return "\n".join([*lines, f"plot: {plot}"])
 
 

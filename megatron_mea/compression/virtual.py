@@ -9,13 +9,11 @@ import torch
 
 from megatron_mea.compression.align import align
 from megatron_mea.compression.factorise import VirtualHeads, factorise
-from megatron_mea.compression.origin import SIDES, Origin
+from megatron_mea.compression.origin import SIDES, VARIANTS, Origin
 from megatron_mea.config.load import parse_model
 from megatron_mea.config.schema import Model
 from megatron_mea.errors import UserError
 
-VARIANTS = {"plain": "mea_no_norm", "plain_norm": "mea", "mea": "mea", "mea_no_norm": "mea_no_norm"}
-"""Of the compressed model, by the original's."""
 Moments = Mapping[tuple[int, str], torch.Tensor]
 """S = E[y y^T], (h d, h d), of the composite heads of a layer (counted from 0) and side."""
 
@@ -48,7 +46,7 @@ class Factoriser:
     def _make(self, layer: int, side: str, rank: int) -> VirtualHeads:
         model = self.origin.model
         if self.moments is None:
-            rows = self.origin.composites(layer, side).flatten(0, 1)
+            rows = self.origin.composites(layer, side)
             moment = rows @ rows.T
         else:
             moment = self.moments[layer, side]
@@ -74,38 +72,49 @@ class Compressed:
         self.model = _settings(origin.model, self.heads)
 
     def read(self, name: str) -> torch.Tensor:
-        """A parameter by its name, in float32."""
+        """A parameter, whole and in float32."""
+        found = self._made(name)
+        return self.origin.read(name) if found is None else found.float()
+
+    def read_piece(self, name: str, offsets: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
+        found = self._made(name)
+        if found is None:
+            return self.origin.read_piece(name, offsets, shape)
+        return found[tuple(slice(at, at + size) for at, size in zip(offsets, shape, strict=True))].float()
+
+    def _made(self, name: str) -> torch.Tensor | None:
+        """A parameter that is not the original's; None where it is."""
         match = _ATTENTION.fullmatch(name)
         if match is None:
-            return self.origin.read(name)
+            return None
         layer, which, kind = int(match[1]), match[2], match[3]
         if not self.changed[layer]:
-            return self._unchanged(layer, which, name)
+            return self._identity(which)
         if which in ("k_proj", "v_proj"):
-            return self._projection(layer, which[0], kind).float()
+            return self._projection(layer, which[0], kind)
         if which in ("hlc_k", "hlc_v"):
-            return self._virtual(layer, which[-1]).combination.float()
+            return self._virtual(layer, which[-1]).combination
         if which == "q_proj" and (turns := self._virtual(layer, "k").turns) is not None:
-            return self._turned_queries(self.origin.read(name).double(), turns).float()
+            return self._turned_queries(self.origin.read(name).double(), turns)
         if which in ("o_proj", "head_norm") and (turns := self._virtual(layer, "v").turns) is not None:
             if which == "head_norm":
                 # The gains are in `o_proj`, since they belong to features that are turned now.
                 return torch.ones(self.model.head_dim)
-            return self._turned_outputs(layer, self.origin.read(name).double(), turns).float()
-        return self.origin.read(name)
+            return self._turned_outputs(layer, self.origin.read(name).double(), turns)
+        return None
 
     def _virtual(self, layer: int, side: str) -> VirtualHeads:
         return self.factoriser.heads(layer, side, self.heads[layer])
 
-    def _unchanged(self, layer: int, which: str, name: str) -> torch.Tensor:
-        side, model = which[-1], self.origin.model
-        mixed = {"k": model.mixes_keys, "v": model.mixes_values}
-        if which.startswith("hlc_") and not mixed[side]:
-            return torch.eye(model.num_key_value_heads)
-        return self.origin.read(name)
+    def _identity(self, which: str) -> torch.Tensor | None:
+        """What combines the heads of an unchanged layer, where nothing has."""
+        model = self.origin.model
+        if {"hlc_k": model.mixes_keys, "hlc_v": model.mixes_values}.get(which, True):
+            return None
+        return torch.eye(model.num_key_value_heads)
 
     def _projection(self, layer: int, side: str, kind: str) -> torch.Tensor:
-        composites = self.origin.composites(layer, side).flatten(0, 1)
+        composites = self.origin.composites(layer, side)
         found = self._virtual(layer, side).selection @ composites
         if kind == "bias":
             return found[:, -1]
@@ -128,20 +137,14 @@ def compressible(origin: Origin, heads: int, where: str) -> list[int]:
     """The layers (counted from 0) with more component heads than that.
 
     Raises:
-        UserError: none; or the variant has no key and value heads to combine.
+        UserError: there are none.
     """
-    check_variant(origin)
     had = origin.model.component_heads
     found = [layer for layer, before in enumerate(had) if before > heads]
     if heads < 1 or not found:
-        raise UserError(where, heads, f"1 to {max(had) - 1}: {origin.folder} has {max(had)} component heads a layer")
+        allowed = f"1 to {max(had) - 1}" if max(had) > 1 else "a model with more than one component head"
+        raise UserError(where, heads, f"{allowed}: {origin.name} has {max(had)} in a layer")
     return found
-
-
-def check_variant(origin: Origin) -> None:
-    variant = origin.model.attention_variant
-    if variant not in VARIANTS:
-        raise UserError("MODEL", f"{origin.folder}, of the variant {variant}", f"one of {', '.join(VARIANTS)}")
 
 
 def _settings(model: Model, heads: list[int]) -> Model:

@@ -1,0 +1,60 @@
+"""Which layers are compressed, and how far."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_mea.compression.budget import best_heads, chosen_layers
+from megatron_mea.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("text", "layers", "expected"),
+    [
+        ("half", 48, list(range(12, 36))),
+        ("deep", 48, list(range(4, 49))),
+        ("full", 48, list(range(1, 49))),
+        ("half", 36, list(range(9, 27))),
+        ("half", 30, list(range(7, 22))),
+        ("half", 3, [1]),
+        ("5-7,2", 8, [5, 6, 7, 2]),
+    ],
+)
+def test_layers_are_counted_from_one_as_in_the_paper(text, layers, expected):
+    assert chosen_layers(text, layers) == dict.fromkeys(expected)
+
+
+def test_a_list_may_name_heads():
+    assert chosen_layers("2-3:1, 5:2,6", 8) == {2: 1, 3: 1, 5: 2, 6: None}
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("deep", "no layer of 3"), ("0-2", "0-2"), ("3-2", "3-2"), ("2-4", "2-4"), ("some", "some"), ("1,1", "twice")],
+)
+def test_what_is_no_layer_is_refused(text, found):
+    with pytest.raises(UserError, match="--layers") as raised:
+        chosen_layers(text, 3)
+    assert found in str(raised.value)
+
+
+@given(
+    st.lists(st.dictionaries(st.integers(1, 4), st.floats(-1, 10), min_size=1), min_size=1, max_size=5),
+    st.integers(0, 20),
+)
+def test_the_best_heads_are_those_of_all_combinations(costs, budget):
+    fitting = [heads for heads in product(*costs) if sum(heads) <= budget]
+    found = best_heads(costs, budget)
+    if not fitting:
+        assert found is None
+        return
+
+    def cost(heads):
+        return sum(options[number] for options, number in zip(costs, heads, strict=True))
+
+    assert sum(found) <= budget
+    assert cost(found) == pytest.approx(min(map(cost, fitting)))
