@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from itertools import product
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_mea.cluster.plan import as_json, make_plan
 from megatron_mea.compression.budget import best_heads, chosen_layers
+from megatron_mea.config import load_config
 from megatron_mea.errors import UserError
+
+CONFIGS = Path(__file__).parents[2] / "configs/compression"
 
 
 @pytest.mark.parametrize(
@@ -58,3 +63,17 @@ def test_the_best_heads_are_those_of_all_combinations(costs, budget):
 
     assert sum(found) <= budget
     assert cost(found) == pytest.approx(min(map(cost, fitting)))
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"), [("half", "half"), ("deep", "deep"), ("full", "full"), ("recovery", "full")]
+)
+def test_the_configurations_of_the_paper_are_what_compress_makes_and_can_be_planned(name, preset):
+    config = load_config(CONFIGS / f"{name}.yaml")
+    layers = config.model.num_hidden_layers
+    expected = [4 if layer in chosen_layers(preset, layers) else 8 for layer in range(1, layers + 1)]
+    assert config.model.component_heads == expected
+    plan = as_json(make_plan(config, 512))
+    assert plan["steps"] == {"recovery": 14_902}.get(name, 328)
+    assert config.schedule.warmup_steps < config.steps
+    assert (config.optimizer.lr, config.schedule.min_lr_ratio) == (1.6e-5, 0)
