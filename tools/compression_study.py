@@ -121,10 +121,7 @@ def main() -> None:
         rows.append((name, study.loss(folder)))
         print(f"{name:<28} {rows[-1][1]:.4f}", flush=True)
     print("\nafter going on, mean and standard deviation over seeds", flush=True)
-    for start in (
-        base,
-        *(compressed[name] for name in ("weights-50", "outputs-50", "outputs-aligned-50", "outputs-aligned-auto-50")),
-    ):
+    for start in (base, *(compressed[name] for name in CONTINUED)):
         for teacher in (None, base):
             losses = [study.loss(study.go_on(start, teacher, seed)) for seed in study.seeds]
             spread = stdev(losses) if len(losses) > 1 else 0.0
