@@ -81,6 +81,7 @@ def load_model(path: str | Path) -> tuple[PreTrainedModel, Path, Config | None]:
             str(path),
             dtype=torch.float32,
             use_safetensors=True,
+            trust_remote_code=False,
             local_files_only=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
