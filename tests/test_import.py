@@ -57,8 +57,10 @@ KINDS = {
 """Models of transformers' own classes, by the part of the name before the dash."""
 
 
-def saved(kind: str, folder: Path, dtype: torch.dtype = torch.float32, **sharding: Any) -> Path:
-    config = CONFIG_MAPPING[kind.partition("-")[0]](**SIZES | KINDS[kind])
+def saved(
+    kind: str, folder: Path, dtype: torch.dtype = torch.float32, vocab_size: int = SIZES["vocab_size"], **sharding: Any
+) -> Path:
+    config = CONFIG_MAPPING[kind.partition("-")[0]](**SIZES | KINDS[kind] | {"vocab_size": vocab_size})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():
@@ -199,6 +201,22 @@ class TestStock:
         assert main(["evaluate", str(tmp_path / "checkpoint")]) == 2
         assert main(["inspect", str(tmp_path / "checkpoint")]) == 0
         assert "imported from model (mistral, F32); no moments" in capsys.readouterr().out
+
+    def test_a_tokenizer_with_more_ids_than_the_model(self, tiny, tmp_path, capsys):
+        """Such as one to which a padding token was added afterwards."""
+        source = saved("llama", tmp_path / "model", vocab_size=300)
+        load_tokenizer(tiny.tokenizer).save_pretrained(source)
+        tokenizer = load_tokenizer(source)
+        tokenizer.add_special_tokens({"pad_token": "<padding>"})
+        tokenizer.save_pretrained(source)
+        assert main(["import", str(source), str(tmp_path / "checkpoint")]) == 0
+        assert "the tokenizer has 385 ids, and the model only 300" in capsys.readouterr().err
+        assert main(["export", str(tmp_path / "checkpoint"), str(tmp_path / "out")]) == 0
+        config = json.loads((tmp_path / "out/config.json").read_text())
+        assert config["pad_token_id"] == config["eos_token_id"] == 2
+        capsys.readouterr()
+        assert main(["generate", str(tmp_path / "checkpoint"), "--prompt", "And the Lord"]) == 2
+        assert "ids below 300" in capsys.readouterr().err
 
     def test_generation_settings_and_chat_template_go_in_and_out(self, tiny, tmp_path):
         """As they are: a model for chats ends with several tokens, of which a tokenizer knows one."""
