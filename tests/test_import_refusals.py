@@ -77,6 +77,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_pos
         ("llama", {"head_dim": 7}, "`head_dim`=7"),
         ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000"),
         ("mea", {"intermediate_size": 10**30}, f"intermediate_size = {10**30}"),
+        ("llama", {"num_attention_heads": 0}, "num_attention_heads = 0"),
         ("llama", {"num_attention_heads": "four"}, "unreadable"),
         ("llama", {"rms_norm_eps": -1.0}, "rms_norm_eps = -1.0"),
         ("mea", {"num_component_heads": [5, 4, 4]}, "num_component_heads = 5"),
