@@ -8,9 +8,11 @@ import pytest
 import torch
 from models import decoder_and_tensors, name_of, small_model
 from safetensors.torch import load_file
+from test_import import exported, weights_of
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from megatron_mea.checkpoint.folder import Meta
 from megatron_mea.cli import main
 from megatron_mea.errors import UserError
 from megatron_mea.huggingface.modeling_mea import MEAForCausalLM, rotary_cos_sin
@@ -35,9 +37,9 @@ def both(kind: str, case: dict) -> tuple[MEAForCausalLM, nn.Module]:
         # As a folder gives it back.
         config = type(target.config).from_dict(json.loads(target.config.to_json_string()))
         made = target.model_class(config).double().eval()
-        exported = {name: one.make(*map(tensors.get, one.sources)).double() for name, one in target.tensors.items()}
-        assert {name: one.shape for name, one in target.tensors.items()} == {n: t.shape for n, t in exported.items()}
-        missing, unexpected = made.load_state_dict(exported, strict=False)
+        made_of = {name: one.make(*map(tensors.get, one.sources)).double() for name, one in target.tensors.items()}
+        assert {name: one.shape for name, one in target.tensors.items()} == {n: t.shape for n, t in made_of.items()}
+        missing, unexpected = made.load_state_dict(made_of, strict=False)
         assert not unexpected
         assert missing == (["lm_head.weight"] if model.tie_word_embeddings else [])
         made.tie_weights()
@@ -196,3 +198,38 @@ def test_a_refused_target_writes_nothing(trained, tmp_path, capsys):
     assert "--target" in error
     assert "stock, for the variant mea" in error
     assert not list(tmp_path.iterdir())
+
+
+def test_the_export_for_vllm_comes_back(tmp_path):
+    """Its config.json tells of the cache what others tell of the model; the weights are the same."""
+    source = exported(tmp_path / "own", num_component_heads=[1, 2, 4], head_dim=32)
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main(["import", str(source), str(first)]) == 0
+    assert main(["export", str(first), str(tmp_path / "served"), "--target", "vllm"]) == 0
+    assert main(["import", str(tmp_path / "served"), str(second)]) == 0
+    assert Meta.read(first).config["model"] == Meta.read(second).config["model"]
+    ours, theirs = weights_of(first), weights_of(second)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_folder_is_exported_as_its_import_is(tmp_path, capsys):
+    """By way of a checkpoint, of which nothing stays; what the target cannot be is refused before there is one."""
+    source, places = exported(tmp_path / "own", attention_variant="mea_no_norm", num_component_heads=2), {}
+    assert main(["import", str(source), str(tmp_path / "checkpoint")]) == 0
+    for name in ("checkpoint", "own"):
+        places[name] = tmp_path / "stock" / name
+        assert main(["export", str(tmp_path / name), str(places[name]), "--target", "stock"]) == 0
+    assert "differ from the trainer's by at most" in capsys.readouterr().out
+    ours, theirs = (load_file(place / "model.safetensors") for place in places.values())
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert main(["export", str(places["own"]), str(tmp_path / "deep/out"), "--target", "vllm"]) == 2
+    captured = capsys.readouterr()
+    assert "leave nothing to save" in captured.err
+    assert "import" not in captured.err
+    (source / "model.safetensors").write_bytes(b"")
+    assert main(["export", str(source), str(tmp_path / "deep/out")]) == 2
+    assert "model.safetensors, unreadable" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"own", "checkpoint", "stock"}
+    assert {path.name for path in (tmp_path / "stock").iterdir()} == {"own", "checkpoint"}

@@ -57,8 +57,10 @@ KINDS = {
 """Models of transformers' own classes, by the part of the name before the dash."""
 
 
-def saved(kind: str, folder: Path, dtype: torch.dtype = torch.float32, **sharding: Any) -> Path:
-    config = CONFIG_MAPPING[kind.partition("-")[0]](**SIZES | KINDS[kind])
+def saved(
+    kind: str, folder: Path, dtype: torch.dtype = torch.float32, vocab_size: int = SIZES["vocab_size"], **sharding: Any
+) -> Path:
+    config = CONFIG_MAPPING[kind.partition("-")[0]](**SIZES | KINDS[kind] | {"vocab_size": vocab_size})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():
@@ -200,6 +202,22 @@ class TestStock:
         assert main(["inspect", str(tmp_path / "checkpoint")]) == 0
         assert "imported from model (mistral, F32); no moments" in capsys.readouterr().out
 
+    def test_a_tokenizer_with_more_ids_than_the_model(self, tiny, tmp_path, capsys):
+        """Such as one to which a padding token was added afterwards."""
+        source = saved("llama", tmp_path / "model", vocab_size=300)
+        load_tokenizer(tiny.tokenizer).save_pretrained(source)
+        tokenizer = load_tokenizer(source)
+        tokenizer.add_special_tokens({"pad_token": "<padding>"})
+        tokenizer.save_pretrained(source)
+        assert main(["import", str(source), str(tmp_path / "checkpoint")]) == 0
+        assert "the tokenizer has 385 ids, and the model only 300" in capsys.readouterr().err
+        assert main(["export", str(tmp_path / "checkpoint"), str(tmp_path / "out")]) == 0
+        config = json.loads((tmp_path / "out/config.json").read_text())
+        assert config["pad_token_id"] == config["eos_token_id"] == 2
+        capsys.readouterr()
+        assert main(["generate", str(tmp_path / "checkpoint"), "--prompt", "And the Lord"]) == 2
+        assert "ids below 300" in capsys.readouterr().err
+
     def test_generation_settings_and_chat_template_go_in_and_out(self, tiny, tmp_path):
         """As they are: a model for chats ends with several tokens, of which a tokenizer knows one."""
         source = saved("llama", tmp_path / "model")
@@ -280,39 +298,6 @@ class TestVariants:
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
         models = [parse_config(Meta.read(one).config, False).model for one in (run, tmp_path / "checkpoint-fp32")]
         assert models[0] == models[1]
-
-    def test_the_export_for_vllm(self, tmp_path):
-        """Its config.json tells of the cache what others tell of the model; the weights are the same."""
-        source = exported(tmp_path / "own", num_component_heads=[1, 2, 4], head_dim=32)
-        first, second = tmp_path / "first", tmp_path / "second"
-        assert main(["import", str(source), str(first)]) == 0
-        assert main(["export", str(first), str(tmp_path / "served"), "--target", "vllm"]) == 0
-        assert main(["import", str(tmp_path / "served"), str(second)]) == 0
-        assert Meta.read(first).config["model"] == Meta.read(second).config["model"]
-        ours, theirs = weights_of(first), weights_of(second)
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-    def test_a_folder_is_exported_as_its_import_is(self, tmp_path, capsys):
-        """By way of a checkpoint, of which nothing stays; what the target cannot be is refused before there is one."""
-        source, places = exported(tmp_path / "own", attention_variant="mea_no_norm", num_component_heads=2), {}
-        assert main(["import", str(source), str(tmp_path / "checkpoint")]) == 0
-        for name in ("checkpoint", "own"):
-            places[name] = tmp_path / "stock" / name
-            assert main(["export", str(tmp_path / name), str(places[name]), "--target", "stock"]) == 0
-        assert "differ from the trainer's by at most" in capsys.readouterr().out
-        ours, theirs = (load_file(place / "model.safetensors") for place in places.values())
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-        assert main(["export", str(places["own"]), str(tmp_path / "deep/out"), "--target", "vllm"]) == 2
-        captured = capsys.readouterr()
-        assert "leave nothing to save" in captured.err
-        assert "import" not in captured.err
-        (source / "model.safetensors").write_bytes(b"")
-        assert main(["export", str(source), str(tmp_path / "deep/out")]) == 2
-        assert "model.safetensors, unreadable" in capsys.readouterr().err
-        assert {path.name for path in tmp_path.iterdir()} == {"own", "checkpoint", "stock"}
-        assert {path.name for path in (tmp_path / "stock").iterdir()} == {"own", "checkpoint"}
 
     @pytest.mark.parametrize(
         ("own", "keeping"),

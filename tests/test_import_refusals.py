@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import resource
 import shutil
@@ -76,6 +77,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_pos
         ("llama", {"head_dim": 7}, "`head_dim`=7"),
         ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000"),
         ("mea", {"intermediate_size": 10**30}, f"intermediate_size = {10**30}"),
+        ("llama", {"num_attention_heads": 0}, "num_attention_heads = 0"),
         ("llama", {"num_attention_heads": "four"}, "unreadable"),
         ("llama", {"rms_norm_eps": -1.0}, "rms_norm_eps = -1.0"),
         ("mea", {"num_component_heads": [5, 4, 4]}, "num_component_heads = 5"),
@@ -210,7 +212,8 @@ def test_a_tokenizer_without_an_end_of_document(tiny, refuse):
     assert "without an eos token" in refuse("llama", change)
 
 
-def test_code_of_a_folder_is_not_run(models, tmp_path, capsys):
+def test_code_of_a_folder_is_not_run(models, tmp_path, capsys, monkeypatch):
+    """Nor does anything ask whether it may be: `y` on stdin is no consent."""
     source = tmp_path / "source"
     shutil.copytree(models / "llama", source)
     (source / "modeling.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
@@ -218,6 +221,10 @@ def test_code_of_a_folder_is_not_run(models, tmp_path, capsys):
     describe(source, auto_map=names)
     assert main(["import", str(source), str(tmp_path / "out")]) == 0
     assert "code of its own (auto_map), which is not run: imported as a llama" in capsys.readouterr().err
+    describe(source, auto_map=names, model_type="another")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    for command in (["import", str(source), str(tmp_path / "again")], ["generate", str(source), "--prompt", "a"]):
+        assert main(command) == 2
     assert not (tmp_path / "ran").exists()
 
 

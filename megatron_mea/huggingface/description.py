@@ -22,7 +22,7 @@ STOCK = ("llama", "mistral", "qwen2", "qwen3")
 _KINDS = ("mea", "mea_vllm", *STOCK)
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 _MOST = {"num_hidden_layers": 10_000} | dict.fromkeys(_SIZES, 1 << 20)
-"""Larger numbers are traps or typing errors: transformers makes lists as long as a config.json says."""
+"""Larger numbers, and 0, are traps or typing errors: transformers divides, and makes lists as long as the file says."""
 _SAME_NAME = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings"),
@@ -107,8 +107,8 @@ def _foreign(description: dict[str, Any]) -> Iterator[Problem]:
         if description.get(key):
             yield Problem(key, description[key], "nothing: mixtures of experts are not supported")
     for key, most in _MOST.items():
-        if isinstance(size := description.get(key), int) and size > most:
-            yield Problem(key, size, f"at most {most:,}")
+        if isinstance(size := description.get(key), int) and not 1 <= size <= most:
+            yield Problem(key, size, f"1 to {most:,}")
 
 
 def _different(config: Any, kind: str) -> Iterator[Problem]:

@@ -69,7 +69,8 @@ def export(
             return export(checkpoint, out, dtype, kind, shard_bytes)
     _return_freed_memory()
     source = open_checkpoint(model)
-    target = make_target(kind, source.config.model, dtype=_DTYPES[dtype], **token_ids(source.tokenizer))
+    ids = token_ids(source.tokenizer, source.config.model.vocab_size)
+    target = make_target(kind, source.config.model, dtype=_DTYPES[dtype], **ids)
     with output_place(out, folder=True), written(out):
         _check_space(out, target, dtype)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
@@ -153,5 +154,7 @@ def _real_tokens(source: CheckpointSource) -> torch.Tensor:
     if not source.tokenizer.is_dir():
         return torch.randint(vocab, (2, length), generator=torch.Generator().manual_seed(0))
     tokenizer = load_tokenizer(source.tokenizer, str(source.tokenizer))
-    ids = tokenizer("In the beginning God created the heaven and the earth. " * 8, add_special_tokens=False)
-    return torch.tensor([ids["input_ids"][:length]] * 2)
+    text = "In the beginning God created the heaven and the earth. " * 8
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"][:length]
+    # An imported tokenizer may have ids beyond the model's.
+    return torch.tensor([ids] * 2).clamp(max=vocab - 1)

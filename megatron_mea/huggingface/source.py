@@ -81,6 +81,7 @@ def load_model(path: str | Path) -> tuple[PreTrainedModel, Path, Config | None]:
             str(path),
             dtype=torch.float32,
             use_safetensors=True,
+            trust_remote_code=False,
             local_files_only=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
@@ -95,20 +96,25 @@ def load_model(path: str | Path) -> tuple[PreTrainedModel, Path, Config | None]:
     return model.eval(), Path(path), None
 
 
-def token_ids(tokenizer: Path) -> dict[str, int | None]:
-    """The special ids of a tokenizer folder, as a configuration names them; none where there is no folder."""
+def token_ids(tokenizer: Path, vocab_size: int) -> dict[str, int | None]:
+    """The special ids of a tokenizer folder, as a configuration names them; none where there is no folder.
+
+    An imported tokenizer may have more ids than the model, such as a padding token that was added afterwards.
+    """
     if not tokenizer.is_dir():
         return {}
     loaded = load_tokenizer(tokenizer, str(tokenizer))
     ids = {key: getattr(loaded, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ids = {key: one if one is not None and one < vocab_size else None for key, one in ids.items()}
     # Without a padding token batches are padded with the end-of-document token, as is usual.
-    return ids | {"pad_token_id": loaded.eos_token_id if ids["pad_token_id"] is None else ids["pad_token_id"]}
+    return ids | {"pad_token_id": ids["eos_token_id"] if ids["pad_token_id"] is None else ids["pad_token_id"]}
 
 
 def causal_lm(source: CheckpointSource, dtype: torch.dtype = torch.float32) -> MEAForCausalLM:
     """The exported model of a checkpoint, in memory."""
     with torch.device("meta"):
-        model = MEAForCausalLM(to_hf_config(source.config.model, dtype=dtype, **token_ids(source.tokenizer)))
+        ids = token_ids(source.tokenizer, source.config.model.vocab_size)
+        model = MEAForCausalLM(to_hf_config(source.config.model, dtype=dtype, **ids))
     weights = {name: tensor.to(dtype) for name, tensor in source.weights().items()}
     if source.config.model.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]

@@ -99,6 +99,9 @@ def generate(model: str | Path, prompt: str, max_new_tokens: int, temperature: f
     if length + max_new_tokens > limit:
         found = f"{max_new_tokens} after a prompt of {length} tokens"
         raise UserError("--max-new-tokens", found, f"at most {max(limit - length, 0)}: the context is {limit}")
+    if (highest := int(inputs["input_ids"].max())) >= loaded.config.vocab_size:
+        found = f"text whose tokens go up to id {highest}"
+        raise UserError("--prompt", found, f"ids below {loaded.config.vocab_size}, which are all that the model has")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     output = loaded.to(device).generate(
