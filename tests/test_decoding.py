@@ -111,6 +111,7 @@ MODES = {
     "sampling": {"do_sample": True, "top_k": 10, "temperature": 1.3},
     "chunked-prefill": {"prefill_chunk_size": 4},
     "static": {"cache_implementation": "static"},
+    "static-chunked-prefill": {"cache_implementation": "static", "prefill_chunk_size": 4},
     "prompt-lookup": {"prompt_lookup_num_tokens": 3},
     "assisted": {"assistant_model": True},
 }

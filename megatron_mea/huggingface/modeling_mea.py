@@ -504,6 +504,10 @@ class MEAForCausalLM(MEAPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def _get_static_cache_init_shape(self):
+        """No shape in advance: transformers would take `num_key_value_heads` of `head_dim`, which no layer caches."""
+        return None
+
     @accept_either_cache_name
     @can_return_tuple
     def forward(
