@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 
 from megatron_mea.cli import main
 
@@ -65,6 +72,17 @@ def test_pipeline(exported):
     settings = {"max_new_tokens": 4, "do_sample": False}
     texts = generate(["And the", "To be"], return_full_text=True, **settings)
     assert [row[0]["generated_text"][:5] for row in texts] == ["And t", "To be"]
+
+
+def test_classification(exported):
+    """With trust given once: transformers asks for it again where it makes the base model by its configuration."""
+    model = AutoModelForSequenceClassification.from_pretrained(exported, trust_remote_code=True, num_labels=3).eval()
+    ids = torch.arange(4, 24).view(2, 10)
+    padded = torch.nn.functional.pad(ids, (0, 4), value=model.config.pad_token_id)
+    mask = (padded != model.config.pad_token_id).long()
+    torch.testing.assert_close(model(padded, attention_mask=mask).logits, model(ids).logits)
+    model(ids, labels=torch.tensor([0, 2])).loss.backward()
+    assert model.score.weight.grad.abs().sum() > 0
 
 
 def test_trainer(exported, tiny, tmp_path):

@@ -546,7 +546,13 @@ class MEAForCausalLM(MEAPreTrainedModel, GenerationMixin):
 
 
 class MEAForSequenceClassification(GenericForSequenceClassification, MEAPreTrainedModel):
-    pass
+    def __init__(self, config: MEAConfig):
+        # Not the generic one, whose base model comes from AutoModel: that asks anew whether this code is trusted.
+        MEAPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = MEAModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
 
 
 __all__ = [
