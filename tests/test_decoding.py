@@ -182,9 +182,10 @@ def test_a_step_copies_nothing_of_the_cache(monkeypatch, qk_norm, dtype):
 @torch.no_grad()
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_a_compiled_step_is_one_graph_and_compiled_once(path, qk_norm):
-    _, _, hf = exported(
-        {"attention_variant": "mea", "num_component_heads": [1, 2], "num_hidden_layers": 2, "qk_norm": qk_norm}
-    )
+    """Dynamic angles too, though they depend on the values of the positions."""
+    rope = {"rope_type": "dynamic", "factor": 2} if qk_norm else None
+    case = {"attention_variant": "mea", "num_component_heads": [1, 2], "num_hidden_layers": 2, "rope_scaling": rope}
+    _, _, hf = exported(case | {"qk_norm": qk_norm})
     ids, mask, positions = left_padded(37)
     expected = hf(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
     graphs = []
@@ -194,7 +195,7 @@ def test_a_compiled_step_is_one_graph_and_compiled_once(path, qk_norm):
         return graph.forward
 
     torch._dynamo.reset()
-    step = torch.compile(hf.forward, backend=count, fullgraph=True)
+    step = torch.compile(hf.forward, backend=count)
     cache = StaticCache(config=hf.config, max_cache_len=40)
     found = in_chunks(hf, cache, ids, mask, positions, chunks=(12,) + (1,) * 11, step=step)
     torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], rtol=1e-9, atol=1e-9)
