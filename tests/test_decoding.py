@@ -94,6 +94,18 @@ def test_a_mask_of_four_dimensions_is_taken_as_it_is(path, qk_norm, heads, boole
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("heads", [1, 8])
+def test_one_row_of_a_mask_for_all_queries(path, heads):
+    _, _, hf = exported(MIXED)
+    ids = left_padded(37)[0]
+    mask = (torch.arange(23) < torch.arange(2, 2 + heads)[:, None, None])[None]
+    expected = hf(ids, attention_mask=mask, use_cache=False).logits
+    cache = DynamicCache(config=hf.config)
+    found = [hf(ids[:, a:b], attention_mask=mask[..., :b], cache=cache).logits for a, b in ((0, 12), (12, 13), (13, 23))]
+    torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_attentions_of_absorbed_steps(path, qk_norm):
     _, _, hf = exported(MIXED | {"qk_norm": qk_norm}, "eager")

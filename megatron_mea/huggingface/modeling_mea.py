@@ -29,9 +29,8 @@ from .configuration_mea import MEAConfig
 # transformers 5.24 renamed `past_key_values` to `cache` everywhere; older releases know the old name only.
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
-FEW_TOKENS = (
-    32  # as many new tokens are a step of decoding, not a prompt: the mask is then repeated for each query head
-)
+# As many new tokens are a step of decoding, not a prompt: the mask is then repeated for each query head.
+FEW_TOKENS = 32
 WIDEST_KERNEL_HEAD = 256  # of FlashAttention and, on a GPU, FlexAttention
 
 
@@ -171,10 +170,11 @@ def packed_attention_forward(module, query, key, value, attention_mask, scaling,
         return output, None
     batch, heads, seq, dim = query.shape
     count = key.shape[1]
-    if attention_mask is not None and attention_mask.shape[1] > 1:
-        attention_mask = attention_mask.reshape(-1, count, heads // count * seq, key.shape[2])
-    elif attention_mask is not None and seq > 1:
-        attention_mask = attention_mask.repeat(1, 1, heads // count, 1)
+    if attention_mask is not None and (attention_mask.shape[1] > 1 or seq > 1):
+        # shape: (batch, H or 1, q or 1, all) -> (batch, n or 1, H / n q, all)
+        groups = count if attention_mask.shape[1] > 1 else 1
+        attention_mask = attention_mask.expand(-1, groups * (heads // count), seq, -1)
+        attention_mask = attention_mask.reshape(-1, groups, heads // count * seq, key.shape[2])
     output = F.scaled_dot_product_attention(
         query.reshape(batch, count, -1, dim), key, value, attn_mask=attention_mask, scale=scaling
     )
