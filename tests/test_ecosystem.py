@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from megatron_mea.cli import main
+from megatron_mea.huggingface.tasks import PAPER, beside_the_paper
 
 for name in ("lm_eval", "accelerate", "peft"):
     pytest.importorskip(name, reason=f"{name} is not installed (the extra `eval`)")
@@ -170,6 +171,14 @@ def accuracy(folder: Path, rows: list[dict]) -> float:
         (likelihood(row["goal"], row["sol2"]) > likelihood(row["goal"], row["sol1"])) == row["label"] for row in rows
     ]
     return sum(right) / len(right)
+
+
+def test_the_table_has_the_papers_numbers():
+    """Rounded as the paper prints them: the mean of "+ GroupNorm" is 45.665."""
+    lines = beside_the_paper({name: {"acc": 0.5, "acc_stderr": 0.01} for name in PAPER}).splitlines()
+    assert lines[1].split() == ["PIQA", "50.00", "1.00", "71.93", "71.38", "71.76", "73.18"]
+    assert lines[7].split() == ["mean", "50.00", "45.88", "45.67", "46.36", "46.39"]
+    assert "mean" not in beside_the_paper({name: {"acc_norm": 0.5} for name in PAPER})
 
 
 @pytest.mark.parametrize(
