@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -19,9 +20,12 @@ from transformers import (
 from megatron_mea.cli import main
 from megatron_mea.huggingface.tasks import PAPER, beside_the_paper
 
-for name in ("lm_eval", "accelerate", "peft"):
+for name in ("accelerate", "peft"):
     pytest.importorskip(name, reason=f"{name} is not installed (the extra `eval`)")
+lm_eval_tasks = pytest.importorskip("lm_eval.tasks", reason="lm_eval is not installed (the extra `eval`)")
 
+# The tasks that come with lm-eval are read once, not for each command.
+MANAGER = functools.cache(lm_eval_tasks.TaskManager)
 SETTINGS = {"training.steps": 20, "evaluation.interval": 20, "checkpoint.interval": 20}
 
 
@@ -192,6 +196,7 @@ def test_the_table_has_the_papers_numbers():
 )
 def test_tasks_that_cannot_be_had(exported, tmp_path, capsys, monkeypatch, task, reason):
     """`piqa`: its data is on the hub, and tests have no network."""
+    monkeypatch.setattr(lm_eval_tasks, "TaskManager", MANAGER)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     Path("broken.yaml").write_text("task: broken\ndataset_path: json\ndataset_kwargs: {data_files: nothing.jsonl}\n")
