@@ -114,6 +114,35 @@ def test_trainer(exported, tiny, tmp_path):
     assert again(ids[None], labels=ids[None]).loss.item() < before
 
 
+def test_accumulated_gradients_are_those_of_one_batch(exported, tmp_path):
+    """Rows of unequal length: the loss is a mean over the tokens of all micro batches, not of their means."""
+    rows = [{"input_ids": torch.arange(4, 4 + length), "labels": torch.arange(4, 4 + length)} for length in (30, 5)]
+    trained = []
+    for size, steps in ((2, 1), (1, 2)):
+        model = load(exported)
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=1,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            learning_rate=1.0,
+            optim="sgd",
+            report_to=[],
+            save_strategy="no",
+        )
+        Trainer(model=model, args=arguments, train_dataset=rows, data_collator=right_padded).train()
+        trained.append(torch.cat([p.detach().cpu().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*trained, rtol=0, atol=1e-6)
+
+
+def right_padded(rows: list[dict]) -> dict[str, torch.Tensor]:
+    def stacked(key: str, fill: int) -> torch.Tensor:
+        return torch.nn.utils.rnn.pad_sequence([row[key] for row in rows], batch_first=True, padding_value=fill)
+
+    ids, labels = stacked("input_ids", 3), stacked("labels", -100)
+    return {"input_ids": ids, "labels": labels, "attention_mask": (labels != -100).long()}
+
+
 def write_task(folder: Path, name: str, rows: list[dict]) -> Path:
     """A multiple-choice task with its data beside it."""
     folder.mkdir(exist_ok=True)
