@@ -100,8 +100,8 @@ def test_one_row_of_a_mask_for_all_queries(path, heads):
     ids = left_padded(37)[0]
     mask = (torch.arange(23) < torch.arange(2, 2 + heads)[:, None, None])[None]
     expected = hf(ids, attention_mask=mask, use_cache=False).logits
-    cache = DynamicCache(config=hf.config)
-    found = [hf(ids[:, a:b], attention_mask=mask[..., :b], cache=cache).logits for a, b in ((0, 12), (12, 13), (13, 23))]
+    cache, parts = DynamicCache(config=hf.config), ((0, 12), (12, 13), (13, 23))
+    found = [hf(ids[:, start:end], attention_mask=mask[..., :end], cache=cache).logits for start, end in parts]
     torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-9, atol=1e-9)
 
 
