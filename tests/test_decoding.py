@@ -94,6 +94,18 @@ def test_a_mask_of_four_dimensions_is_taken_as_it_is(path, qk_norm, heads, boole
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("heads", [1, 8])
+def test_one_row_of_a_mask_for_all_queries(path, heads):
+    _, _, hf = exported(MIXED)
+    ids = left_padded(37)[0]
+    mask = (torch.arange(23) < torch.arange(2, 2 + heads)[:, None, None])[None]
+    expected = hf(ids, attention_mask=mask, use_cache=False).logits
+    cache, parts = DynamicCache(config=hf.config), ((0, 12), (12, 13), (13, 23))
+    found = [hf(ids[:, start:end], attention_mask=mask[..., :end], cache=cache).logits for start, end in parts]
+    torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_attentions_of_absorbed_steps(path, qk_norm):
     _, _, hf = exported(MIXED | {"qk_norm": qk_norm}, "eager")
@@ -111,6 +123,7 @@ MODES = {
     "sampling": {"do_sample": True, "top_k": 10, "temperature": 1.3},
     "chunked-prefill": {"prefill_chunk_size": 4},
     "static": {"cache_implementation": "static"},
+    "static-chunked-prefill": {"cache_implementation": "static", "prefill_chunk_size": 4},
     "prompt-lookup": {"prompt_lookup_num_tokens": 3},
     "assisted": {"assistant_model": True},
 }
@@ -181,9 +194,10 @@ def test_a_step_copies_nothing_of_the_cache(monkeypatch, qk_norm, dtype):
 @torch.no_grad()
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_a_compiled_step_is_one_graph_and_compiled_once(path, qk_norm):
-    _, _, hf = exported(
-        {"attention_variant": "mea", "num_component_heads": [1, 2], "num_hidden_layers": 2, "qk_norm": qk_norm}
-    )
+    """Dynamic angles too, though they depend on the values of the positions."""
+    rope = {"rope_type": "dynamic", "factor": 2} if qk_norm else None
+    case = {"attention_variant": "mea", "num_component_heads": [1, 2], "num_hidden_layers": 2, "rope_scaling": rope}
+    _, _, hf = exported(case | {"qk_norm": qk_norm})
     ids, mask, positions = left_padded(37)
     expected = hf(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
     graphs = []
@@ -193,7 +207,7 @@ def test_a_compiled_step_is_one_graph_and_compiled_once(path, qk_norm):
         return graph.forward
 
     torch._dynamo.reset()
-    step = torch.compile(hf.forward, backend=count, fullgraph=True)
+    step = torch.compile(hf.forward, backend=count)
     cache = StaticCache(config=hf.config, max_cache_len=40)
     found = in_chunks(hf, cache, ids, mask, positions, chunks=(12,) + (1,) * 11, step=step)
     torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], rtol=1e-9, atol=1e-9)

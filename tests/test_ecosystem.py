@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 
 from megatron_mea.cli import main
+from megatron_mea.huggingface.tasks import PAPER, beside_the_paper
 
-for name in ("lm_eval", "accelerate", "peft"):
+for name in ("accelerate", "peft"):
     pytest.importorskip(name, reason=f"{name} is not installed (the extra `eval`)")
+lm_eval_tasks = pytest.importorskip("lm_eval.tasks", reason="lm_eval is not installed (the extra `eval`)")
 
+# The tasks that come with lm-eval are read once, not for each command.
+MANAGER = functools.cache(lm_eval_tasks.TaskManager)
 SETTINGS = {"training.steps": 20, "evaluation.interval": 20, "checkpoint.interval": 20}
 
 
@@ -67,6 +79,17 @@ def test_pipeline(exported):
     assert [row[0]["generated_text"][:5] for row in texts] == ["And t", "To be"]
 
 
+def test_classification(exported):
+    """With trust given once: transformers asks for it again where it makes the base model by its configuration."""
+    model = AutoModelForSequenceClassification.from_pretrained(exported, trust_remote_code=True, num_labels=3).eval()
+    ids = torch.arange(4, 24).view(2, 10)
+    padded = torch.nn.functional.pad(ids, (0, 4), value=model.config.pad_token_id)
+    mask = (padded != model.config.pad_token_id).long()
+    torch.testing.assert_close(model(padded, attention_mask=mask).logits, model(ids).logits)
+    model(ids, labels=torch.tensor([0, 2])).loss.backward()
+    assert model.score.weight.grad.abs().sum() > 0
+
+
 def test_trainer(exported, tiny, tmp_path):
     """A few steps lower the loss, and what is saved loads again, its code with it."""
     tokenizer = AutoTokenizer.from_pretrained(exported, trust_remote_code=True)
@@ -89,6 +112,35 @@ def test_trainer(exported, tiny, tmp_path):
     assert (tmp_path / "saved" / "modeling_mea.py").is_file()
     again = load(tmp_path / "saved")
     assert again(ids[None], labels=ids[None]).loss.item() < before
+
+
+def test_accumulated_gradients_are_those_of_one_batch(exported, tmp_path):
+    """Rows of unequal length: the loss is a mean over the tokens of all micro batches, not of their means."""
+    rows = [{"input_ids": torch.arange(4, 4 + length), "labels": torch.arange(4, 4 + length)} for length in (30, 5)]
+    trained = []
+    for size, steps in ((2, 1), (1, 2)):
+        model = load(exported)
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=1,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            learning_rate=1.0,
+            optim="sgd",
+            report_to=[],
+            save_strategy="no",
+        )
+        Trainer(model=model, args=arguments, train_dataset=rows, data_collator=right_padded).train()
+        trained.append(torch.cat([p.detach().cpu().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*trained, rtol=0, atol=1e-6)
+
+
+def right_padded(rows: list[dict]) -> dict[str, torch.Tensor]:
+    def stacked(key: str, fill: int) -> torch.Tensor:
+        return torch.nn.utils.rnn.pad_sequence([row[key] for row in rows], batch_first=True, padding_value=fill)
+
+    ids, labels = stacked("input_ids", 3), stacked("labels", -100)
+    return {"input_ids": ids, "labels": labels, "attention_mask": (labels != -100).long()}
 
 
 def write_task(folder: Path, name: str, rows: list[dict]) -> Path:
@@ -154,6 +206,14 @@ def accuracy(folder: Path, rows: list[dict]) -> float:
     return sum(right) / len(right)
 
 
+def test_the_table_has_the_papers_numbers():
+    """Rounded as the paper prints them: the mean of "+ GroupNorm" is 45.665."""
+    lines = beside_the_paper({name: {"acc": 0.5, "acc_stderr": 0.01} for name in PAPER}).splitlines()
+    assert lines[1].split() == ["PIQA", "50.00", "1.00", "71.93", "71.38", "71.76", "73.18"]
+    assert lines[7].split() == ["mean", "50.00", "45.88", "45.67", "46.36", "46.39"]
+    assert "mean" not in beside_the_paper({name: {"acc_norm": 0.5} for name in PAPER})
+
+
 @pytest.mark.parametrize(
     ("task", "reason"),
     [
@@ -165,6 +225,7 @@ def accuracy(folder: Path, rows: list[dict]) -> float:
 )
 def test_tasks_that_cannot_be_had(exported, tmp_path, capsys, monkeypatch, task, reason):
     """`piqa`: its data is on the hub, and tests have no network."""
+    monkeypatch.setattr(lm_eval_tasks, "TaskManager", MANAGER)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     Path("broken.yaml").write_text("task: broken\ndataset_path: json\ndataset_kwargs: {data_files: nothing.jsonl}\n")

@@ -8,7 +8,7 @@ combination into their queries and outputs instead, and attend to that one head;
 
 import inspect
 import math
-from functools import lru_cache, wraps
+from functools import wraps
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +29,8 @@ from .configuration_mea import MEAConfig
 # transformers 5.24 renamed `past_key_values` to `cache` everywhere; older releases know the old name only.
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
-FEW_TOKENS = (
-    32  # as many new tokens are a step of decoding, not a prompt: the mask is then repeated for each query head
-)
+# As many new tokens are a step of decoding, not a prompt: the mask is then repeated for each query head.
+FEW_TOKENS = 32
 WIDEST_KERNEL_HEAD = 256  # of FlashAttention and, on a GPU, FlexAttention
 
 
@@ -58,27 +57,29 @@ def same_bits(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor if tensor.dtype == dtype else tensor.view(dtype)
 
 
-@lru_cache(maxsize=8)
-def _inverse_frequencies(rope: tuple, dim: int, max_positions: int, seq_len: int) -> tuple[tuple, float]:
-    parameters = dict(rope)
-    kind, base, factor = parameters["rope_type"], parameters["rope_theta"], parameters.get("factor")
-    if kind == "dynamic":
-        base *= (factor * max(seq_len, max_positions) / max_positions - (factor - 1)) ** (dim / (dim - 2))
+def inverse_frequencies(config: MEAConfig) -> tuple[list[float], float]:
+    """Inverse frequencies (head_dim / 2 of them) and the factor on cosine and sine, in double precision.
+
+    The scalings are those of transformers' `modeling_rope_utils`, which rounds them to float32. `dynamic` depends on
+    the positions: `rotary_cos_sin` has it.
+    """
+    rope, dim = config.rope_parameters, config.head_dim
+    kind, base, factor = rope["rope_type"], rope["rope_theta"], rope.get("factor")
     frequencies = [base ** (-i / dim) for i in range(0, dim, 2)]
     if kind in ("default", "dynamic"):
-        return tuple(frequencies), 1.0
+        return frequencies, 1.0
     if kind == "linear":
-        return tuple(f / factor for f in frequencies), 1.0
-    original = parameters["original_max_position_embeddings"]
+        return [f / factor for f in frequencies], 1.0
+    original = rope["original_max_position_embeddings"]
     if kind == "llama3":
-        low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
 
         def stretch(f: float) -> float:
             # 0 below the low-frequency edge (interpolated), 1 above the high one (left alone), linear between.
             smooth = min(max((original * f / (2 * math.pi) - low) / (high - low), 0.0), 1.0)
             return (1 - smooth) * f / factor + smooth * f
 
-        return tuple(stretch(f) for f in frequencies), 1.0
+        return [stretch(f) for f in frequencies], 1.0
     if kind == "yarn":
 
         def dimension(rotations: float) -> float:
@@ -87,40 +88,33 @@ def _inverse_frequencies(rope: tuple, dim: int, max_positions: int, seq_len: int
         def magnitude(scale: float, mscale: float = 1.0) -> float:
             return 1.0 if scale <= 1 else 0.1 * mscale * math.log(scale) + 1.0
 
-        low = dimension(parameters.get("beta_fast") or 32)
-        high = dimension(parameters.get("beta_slow") or 1)
-        if parameters.get("truncate", True):
+        low = dimension(rope.get("beta_fast") or 32)
+        high = dimension(rope.get("beta_slow") or 1)
+        if rope.get("truncate", True):
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, dim - 1)
         high += 0.001 if low == high else 0
         ramp = [min(max((i - low) / (high - low), 0.0), 1.0) for i in range(dim // 2)]
-        scaled = tuple(f / factor * r + f * (1 - r) for f, r in zip(frequencies, ramp, strict=True))
-        attention = parameters.get("attention_factor")
-        mscale, mscale_all = parameters.get("mscale"), parameters.get("mscale_all_dim")
+        scaled = [f / factor * r + f * (1 - r) for f, r in zip(frequencies, ramp, strict=True)]
+        attention = rope.get("attention_factor")
+        mscale, mscale_all = rope.get("mscale"), rope.get("mscale_all_dim")
         if attention is None and mscale and mscale_all:
             attention = magnitude(factor, mscale) / magnitude(factor, mscale_all)
         return scaled, magnitude(factor) if attention is None else attention
     raise ValueError(f"rope_type {kind!r} is not supported (allowed: default, linear, dynamic, yarn, llama3)")
 
 
-def inverse_frequencies(config: MEAConfig, seq_len: int = 0) -> tuple[tuple[float, ...], float]:
-    """Inverse frequencies (head_dim / 2 of them) and the factor on cosine and sine, in double precision.
-
-    The scalings are those of transformers' `modeling_rope_utils`, which rounds them to float32. `seq_len`
-    matters to `dynamic` alone, where the context outgrows `max_position_embeddings`.
-    """
-    rope = tuple(sorted(config.rope_parameters.items()))
-    return _inverse_frequencies(rope, config.head_dim, config.max_position_embeddings, seq_len)
-
-
 def rotary_cos_sin(config: MEAConfig, position_ids: torch.Tensor, dtype: torch.dtype):
     """Cosine and sine of the rotary angles, each (batch, seq, head_dim), for `position_ids` (batch, seq)."""
-    seq_len = 0
+    frequencies, scale = inverse_frequencies(config)
+    accurate, device = at_least_float32(dtype), position_ids.device
+    frequencies = torch.tensor(frequencies, dtype=accurate, device=device)
     if config.rope_parameters["rope_type"] == "dynamic":
-        seq_len = int(position_ids.max()) + 1
-    frequencies, scale = inverse_frequencies(config, seq_len)
-    accurate = at_least_float32(dtype)
-    frequencies = torch.tensor(frequencies, dtype=accurate, device=position_ids.device)
+        # The base grows with the context beyond the trained one. A tensor: no wait for a GPU, no break of a graph.
+        factor, trained, dim = config.rope_parameters["factor"], config.max_position_embeddings, config.head_dim
+        length = (position_ids.max() + 1).clamp(min=trained).to(accurate)
+        growth = factor * length / trained - (factor - 1)
+        frequencies = frequencies * growth ** (-torch.arange(0, dim, 2, dtype=accurate, device=device) / (dim - 2))
     # shape: (batch, seq, 1) * (head_dim / 2,) -> (batch, seq, head_dim / 2)
     angles = position_ids[..., None].to(accurate) * frequencies
     angles = torch.cat((angles, angles), dim=-1)
@@ -176,10 +170,11 @@ def packed_attention_forward(module, query, key, value, attention_mask, scaling,
         return output, None
     batch, heads, seq, dim = query.shape
     count = key.shape[1]
-    if attention_mask is not None and attention_mask.shape[1] > 1:
-        attention_mask = attention_mask.reshape(-1, count, heads // count * seq, key.shape[2])
-    elif attention_mask is not None and seq > 1:
-        attention_mask = attention_mask.repeat(1, 1, heads // count, 1)
+    if attention_mask is not None and (attention_mask.shape[1] > 1 or seq > 1):
+        # shape: (batch, H or 1, q or 1, all) -> (batch, n or 1, H / n q, all)
+        groups = count if attention_mask.shape[1] > 1 else 1
+        attention_mask = attention_mask.expand(-1, groups * (heads // count), seq, -1)
+        attention_mask = attention_mask.reshape(-1, groups, heads // count * seq, key.shape[2])
     output = F.scaled_dot_product_attention(
         query.reshape(batch, count, -1, dim), key, value, attn_mask=attention_mask, scale=scaling
     )
@@ -504,6 +499,10 @@ class MEAForCausalLM(MEAPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def _get_static_cache_init_shape(self):
+        """No shape in advance: transformers would take `num_key_value_heads` of `head_dim`, which no layer caches."""
+        return None
+
     @accept_either_cache_name
     @can_return_tuple
     def forward(
@@ -542,7 +541,13 @@ class MEAForCausalLM(MEAPreTrainedModel, GenerationMixin):
 
 
 class MEAForSequenceClassification(GenericForSequenceClassification, MEAPreTrainedModel):
-    pass
+    def __init__(self, config: MEAConfig):
+        # Not the generic one, whose base model comes from AutoModel: that asks anew whether this code is trusted.
+        MEAPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = MEAModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
 
 
 __all__ = [

@@ -16,11 +16,12 @@ from megatron_mea.errors import UserError
 PAPER = ("piqa", "openbookqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge")
 """Table 1 of the paper, in its order, by lm-eval's names."""
 _HEADINGS = ("PIQA", "OBQA", "WinoGrande", "HellaSwag", "ARC-e", "ARC-c")
+# The mean last, as the paper rounds it.
 _TABLE_1 = {
-    "Transformer": (71.93, 21.00, 56.04, 40.62, 59.51, 26.19),
-    "+ GroupNorm": (71.38, 21.00, 56.12, 40.59, 59.13, 25.77),
-    "+ DFA": (71.76, 22.20, 54.38, 41.29, 60.69, 27.82),
-    "MEA": (73.18, 19.80, 54.14, 42.02, 61.57, 27.65),
+    "Transformer": (71.93, 21.00, 56.04, 40.62, 59.51, 26.19, 45.88),
+    "+ GroupNorm": (71.38, 21.00, 56.12, 40.59, 59.13, 25.77, 45.67),
+    "+ DFA": (71.76, 22.20, 54.38, 41.29, 60.69, 27.82, 46.36),
+    "MEA": (73.18, 19.80, 54.14, 42.02, 61.57, 27.65, 46.39),
 }
 _BATCH = 8
 
@@ -97,9 +98,9 @@ def beside_the_paper(results: dict[str, dict[str, float]]) -> str:
         if name in results:
             theirs = [f"{column[place]:.2f}" for column in _TABLE_1.values()]
             rows.append((heading, percent(results[name], "acc"), percent(results[name], "acc_stderr"), *theirs))
-    if results.keys() >= set(PAPER):
+    if all("acc" in results.get(name, {}) for name in PAPER):
         ours = sum(results[name]["acc"] for name in PAPER) / len(PAPER)
-        theirs = [f"{sum(column) / len(column):.2f}" for column in _TABLE_1.values()]
+        theirs = [f"{column[-1]:.2f}" for column in _TABLE_1.values()]
         rows.append(("mean", f"{100 * ours:.2f}", "", *theirs))
     paper = len(rows) > 1
     for name in [name for name in results if name not in PAPER]:
