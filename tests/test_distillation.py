@@ -1,0 +1,181 @@
+"""Distillation: a frozen teacher beside the model, on every kind of layout against a plain float64 loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from distributed import run_distributed
+from engines import batches_of, config, layout, new_engine, plain_training, set_state, state, train, train_step
+from models import SMALL, small_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from megatron_mea.config import Config
+from megatron_mea.huggingface.convert import to_hf_config
+from megatron_mea.huggingface.modeling_mea import MEAForCausalLM
+from megatron_mea.parallel.grid import ALONE, TensorGroup
+from megatron_mea.parallel.layers import IGNORE, divergence_sum
+
+STEPS = 6
+OTHER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "head_dim": 8, "num_attention_heads": 4}
+"""Sizes in which the teacher differs from SMALL; its vocabulary is the same 37."""
+
+
+def llama(folder: Path, **changes) -> Path:
+    torch.manual_seed(5)
+    sizes = {key: value for key, value in (SMALL | OTHER).items() if key != "initializer_range"}
+    LlamaForCausalLM(LlamaConfig(**sizes | {"initializer_range": 0.3} | changes)).save_pretrained(folder)
+    return folder
+
+
+def llama_logits(folder: Path) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """transformers' own, in float64; a token sees what stands before it in its document."""
+    model = LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager").double()
+
+    @torch.no_grad()
+    def logits(input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        document = (position_ids == 0).cumsum(1)
+        seen = (document.unsqueeze(2) == document.unsqueeze(1)).tril()
+        mask = torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, -math.inf)
+        return model(input_ids, attention_mask=mask.unsqueeze(1), position_ids=position_ids).logits
+
+    return logits
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    return llama(tmp_path_factory.mktemp("teacher") / "llama")
+
+
+def settings(teacher: Path, parallel: dict | None = None, checkpointing: str = "none", **changes) -> Config:
+    """Half of the cases mask documents, in both forms of the head combination."""
+    distillation = {"teacher": str(teacher), "weight": 0.7, "temperature": 2.0} | changes.pop("distillation", {})
+    training = {"distillation": distillation, "activation_checkpointing": checkpointing}
+    masked = checkpointing == "full"
+    return config(parallel, {}, STEPS, 24 if masked else 12, masked, training | changes)
+
+
+PAIRS = {
+    "tp 2": (layout(2), "none"),
+    "tp 2, sequence parallel": (layout(2, sequence=True), "full"),
+    "pp 2": (layout(pipeline=2), "full"),
+    "dp 2, ZeRO 1": (layout(), "none"),
+    "dp 2, ZeRO 3": (layout(zero=3), "full"),
+}
+
+
+def taught(settings: Config):
+    from megatron_mea.training.teacher import open_teacher
+
+    return new_engine(settings, teacher=open_teacher(settings))
+
+
+def checks_on_this_rank(teacher: Path) -> dict[str, tuple]:
+    """Curves, a validation loss and the weights afterwards, of each case."""
+    from megatron_mea.training.processes import start_distributed, stop_distributed
+    from megatron_mea.training.ranks import Ranks
+
+    torch.set_num_threads(1)
+    ranks = Ranks.from_environment()
+    start_distributed(ranks)
+    cases = PAIRS if ranks.world_size == 2 else {"alone": (layout(), "none")}
+    results = {}
+    for name, (parallel, checkpointing) in cases.items():
+        engine = taught(settings(teacher, parallel, checkpointing))
+        passes = count_passes(engine)
+
+        def validate(engine=engine) -> float:
+            return engine.evaluate(iter(batches_of(engine, STEPS + 1)), engine.accumulation)
+
+        validate()
+        curve = train(engine, 1, STEPS - 1)
+        validate()
+        curve += train(engine, STEPS, STEPS)
+        validation = validate()
+        assert len(passes) == STEPS * engine.accumulation, "validation runs the model alone"
+        weights = {key: tensor.numpy() for key, tensor in state(engine).items() if not key.startswith("exp_avg")}
+        results[name] = curve, validation, weights
+    check_state(teacher, cases)
+    check_what_is_not_finite(teacher, cases)
+    stop_distributed()
+    return results
+
+
+def count_passes(engine) -> list[None]:
+    passes, run = [], engine.stage.teacher.run
+
+    def counted(*arguments):
+        passes.append(None)
+        return run(*arguments)
+
+    engine.stage.teacher.run = counted
+    return passes
+
+
+def check_state(teacher: Path, cases: dict) -> None:
+    """Nothing but the model is in the state; in bfloat16 it goes on bit for bit in a fresh engine."""
+    for parallel, checkpointing in list(cases.values())[-3:]:
+        half = settings(teacher, parallel, checkpointing, precision="bf16")
+        engine = taught(half)
+        assert engine.stage.teacher.dtype == torch.bfloat16
+        own = {id(parameter) for parameter in engine.engine.module.parameters()}
+        assert own == {id(parameter) for parameter in engine.model.parameters()}
+        train(engine, 1, 3)
+        saved = whole_state(engine)
+        expected = train(engine, 4, STEPS)
+        fresh = taught(half)
+        set_state(fresh, saved, updates=3)
+        assert train(fresh, 4, STEPS) == expected
+
+
+def whole_state(engine) -> dict[str, torch.Tensor]:
+    stages: list[dict] = [{}] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(stages, state(engine))
+    return {name: tensor for stage in stages for name, tensor in stage.items()}
+
+
+def check_what_is_not_finite(teacher: Path, cases: dict) -> None:
+    """A teacher that computes nonsense, and a gradient that is none, stop the step and leave the engine as it was."""
+    from megatron_mea.training.engine import NonFiniteError
+
+    for name in [each for each in ("alone", "tp 2", "pp 2", "dp 2, ZeRO 3") if each in cases]:
+        engine = taught(settings(teacher, *cases[name]))
+        before = state(engine)
+        block = engine.stage.teacher.decoder.layers[1]
+        hook = block.register_forward_hook(lambda module, inputs, output: output * math.inf)
+        with pytest.raises(NonFiniteError, match="but the distillation loss is nan") as error:
+            train_step(engine, 1, 1e-3)
+        assert list(error.value.micro_batches) == list(range(engine.accumulation))
+        hook.remove()
+        if name == "pp 2":
+            for layer in engine.model.layers if engine.grid.pipeline_rank == 0 else []:
+                hook = next(layer.parameters()).register_hook(lambda gradient: gradient * math.nan)
+            with pytest.raises(NonFiniteError, match="but the gradient is not finite") as error:
+                train_step(engine, 1, 1e-3)
+            assert list(error.value.micro_batches) == list(range(engine.accumulation))
+            assert len(set(error.value.micro_batches.values())) == 1
+            assert None not in error.value.micro_batches.values()
+            continue
+        assert all(torch.equal(tensor, before[key]) for key, tensor in state(engine).items())
+        train(engine, 1, 1)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_layouts(world_size, teacher):
+    cases = PAIRS if world_size == 2 else {"alone": (layout(), "none")}
+    expected = {how: plain_training(settings(teacher, None, how), llama_logits(teacher)) for how in ("none", "full")}
+    ranks = run_distributed(checks_on_this_rank, world_size, teacher)
+    for name, (_, checkpointing) in cases.items():
+        curve, validation, weights = expected[checkpointing]
+        found: dict[str, np.ndarray] = {}
+        for rank in ranks:
+            np.testing.assert_allclose(rank[name][0], curve, rtol=1e-5, err_msg=name)
+            np.testing.assert_allclose(rank[name][1], validation, rtol=1e-5, err_msg=name)
+            found |= rank[name][2]
+        assert found.keys() == weights.keys()
+        for key, wanted in weights.items():
+            np.testing.assert_allclose(found[key], wanted, rtol=0, atol=1e-5, err_msg=f"{name} {key}")
