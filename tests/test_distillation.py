@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 import torch
+import torch.nn.functional as F
 from distributed import run_distributed
 from engines import batches_of, config, layout, new_engine, plain_training, set_state, state, train, train_step
-from models import SMALL, small_model
+from models import SMALL
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from megatron_mea.checkpoint.tensors import read_tensors, tensor_shapes
 from megatron_mea.config import Config
-from megatron_mea.huggingface.convert import to_hf_config
-from megatron_mea.huggingface.modeling_mea import MEAForCausalLM
+from megatron_mea.data.tokenizer import copy_tokenizer
 from megatron_mea.parallel.grid import ALONE, TensorGroup
 from megatron_mea.parallel.layers import IGNORE, divergence_sum
 
@@ -101,6 +104,8 @@ def checks_on_this_rank(teacher: Path) -> dict[str, tuple]:
         results[name] = curve, validation, weights
     check_state(teacher, cases)
     check_what_is_not_finite(teacher, cases)
+    if ranks.world_size == 2:
+        check_divergence()
     stop_distributed()
     return results
 
@@ -179,3 +184,71 @@ def test_layouts(world_size, teacher):
         assert found.keys() == weights.keys()
         for key, wanted in weights.items():
             np.testing.assert_allclose(found[key], wanted, rtol=0, atol=1e-5, err_msg=f"{name} {key}")
+
+
+def check_divergence() -> None:
+    """Value and gradient over a cut vocabulary, whose last part may be shorter, against torch's own in one piece."""
+    tp = TensorGroup(2, torch.distributed.get_rank(), torch.distributed.group.WORLD)
+    random = np.random.default_rng(0)
+    for seed in range(200):
+        vocabulary, temperature = int(random.integers(4, 50)), float(random.uniform(0.2, 5))
+        generator = torch.Generator().manual_seed(seed)
+        # Some probabilities underflow.
+        scale = 3.0 if seed % 5 else 300.0
+        ours, theirs = torch.randn(2, 7, vocabulary, generator=generator, dtype=torch.float64) * scale
+        targets = torch.randint(vocabulary, (7,), generator=generator).masked_fill(torch.arange(7) == seed % 8, IGNORE)
+        for group in (ALONE, tp):
+            expected, found = ours.clone().requires_grad_(), ours[:, group.span(vocabulary)].clone().requires_grad_()
+            logs = [(logits / temperature).log_softmax(-1)[targets != IGNORE] for logits in (expected, theirs)]
+            wanted = F.kl_div(*logs, reduction="sum", log_target=True)
+            wanted.backward()
+            part = group.span(vocabulary)
+            divergence = divergence_sum(found, theirs[:, part], targets, temperature, group)
+            divergence.backward()
+            torch.testing.assert_close(divergence, wanted, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(found.grad, expected.grad[:, part], rtol=1e-10, atol=1e-13)
+
+
+class TestRuns:
+    """Through the commands."""
+
+    @pytest.fixture(scope="class")
+    def taught(self, tiny, tmp_path_factory) -> Path:
+        """A configuration with a teacher of another architecture, whose four steps have been done without a break."""
+        folder = tmp_path_factory.mktemp("taught")
+        teacher = llama(folder / "llama", vocab_size=384)
+        copy_tokenizer(tiny.tokenizer, teacher)
+        settings = {"training.distillation": {"teacher": str(teacher)}, "checkpoint.interval": 1}
+        path = tiny.write_config(folder / "taught.yaml", **settings)
+        runs.train(path, "whole")
+        return path
+
+    def test_a_run_that_is_interrupted_goes_on_bit_for_bit(self, taught):
+        folder = taught.parent
+        shutil.copytree(folder / "whole", folder / "again")
+        output = runs.train(taught, "again", "run.resume_from=2")
+        assert "warning" not in output.replace("warning: going back", "")
+        whole, again = runs.rows(taught, "whole"), runs.rows(taught, "again")
+        assert whole == again
+        assert all(row["distillation_loss"] > 0 for row in whole[1:])
+        assert "distillation_loss" not in whole[0]
+        shapes = tensor_shapes(folder / "whole/checkpoints/step_00000004")
+        assert not any("teacher" in name for name in shapes)
+        last = (folder / name / "checkpoints/step_00000004" for name in ("whole", "again"))
+        first, second = (read_tensors(checkpoint, shapes) for checkpoint in last)
+        assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+    def test_the_teacher_may_be_a_run_and_how_it_teaches_may_change(self, taught):
+        """What learns from what it is does not diverge from it."""
+        folder = taught.parent
+        own = [f"training.distillation.teacher={folder}/whole", f"run.init_from={folder}/whole"]
+        own += ["training.distillation.weight=1", "training.steps=3", "optimizer.lr=1e-9"]
+        output = runs.train(taught, "own", *own)
+        assert "another tokenizer" not in output
+        found = runs.rows(taught, "own")
+        assert found[0]["validation_loss"] == pytest.approx(runs.rows(taught, "whole")[-1]["validation_loss"])
+        assert all(abs(row["distillation_loss"]) < 1e-6 for row in found[1:])
+        output = runs.train(taught, "own", "training.distillation.temperature=3", "training.steps=4")
+        assert "changed since then: training.distillation.temperature: 1.0 -> 3.0" in output
+        assert "changed since then: training.distillation.weight: 1.0 -> 0.5" in output
+        assert runs.rows(taught, "own")[-1]["distillation_loss"] > 0.01

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from megatron_mea.checkpoint.folder import TOKENIZER
 from megatron_mea.checkpoint.tensors import Fragment
@@ -68,9 +69,18 @@ class Teacher:
 
 
 def make_teacher(stored: StoredModel, config: Config, grid: Grid, device: torch.device) -> Teacher:
-    """This rank's part of the teacher, with its weights; every rank by itself."""
+    """This rank's part of the teacher, with its weights; collective.
+
+    Raises:
+        UserError: the ranks have opened different checkpoints, on all of them.
+    """
     settings = config.training.distillation
     assert settings is not None
+    opened = [""] * dist.get_world_size()
+    dist.all_gather_object(opened, str(stored.folder))
+    if len(set(opened)) > 1:
+        found = f"{' and '.join(sorted(set(opened)))}, on different ranks"
+        raise UserError(TEACHER, found, "the same on all", "name a checkpoint: the run that is named saves newer ones")
     stage = pipeline_stages(stored.model, grid.pipeline_size)[grid.pipeline_rank]
     decoder = Decoder(stored.model, tp=grid.tensor, stage=stage, document_mask=config.data.document_mask)
     named = [(parameter.spec, parameter.data.view(-1)) for parameter in decoder.parameters()]
