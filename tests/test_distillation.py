@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +16,18 @@ import torch.nn.functional as F
 from distributed import run_distributed
 from engines import batches_of, config, layout, new_engine, plain_training, set_state, state, train, train_step
 from models import SMALL
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_mea.checkpoint.tensors import read_tensors, tensor_shapes
-from megatron_mea.config import Config
-from megatron_mea.data.tokenizer import copy_tokenizer
+from megatron_mea.config import Config, load_config
+from megatron_mea.data.tokenizer import copy_tokenizer, train_tokenizer
+from megatron_mea.errors import UserError
+from megatron_mea.huggingface.weights import StoredModel
 from megatron_mea.parallel.grid import ALONE, TensorGroup
 from megatron_mea.parallel.layers import IGNORE, divergence_sum
 from megatron_mea.parallel.parameter import named_specs
+from megatron_mea.training.teacher import foreign_tokenizer, open_teacher
 
 STEPS = 6
 OTHER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "head_dim": 8, "num_attention_heads": 4}
@@ -84,8 +89,6 @@ CASES = {
 
 
 def taught(settings: Config):
-    from megatron_mea.training.teacher import open_teacher
-
     return new_engine(settings, teacher=open_teacher(settings))
 
 
@@ -118,6 +121,9 @@ def checks_on_this_rank(teacher: Path) -> dict[str, tuple]:
     check_what_is_not_finite(teacher, cases)
     if ranks.world_size == 2:
         check_divergence()
+        how = settings(teacher)
+        with pytest.raises(UserError, match="0 and 1, on different ranks"):
+            new_engine(how, teacher=replace(open_teacher(how), folder=Path(str(ranks.rank))))
     stop_distributed()
     return results
 
@@ -135,7 +141,7 @@ def count_passes(engine) -> list[None]:
 
 def check_state(teacher: Path, cases: dict) -> None:
     """Nothing but the model is in the state; in bfloat16 it goes on bit for bit in a fresh engine."""
-    for parallel, checkpointing in list(cases.values())[-3:]:
+    for parallel, checkpointing in list(cases.values())[-3::2]:
         half = settings(teacher, parallel, checkpointing, precision="bf16")
         engine = taught(half)
         assert engine.stage.teacher.dtype == torch.bfloat16
@@ -218,6 +224,26 @@ def check_divergence() -> None:
             divergence.backward()
             torch.testing.assert_close(divergence, wanted, rtol=1e-12, atol=1e-12)
             torch.testing.assert_close(found.grad, expected.grad[:, part], rtol=1e-10, atol=1e-13)
+
+
+def test_a_teacher_that_lacks_a_tensor_is_refused(teacher, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(teacher, copy)
+    tensors = load_file(copy / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, copy / "model.safetensors")
+    with pytest.raises(UserError) as refused:
+        open_teacher(settings(copy))
+    (problem,) = refused.value.problems
+    assert (problem.where, problem.found) == ("training.distillation.teacher", f"{copy} without lm_head.weight")
+
+
+def test_another_tokenizer_is_told(tiny, tmp_path):
+    train_tokenizer([str(tiny.train.with_suffix(".jsonl"))], 380, tmp_path / "other")
+    run = load_config(tiny.config)
+    for folder, warnings in ((tiny.tokenizer, 0), (tmp_path / "other", 1), (tmp_path, 0)):
+        stored = StoredModel(run.model, {}, lambda fragments: None, folder)
+        assert len(foreign_tokenizer(run, stored)) == warnings
 
 
 class TestRuns:
