@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 from models import SMALL
 
 from megatron_mea.config import Config
@@ -87,11 +90,17 @@ def train_step(engine, step: int, lr: float, stop: bool = False):
     return engine.train_step(batches_of(engine, step), targets, lr, lambda: stop)
 
 
-def plain_training(settings: Config) -> tuple[list[tuple[float, float]], float, dict[str, np.ndarray]]:
+def plain_training(
+    settings: Config, teacher: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+) -> tuple[list[tuple[float, ...]], float, dict[str, np.ndarray]]:
     """Whole batches, one process, torch's AdamW and clipping, float64.
 
+    Args:
+        teacher: token ids and position ids (batch, seq) -> logits (batch, seq, vocab_size), float64.
+
     Returns:
-        (loss, gradient norm) of each step, the loss on one more batch, and the parameters by name.
+        (loss, gradient norm) of each step, with a teacher the divergence from it behind them, the loss on one more
+        batch, and the parameters by name.
     """
     from megatron_mea.model.decoder import Decoder
     from megatron_mea.parallel.parameter import initialize
@@ -107,39 +116,49 @@ def plain_training(settings: Config) -> tuple[list[tuple[float, float]], float, 
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": exempt, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=settings.optimizer.eps)
 
-    def loss_of(step: int) -> torch.Tensor:
+    def loss_of(step: int) -> tuple[torch.Tensor, ...]:
         batch = global_batch(settings, step)
-        arrays = (batch.input_ids, batch.position_ids, batch.targets)
-        return model(*map(torch.from_numpy, arrays)) / int((batch.targets != IGNORE).sum())
+        ids, positions, targets = map(torch.from_numpy, (batch.input_ids, batch.position_ids, batch.targets))
+        counted = targets != IGNORE
+        loss = model(ids, positions, targets) / int(counted.sum())
+        if teacher is None:
+            return loss, loss
+        how = settings.training.distillation
+        ours, theirs = (
+            logits[counted] / how.temperature for logits in (model.run(ids, positions), teacher(ids, positions))
+        )
+        divergence = F.kl_div(ours.log_softmax(-1), theirs.log_softmax(-1), reduction="batchmean", log_target=True)
+        return (1 - how.weight) * loss + how.weight * how.temperature**2 * divergence, loss, divergence
 
     results = []
     for step in range(1, settings.steps + 1):
-        loss = loss_of(step)
-        loss.backward()
+        minimised, loss, *divergence = loss_of(step)
+        minimised.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optimizer.grad_clip)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, step)
         optimizer.step()
         optimizer.zero_grad()
-        results.append((loss.item(), norm.item()))
-    return results, loss_of(settings.steps + 1).item(), {n: p.detach().numpy() for n, p in named.items()}
+        results.append((loss.item(), norm.item(), *(each.item() for each in divergence)))
+    return results, loss_of(settings.steps + 1)[1].item(), {n: p.detach().numpy() for n, p in named.items()}
 
 
-def new_engine(settings: Config, initialized: bool = True):
+def new_engine(settings: Config, initialized: bool = True, teacher=None):
     """The engine of this rank; collective."""
     from megatron_mea.training.build import build_engine
 
-    return build_engine(settings, torch.device("cpu"), initialized)
+    return build_engine(settings, torch.device("cpu"), initialized, teacher)
 
 
-def train(engine, first: int, last: int) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of the steps from `first` to `last`."""
+def train(engine, first: int, last: int) -> list[tuple[float, ...]]:
+    """(loss, gradient norm) of the steps from `first` to `last`, with a teacher the divergence from it behind them."""
     from megatron_mea.training.schedule import learning_rate
 
     results = []
     for step in range(first, last + 1):
         result = train_step(engine, step, learning_rate(engine.config, step))
-        results.append((result.loss, result.grad_norm))
+        divergence = [] if result.distillation_loss is None else [result.distillation_loss]
+        results.append((result.loss, result.grad_norm, *divergence))
     return results
 
 

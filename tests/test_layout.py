@@ -12,8 +12,9 @@ from models import SMALL, small_model
 
 from megatron_mea.config import Config
 from megatron_mea.config.checks import handicaps
-from megatron_mea.config.layout import Layout, check_layout, possible_layouts
+from megatron_mea.config.layout import Layout, check_layout, check_teacher, possible_layouts
 from megatron_mea.config.load import parse_config
+from megatron_mea.config.schema import Distillation
 from megatron_mea.errors import UserError
 from megatron_mea.model.decoder import Decoder
 from megatron_mea.model.stages import balance, layer_sizes, pipeline_stages
@@ -153,3 +154,21 @@ def test_stages_hold_what_the_whole_has():
     names[-1].remove(tied)
     joined = [name for stage in names for name in stage]
     assert joined == [parameter.spec.name for parameter in Decoder(model).parameters()]
+
+
+def test_a_teacher_is_cut_as_the_layout_cuts():
+    settings = config(sizes(4, 3), num_key_value_heads=8)
+    distilled = settings.training.model_copy(update={"distillation": Distillation(teacher="big")})
+    settings = settings.model_copy(update={"training": distilled})
+    check_teacher(settings, settings.model)
+    with pytest.raises(UserError) as refused:
+        check_teacher(settings, small_model(num_attention_heads=6, num_key_value_heads=3, num_hidden_layers=2))
+    assert {problem.where for problem in refused.value.problems} == {"training.distillation.teacher"}
+    assert [(problem.found, problem.allowed) for problem in refused.value.problems] == [
+        (
+            f"big, on {TENSOR} = 4",
+            "a divisor of its num_attention_heads = 6: ranks hold equal parts of the query heads",
+        ),
+        (f"big, on {TENSOR} = 4", "a divisor or a multiple of its num_key_value_heads = 3"),
+        (f"big, on {PIPELINE} = 3", "at most its num_hidden_layers = 2"),
+    ]

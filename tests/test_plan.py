@@ -19,7 +19,7 @@ from megatron_mea.cli import main
 from megatron_mea.cluster.activations import stage_activations
 from megatron_mea.cluster.plan import Plan, as_json, make_plan
 from megatron_mea.cluster.setting import Setting
-from megatron_mea.config import Config, load_config
+from megatron_mea.config import Config, dump_config, load_config
 from megatron_mea.config.checks import handicaps
 from megatron_mea.config.layout import Layout, check_layout
 from megatron_mea.model.decoder import Decoder
@@ -178,15 +178,52 @@ CASES = {name: bench.CASES[2][name] for name in ("dp2, ZeRO 1", "dp2, ZeRO 2", "
 }
 
 
-def test_communication_is_what_processes_send():
+def test_communication_is_what_processes_send(teacher):
     """Bytes and calls of every group and collective, of a training step on two processes."""
-    ranks = local_ranks.launch(bench.count_cases, 2, CASES)
-    for index, (name, settings) in enumerate(CASES.items()):
+    long = {"seq_length": 160, "distillation": teacher}
+    cases = CASES | {
+        "pp2, distilled": bench.case(layout(1, 2), distillation=teacher),
+        "folded, distilled": bench.case(layout(2), **long),
+        "sequence parallel, distilled": bench.case(layout(2, sequence=True), **long),
+    }
+    ranks = local_ranks.launch(bench.count_cases, 2, cases)
+    for index, (name, settings) in enumerate(cases.items()):
         rows = bench.compare(settings, [counts[index] for counts in ranks])
         assert rows, name
         for stage, group, collective, calls, planned_calls, size, planned in rows:
             assert planned == pytest.approx(size, rel=0.05), (name, stage, group, collective)
             assert planned_calls == calls, (name, stage, group, collective)
+
+
+TEACHER = {"hidden_size": 96, "head_dim": 8, "num_hidden_layers": 5, "num_component_heads": [4, 2, 1, 4, 2]}
+"""Narrower than the models of CASES, so that of 192 tokens it folds heads where they combine them."""
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> dict:
+    return local_ranks.random_teacher(bench.MODEL | TEACHER, tmp_path_factory.mktemp("teacher") / "mea")
+
+
+def test_a_teacher_adds_its_weights_and_a_forward_pass(teacher, tmp_path, capsys):
+    alone, taught = (make_plan(bench.case(layout(2), **more)) for more in ({}, {"distillation": teacher}))
+    by_itself = make_plan(bench.case(layout(2), TEACHER))
+    assert taught.parameters == alone.parameters
+    assert taught.flops.teacher == by_itself.flops.forward > 0
+    assert taught.flops.total == alone.flops.total + by_itself.flops.forward
+    assert taught.memory[0].teacher == by_itself.memory[0].weights
+    assert taught.memory[0].total > alone.memory[0].total + by_itself.memory[0].weights
+    (path := tmp_path / "taught.yaml").write_text(dump_config(bench.case(layout(2), distillation=teacher)))
+    assert main(["plan", str(path)]) == 0
+    assert "teacher" in capsys.readouterr().out
+    for override, named in (
+        ("training.distillation.teacher=nowhere", "nowhere: no such folder"),
+        ("model.vocab_size=1024", "vocab_size = 1536"),
+        ("parallel.pipeline_model_parallel_size=6", "at most its num_hidden_layers = 5"),
+    ):
+        assert main(["plan", str(path), override, "model.num_hidden_layers=6"]) == 2
+        message = capsys.readouterr().err
+        assert "error: training.distillation.teacher\n" in message
+        assert named in message
 
 
 def plan_of(capsys, *arguments: str) -> dict:

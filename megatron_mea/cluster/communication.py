@@ -66,6 +66,8 @@ def _micro_batch(setting: Setting, stage: Stage) -> Iterator[Call]:
     layout = setting.layout
     if layout.tensor > 1:
         yield from _tensor(setting, stage)
+    if setting.teacher:
+        yield from _teacher(setting.teacher, setting.teacher.stages[stage.index])
     if layout.pipeline > 1:
         hidden = setting.tokens // setting.sequence_parts * setting.model.hidden_size * setting.number_bytes
         if not stage.has_head:
@@ -135,8 +137,34 @@ def block_calls(setting: Setting, layer: int) -> Iterator[Call]:
             yield Call("tensor", "reduce_scatter", _hidden(setting))
         else:
             yield Call("tensor", "all_reduce", _hidden(setting))
-        for which in ("k", "v"):
-            yield from (call for call in _head_calls(setting, layer, which) if call.collective == "all_gather")
+        yield from _gathered_heads(setting, layer)
+
+
+def _teacher(setting: Setting, stage: Stage) -> Iterator[Call]:
+    """A forward pass of the teacher and the divergence from it; `setting` is the teacher's own."""
+    if setting.layout.tensor > 1:
+        # What goes into a region or comes out of it meets half of the calls of `_enter` and `_leave`.
+        regions = 2 * len(stage.blocks)
+        if setting.sequence_parts > 1:
+            into, out = regions + stage.has_head, regions + stage.has_embedding
+            yield Call("tensor", "all_gather", into * _hidden(setting), into)
+            yield Call("tensor", "reduce_scatter", out * _hidden(setting), out)
+        else:
+            out = regions + stage.has_embedding
+            yield Call("tensor", "all_reduce", out * _hidden(setting), out)
+        for layer in stage.blocks:
+            yield from _gathered_heads(setting, layer)
+        if stage.has_head:
+            # Largest logits and sums of exponentials of both models, and the divergence of each token.
+            yield Call("tensor", "all_reduce", 5 * setting.tokens * 4, 5)
+    if setting.layout.pipeline > 1 and not stage.has_head:
+        yield Call("pipeline", "send", _hidden(setting) // setting.sequence_parts)
+
+
+def _gathered_heads(setting: Setting, layer: int) -> Iterator[Call]:
+    """What a forward pass of one block gathers of component heads."""
+    for which in ("k", "v"):
+        yield from (call for call in _head_calls(setting, layer, which) if call.collective == "all_gather")
 
 
 def _head_calls(setting: Setting, layer: int, which: str) -> Iterator[Call]:

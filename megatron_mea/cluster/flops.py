@@ -12,16 +12,17 @@ class Flops:
     """FLOPs a token of the whole model, all ranks together.
 
     What ranks of a tensor group compute alike counts once. `recomputation` is a second forward pass of the blocks,
-    with activation checkpointing.
+    with activation checkpointing; `teacher` the forward pass of another model.
     """
 
     forward: float
     backward: float
     recomputation: float
+    teacher: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.forward + self.backward + self.recomputation
+        return self.forward + self.backward + self.recomputation + self.teacher
 
 
 def flops_per_token(setting: Setting) -> Flops:
@@ -32,7 +33,8 @@ def flops_per_token(setting: Setting) -> Flops:
     """
     blocks = sum(block_flops(setting, layer) for layer in range(setting.model.num_hidden_layers))
     forward = blocks + 2 * setting.model.hidden_size * setting.model.vocab_size
-    return Flops(forward, 2 * forward, blocks if setting.recomputes else 0.0)
+    teacher = flops_per_token(setting.teacher).forward if setting.teacher else 0.0
+    return Flops(forward, 2 * forward, blocks if setting.recomputes else 0.0, teacher)
 
 
 def block_flops(setting: Setting, layer: int) -> float:

@@ -25,6 +25,7 @@ class Memory:
         activations: kept for the backward pass, of all micro-batches in flight; a block's that is recomputed too.
         logits: the loss and its gradient, on the last stage.
         buffers: buckets of gradients, and with ZeRO 3 the parameters that are gathered.
+        teacher: its weights in the working precision, with every ZeRO stage.
         passes: the peak of forward and backward passes beside the first three: activations, with logits and buffers,
             or with the larger of the two where they are not there at once.
         reduction: the peak beside the first three while gradients are averaged and weights updated; buffers included,
@@ -40,11 +41,13 @@ class Memory:
     buffers: int
     passes: int
     reduction: int
+    teacher: int = 0
 
     @property
     def total(self) -> int:
         """The peak of a step."""
-        return self.weights + self.gradients + self.master_and_moments + max(self.passes, self.reduction)
+        at_rest = self.weights + self.gradients + self.master_and_moments + self.teacher
+        return at_rest + max(self.passes, self.reduction)
 
 
 def memory(setting: Setting) -> list[Memory]:
@@ -62,24 +65,32 @@ def stage_memory(setting: Setting, stage: Stage) -> Memory:
     # A bucket comes with the first gradient of a backward pass, after the loss. ZeRO 2 gives it back after each.
     stays = setting.zero_stage == 3 or (setting.zero_stage == 1 and setting.layout.micro_batches > 1)
     passes = kept + (max(loss, again) + buffers if stays else max(loss, again + buffers))
-    return Memory(stage.index, *_states(setting, stage), kept + again, loss, buffers, passes, reduction)
+    teacher = setting.teacher.stages[stage.index].size * setting.number_bytes if setting.teacher else 0
+    return Memory(stage.index, *_states(setting, stage), kept + again, loss, buffers, passes, reduction, teacher)
 
 
 def logits(setting: Setting, stage: Stage) -> int:
     """Of the loss of a micro-batch, in float32: log-probabilities, their gradient and that of the logits.
 
-    Over a tensor group, which computes the loss itself: logits, shifted logits and exponentials.
+    Over a tensor group, which computes the loss itself: logits, shifted logits and exponentials. With a teacher the
+    divergence takes most: both models' log-probabilities and the teacher's probabilities, while both models' logits are
+    there, in bfloat16 a float32 copy of the model's own, and what cross-entropy keeps: one piece, or two of a group.
     """
     if not stage.has_head:
         return 0
-    return 3 * setting.tokens * setting.vocabulary * FLOAT32 + _held_logits(setting, stage)
+    piece, held = setting.tokens * setting.vocabulary, _held_logits(setting, stage)
+    if setting.teacher is None:
+        return 3 * piece * FLOAT32 + held
+    kept = (2 if setting.layout.tensor > 1 else 1) + (setting.number_bytes < FLOAT32)
+    return (3 + kept) * piece * FLOAT32 + (held or 2 * piece * setting.number_bytes)
 
 
 def _held_logits(setting: Setting, stage: Stage) -> int:
     """Outputs of the last stage, which DeepSpeed's pipeline keeps in each of its two or more places."""
     if setting.layout.pipeline == 1 or not stage.has_head:
         return 0
-    return 2 * setting.tokens * setting.vocabulary * setting.number_bytes
+    models = 2 if setting.teacher else 1
+    return 2 * models * setting.tokens * setting.vocabulary * setting.number_bytes
 
 
 def _states(setting: Setting, stage: Stage) -> tuple[int, int, int]:

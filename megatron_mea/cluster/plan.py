@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron_mea.cluster.communication import Traffic, communication
 from megatron_mea.cluster.flops import Flops, flops_per_token
 from megatron_mea.cluster.memory import Memory, memory
 from megatron_mea.cluster.setting import Device, Setting
-from megatron_mea.config.layout import Layout, check_layout
+from megatron_mea.config.layout import TEACHER, Layout, check_layout, check_teacher
 from megatron_mea.config.schema import Config
+from megatron_mea.huggingface.weights import stored_settings
 
 SAVED = 12
 """Bytes of a parameter in a checkpoint: master weight and two moments, float32."""
@@ -19,6 +21,7 @@ PARTS = (
     "weights",
     "gradients",
     "master_and_moments",
+    "teacher",
     "activations",
     "logits",
     "buffers",
@@ -71,12 +74,13 @@ def make_plan(config: Config, world_size: int | None = None, device: Device = "c
     """The plan of a run on `world_size` processes; by default one copy of the model.
 
     Raises:
-        UserError: the layout cannot work.
+        UserError: the layout cannot work, or a teacher is missing or cannot teach this model on it.
     """
     if world_size is None:
         parallel = config.parallel
         world_size = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    setting = Setting(config, check_layout(config, world_size), device)
+    layout = check_layout(config, world_size)
+    setting = Setting(config, layout, device, _teacher(config, layout, device))
     return Plan(
         world_size,
         setting.layout,
@@ -88,6 +92,15 @@ def make_plan(config: Config, world_size: int | None = None, device: Device = "c
         flops_per_token(setting),
         tuple(communication(setting)),
     )
+
+
+def _teacher(config: Config, layout: Layout, device: Device) -> Setting | None:
+    """Its settings are read, its weights are not looked at."""
+    if config.training.distillation is None:
+        return None
+    model = stored_settings(Path(config.training.distillation.teacher), TEACHER)
+    check_teacher(config, model)
+    return Setting(config.model_copy(update={"model": model}), layout, device)
 
 
 def count_parameters(setting: Setting) -> Parameters:
@@ -155,9 +168,10 @@ def _lines(plan: Plan) -> Iterator[str]:
         f"   (of {len(parameters.per_rank)} stages, the largest)" if layout.pipeline > 1 else ""
     )
     yield ""
-    yield "memory of a rank of each stage, MiB: the total is the first three and the larger of passes and reduction"
+    at_rest = "the first three, the teacher" if flops.teacher else "the first three"
+    yield f"memory of a rank of each stage, MiB: the total is {at_rest} and the larger of passes and reduction"
     yield f"  {'stage':20}" + "".join(f"{stage.stage:12}" for stage in plan.memory)
-    for part in PARTS:
+    for part in PARTS if flops.teacher else [part for part in PARTS if part != "teacher"]:
         sizes = (getattr(stage, part) / 2**20 for stage in plan.memory)
         yield f"  {part.replace('_', ' '):20}" + "".join(f"{size:12,.1f}" for size in sizes)
     yield (
@@ -167,7 +181,8 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield ""
     yield (
         f"FLOPs a token: {flops.total:.4g} (forward {flops.forward:.4g}, backward {flops.backward:.4g}, "
-        f"recomputation {flops.recomputation:.4g}); {flops.total * tokens:.4g} in all"
+        f"recomputation {flops.recomputation:.4g}{f', teacher {flops.teacher:.4g}' if flops.teacher else ''}); "
+        f"{flops.total * tokens:.4g} in all"
     )
     yield ""
     yield "communication of a rank in a step:" + ("" if plan.communication else " none")

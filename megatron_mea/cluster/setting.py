@@ -72,11 +72,15 @@ class Projection:
 
 @dataclass(frozen=True)
 class Setting:
-    """A configuration on a layout. `device` decides on kernels: a GPU's keep less for the backward pass."""
+    """A configuration on a layout. `device` decides on kernels: a GPU's keep less for the backward pass.
+
+    `teacher` is the same with the teacher of `training.distillation` in the model's place.
+    """
 
     config: Config
     layout: Layout
     device: Device = "cuda"
+    teacher: Setting | None = None
 
     @property
     def model(self) -> Model:

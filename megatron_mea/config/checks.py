@@ -65,7 +65,6 @@ def _not_yet(config: Config) -> Iterator[Problem]:
         ),
         ("training.activation_checkpointing", training.activation_checkpointing, ("none", "full")),
         ("training.compile", training.compile, (False,)),
-        ("training.distillation", training.distillation, (None,)),
         ("logging.profile", logging.profile, (None,)),
     ]
     for key, value, available in gates:

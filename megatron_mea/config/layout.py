@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_mea.config.schema import Config
+from megatron_mea.config.schema import Config, Model
 from megatron_mea.errors import Problem, UserError
 
 _TENSOR, _PIPELINE = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
+TEACHER = "training.distillation.teacher"
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,7 @@ def possible_layouts(config: Config, world_size: int) -> list[Layout]:
 
 
 def _problems(config: Config, tensor: int, pipeline: int, zero_stage: int, world_size: int) -> Iterator[Problem]:
-    yield from _tensor_problems(config, tensor)
-    layers = config.model.num_hidden_layers
-    if pipeline > layers:
-        yield Problem(_PIPELINE, pipeline, f"at most model.num_hidden_layers = {layers}")
+    yield from _model_problems(config, tensor, pipeline)
     if pipeline > 1 and zero_stage > 1:
         yield Problem("parallel.zero_stage", zero_stage, f"0 or 1 where {_PIPELINE} is above 1")
     if world_size % (tensor * pipeline):
@@ -75,6 +73,38 @@ def _problems(config: Config, tensor: int, pipeline: int, zero_stage: int, world
             batch,
             f"a multiple of training.micro_batch_size x data-parallel size = {micro} x {data} = {micro * data}",
         )
+
+
+def check_teacher(config: Config, teacher: Model) -> None:
+    """Whether a model can teach the one of the configuration, whose own layout has been checked.
+
+    Raises:
+        UserError: it has another vocabulary or a shorter context, or cannot be cut as the layout cuts.
+    """
+    distillation, parallel = config.training.distillation, config.parallel
+    assert distillation is not None
+    theirs, ours, seq_length = distillation.teacher, config.model.vocab_size, config.data.seq_length
+    problems = []
+    if teacher.vocab_size != ours:
+        found = f"{theirs}, with vocab_size = {teacher.vocab_size}"
+        problems.append(Problem(TEACHER, found, f"model.vocab_size = {ours}: probabilities of the same ids"))
+    if teacher.max_position_embeddings < seq_length:
+        found = f"{theirs}, with max_position_embeddings = {teacher.max_position_embeddings}"
+        problems.append(Problem(TEACHER, found, f"at least data.seq_length = {seq_length}"))
+    cut = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    for each in _model_problems(config.model_copy(update={"model": teacher}), *cut):
+        found = f"{theirs}, on {each.where} = {each.found}"
+        problems.append(Problem(TEACHER, found, each.allowed.replace("model.", "its ")))
+    if problems:
+        raise UserError.of(problems)
+
+
+def _model_problems(config: Config, tensor: int, pipeline: int) -> Iterator[Problem]:
+    """What does not depend on the number of processes."""
+    yield from _tensor_problems(config, tensor)
+    layers = config.model.num_hidden_layers
+    if pipeline > layers:
+        yield Problem(_PIPELINE, pipeline, f"at most model.num_hidden_layers = {layers}")
 
 
 def _tensor_problems(config: Config, size: int) -> Iterator[Problem]:

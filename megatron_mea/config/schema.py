@@ -170,7 +170,7 @@ class Schedule(Section):
 
 class Distillation(Section):
     teacher: Path
-    weight: Annotated[Float, Field(ge=0, le=1)] = 0.5
+    weight: Annotated[Float, Field(gt=0, le=1)] = 0.5
     temperature: PositiveFloat = 1.0
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,42 +40,86 @@ class WeightSource:
     read: Callable[[Iterable[Fragment]], None]
 
 
-def open_weights(path: Path, model: Model, rank: int = 0, world_size: int = 1) -> WeightSource:
-    """The weights of a checkpoint, of a run's newest one, or of a Hugging Face folder, for a model of these settings.
+@dataclass(frozen=True)
+class StoredModel:
+    """A model that lies in a folder.
+
+    Args:
+        model: its settings.
+        shapes: of its tensors, by exported name.
+        read: fills fragments of them; for every rank by itself.
+        folder: the checkpoint, where a run folder was named; or the Hugging Face folder.
+    """
+
+    model: Model
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[Iterable[Fragment]], None]
+    folder: Path
+
+
+def open_stored(path: Path, key: str, rank: int = 0, world_size: int = 1) -> StoredModel:
+    """A checkpoint, a run's newest one, or a Hugging Face folder.
 
     No code from a folder is run, and nothing but shapes is read yet, apart from a checkpoint's checksums, of which
     each of `world_size` callers verifies its share, and that of what all of them read here.
 
+    Args:
+        key: the one that named the folder, for messages.
+
+    Raises:
+        UserError: nothing of the kind stands there, or it is damaged.
+    """
+    if _is_hugging_face(path):
+        model = stored_settings(path, key)
+        found = without_tied_head(path, key, stored_tensors(path, key), model.tie_word_embeddings)
+        shapes = {name: one.shape for name, one in found.items()}
+        return StoredModel(model, shapes, partial(read_stored, found), path)
+    folder = _checkpoint(path, key)
+    if problem := damage(folder, rank, world_size):
+        raise UserError(key, f"{folder}: {problem}", "a whole checkpoint", "use an older one of the run")
+    return StoredModel(stored_settings(folder, key), weight_shapes(folder), partial(read_fragments, folder), folder)
+
+
+def stored_settings(path: Path, key: str) -> Model:
+    """The settings alone of what `open_stored` opens; nothing is verified.
+
+    Raises:
+        UserError: nothing of the kind stands there.
+    """
+    if _is_hugging_face(path):
+        return read_description(path, key).model
+    return parse_config(Meta.read(_checkpoint(path, key)).config, needs_data=False).model
+
+
+def _is_hugging_face(path: Path) -> bool:
+    return (path / "config.json").is_file()
+
+
+def _checkpoint(path: Path, key: str) -> Path:
+    try:
+        return checkpoint_folder(path)
+    except UserError as error:
+        allowed = f"{error.problems[0].allowed}, or a Hugging Face folder"
+        raise UserError(key, f"{path}: {error.problems[0].found}", allowed) from None
+
+
+def open_weights(path: Path, model: Model, rank: int = 0, world_size: int = 1) -> WeightSource:
+    """The weights of a folder, as `open_stored` opens it, for a model of these settings.
+
     Raises:
         UserError: nothing of the kind stands there, it is damaged, or a name, a shape or a setting does not fit.
     """
-    if (path / "config.json").is_file():
-        theirs = read_description(path, _KEY).model
-        found = without_tied_head(path, _KEY, stored_tensors(path, _KEY), theirs.tie_word_embeddings)
-        shapes = {name: one.shape for name, one in found.items()}
-
-        def read(fragments: Iterable[Fragment]) -> None:
-            read_stored(found, fragments)
-    else:
-        folder = checkpoint_folder(path)
-        if problem := damage(folder, rank, world_size):
-            raise UserError(_KEY, f"{folder}: {problem}", "a whole checkpoint", "use an older one of the run")
-        theirs = parse_config(Meta.read(folder).config, needs_data=False).model
-        shapes = weight_shapes(folder)
-
-        def read(fragments: Iterable[Fragment]) -> None:
-            read_fragments(folder, fragments)
-
-    ours, settings = _described(model), _described(theirs)
+    stored = open_stored(path, _KEY, rank, world_size)
+    ours, settings = _described(model), _described(stored.model)
     other = [key for key in ours if key in settings and settings[key] != ours[key]]
     problems = [
         Problem(f"model.{key}", ours[key], f"{settings[key]}, as in {_KEY} = {path}") for key in other if key in _SAME
     ]
-    problems += check_names(path, _KEY, shapes, parameter_shapes(model), "the section `model`")
+    problems += check_names(path, _KEY, stored.shapes, parameter_shapes(model), "the section `model`")
     if problems:
         raise UserError.of(problems)
     told = [key for key in other if key in _TOLD]
-    return WeightSource([f"model.{key} is {ours[key]}, and {settings[key]} in {path}" for key in told], read)
+    return WeightSource([f"model.{key} is {ours[key]}, and {settings[key]} in {path}" for key in told], stored.read)
 
 
 def _described(model: Model) -> dict[str, Any]:

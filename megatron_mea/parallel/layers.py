@@ -1,4 +1,4 @@
-"""The building blocks that hold parameters: linear map, embedding, RMSNorm, and the loss over a cut vocabulary."""
+"""The building blocks that hold parameters: linear map, embedding, RMSNorm, and losses over a cut vocabulary."""
 
 from __future__ import annotations
 
@@ -108,3 +108,47 @@ def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor, vocab_size: i
     column = ((targets - rows.start) * mine).unsqueeze(-1)
     target = reduce_sum(shifted.gather(-1, column).squeeze(-1) * mine, tp)
     return ((total.log() - target) * (targets != IGNORE)).sum()
+
+
+def divergence_sum(
+    logits: torch.Tensor, theirs: torch.Tensor, targets: torch.Tensor, temperature: float, tp: TensorGroup
+) -> torch.Tensor:
+    """Sum of KL(softmax(theirs / T) || softmax(logits / T)) (nats) over all tokens whose target is not `IGNORE`.
+
+    The soft targets of distillation (Hinton et al. 2015, arXiv 1503.02531, section 2), without the factor T^2. Gathered
+    logits never exist: ranks exchange the largest logits, the sums of exponentials and the divergence of each token.
+
+    Args:
+        logits: (tokens, this rank's part of the vocabulary), float32 or more.
+        theirs: the same of the teacher, of any precision; it gets no gradient.
+        targets: (tokens,)
+        temperature: T.
+    """
+    return (_Divergence.apply(logits, theirs, temperature, tp) * (targets != IGNORE)).sum()
+
+
+class _Divergence(torch.autograd.Function):
+    """(tokens, part), (tokens, part) -> (tokens,), equal on all ranks.
+
+    Of all that it computes it keeps the gradient alone, (softmax(logits / T) - softmax(theirs / T)) / T.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, theirs, temperature, tp):
+        log_q, log_p = (_log_softmax(each.to(logits.dtype) / temperature, tp) for each in (logits, theirs))
+        p = log_p.exp()
+        divergence = all_reduce(log_p.sub_(log_q).mul_(p).sum(-1), tp)
+        ctx.save_for_backward(log_q.exp_().sub_(p))
+        ctx.temperature = temperature
+        return divergence
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (difference,) = ctx.saved_tensors
+        return difference * (gradient / ctx.temperature).unsqueeze(-1), None, None, None
+
+
+def _log_softmax(logits: torch.Tensor, tp: TensorGroup) -> torch.Tensor:
+    """In place, over the parts of all ranks; without a gradient."""
+    logits.sub_(all_reduce(logits.amax(-1), tp, dist.ReduceOp.MAX).unsqueeze(-1))
+    return logits.sub_(all_reduce(logits.exp().sum(-1), tp).log_().unsqueeze(-1))

@@ -5,19 +5,24 @@ from __future__ import annotations
 import torch
 
 from megatron_mea.config import Config
+from megatron_mea.huggingface.weights import StoredModel
 from megatron_mea.model.decoder import Decoder
 from megatron_mea.model.stages import pipeline_stages
 from megatron_mea.parallel.parameter import initialize
 from megatron_mea.training.engine import Engine
 from megatron_mea.training.pipeline import PipelineEngine
 from megatron_mea.training.processes import build_grid
+from megatron_mea.training.teacher import make_teacher
 
 
-def build_engine(config: Config, device: torch.device, initialized: bool = True) -> Engine:
+def build_engine(
+    config: Config, device: torch.device, initialized: bool = True, teacher: StoredModel | None = None
+) -> Engine:
     """The engine of this rank; collective.
 
     Args:
         initialized: fill the parameters from the seed; not needed where a checkpoint follows.
+        teacher: as `open_teacher` opened it.
     """
     grid = build_grid(config)
     stage = pipeline_stages(config.model, grid.pipeline_size)[grid.pipeline_rank]
@@ -26,4 +31,4 @@ def build_engine(config: Config, device: torch.device, initialized: bool = True)
     if initialized:
         initialize(model, config.training.seed)
     make = PipelineEngine if grid.pipeline_size > 1 else Engine
-    return make(config, model, device, grid)
+    return make(config, model, device, grid, teacher and make_teacher(teacher, config, grid, device))

@@ -19,6 +19,8 @@ from megatron_mea.errors import RunError
 from megatron_mea.model.decoder import Decoder
 from megatron_mea.parallel.grid import Grid
 from megatron_mea.parallel.parameter import named_specs
+from megatron_mea.training.stage import Stage, Whole
+from megatron_mea.training.teacher import Teacher
 
 BUCKET = 500_000_000
 """Numbers in a bucket of gradients at most, DeepSpeed's default."""
@@ -38,11 +40,15 @@ class NonFiniteError(RunError):
 
 @dataclass(frozen=True)
 class StepResult:
-    """Loss (nats a target) before the update, gradient norm before clipping, and whether a rank wants to stop."""
+    """Loss (nats a target) before the update, gradient norm before clipping, and whether a rank wants to stop.
+
+    `distillation_loss` is the divergence from a teacher, without its weight and T^2; None without a teacher.
+    """
 
     loss: float
     grad_norm: float
     stop: bool
+    distillation_loss: float | None = None
 
 
 class Engine:
@@ -53,12 +59,16 @@ class Engine:
         model: initialised, on the CPU.
         device: of this rank.
         grid: where this rank stands.
+        teacher: this rank's part of it, on its device.
     """
 
-    def __init__(self, config: Config, model: Decoder, device: torch.device, grid: Grid) -> None:
+    def __init__(
+        self, config: Config, model: Decoder, device: torch.device, grid: Grid, teacher: Teacher | None = None
+    ) -> None:
         import deepspeed
 
         self.config, self.model, self.device, self.grid = config, model, device, grid
+        self.stage = Stage(model, grid.is_last_stage, teacher)
         self.accumulation = config.training.global_batch_size // (config.training.micro_batch_size * grid.data_size)
         # Its bfloat16 optimizer prints memory figures, its pipeline the layers.
         with contextlib.redirect_stdout(io.StringIO()):
@@ -96,18 +106,19 @@ class Engine:
             group["lr"] = lr
         # DeepSpeed divides by the micro-batches and averages over data parallelism: this undoes both, so that the
         # gradient is that of the sum over all targets divided by their number.
-        loss = self._run(batches, self.accumulation * self.grid.data_size / targets)
-        total = torch.stack([loss, torch.full_like(loss, float(stop()))])
+        sums = self._run(batches, self.accumulation * self.grid.data_size / targets)
+        total = torch.cat([sums, torch.full_like(sums[:1], float(stop()))])
         dist.all_reduce(total)
-        loss_sum, stops = total.tolist()
+        *sums, stops = total.tolist()
         # Every rank of a tensor group has the loss of the same samples.
-        mean = loss_sum / (self.grid.tensor.size * targets)
+        mean, divergence = (each / (self.grid.tensor.size * targets) for each in sums)
         grad_norm = float(self.engine.get_global_grad_norm())
         # DeepSpeed skips an update whose gradient is not finite, without a word.
-        if self.optimizer.overflow or not (_is_finite(mean) and _is_finite(grad_norm)):
-            found = f"{mean:.6g} but the gradient is not finite" if _is_finite(mean) else str(mean)
+        if self.optimizer.overflow or not all(map(_is_finite, (mean, divergence, grad_norm))):
+            also = "gradient is not finite" if _is_finite(divergence) else f"distillation loss is {divergence}"
+            found = f"{mean:.6g} but the {also}" if _is_finite(mean) else str(mean)
             raise NonFiniteError(f"the loss is {found}", self._not_finite(batches))
-        return StepResult(mean, grad_norm, stops > 0)
+        return StepResult(mean, grad_norm, stops > 0, None if self.stage.teacher is None else divergence)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[Batch], count: int) -> float:
@@ -130,24 +141,24 @@ class Engine:
 
     def _module(self) -> dict[str, Any]:
         """The arguments of deepspeed.initialize that say what to train and who takes part."""
-        return {"model": self.model, "mpu": self.grid.mpu}
+        return {"model": Whole(self.stage), "mpu": self.grid.mpu}
 
     def _run(self, batches: Sequence[Batch], scale: float) -> torch.Tensor:
-        """Forward, backward of the losses times `scale`, and update; the sum of this rank's losses, float64."""
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        """Forward, backward of what is minimised times `scale`, and update; this rank's sums of `Stage.objective`."""
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
         for batch in batches:
-            loss = self.engine(*self._to_device(batch))
-            total += loss.detach()
+            loss, sums = self.engine(*self._to_device(batch))
+            total += sums
             self.engine.backward(loss * scale)
             self.engine.step()
         return total
 
     def _evaluate(self, batches: Iterator[Batch], count: int) -> torch.Tensor:
-        """The sum of this rank's losses, float64."""
+        """The sum of this rank's cross-entropies, float64."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         self.engine.eval()
         for batch in batches:
-            total += self.engine(*self._to_device(batch))
+            total += self.engine(*self._to_device(batch))[1][0]
         self.engine.train()
         return total
 
@@ -164,7 +175,8 @@ class Engine:
 
     def _repeat(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss and gradients, by name, of a micro-batch."""
-        loss = self.model(*self._to_device(batch))
+        input_ids, position_ids, targets = self._to_device(batch)
+        loss, _ = self.stage.objective(self.stage((input_ids, position_ids)), targets)
         # With ZeRO 3 the parameters are not there to take a gradient of.
         return loss, {} if self._partitions_parameters else self._gradients(loss)[0]
 

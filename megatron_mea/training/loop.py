@@ -22,7 +22,7 @@ from megatron_mea.config import Config
 from megatron_mea.config.layout import Layout
 from megatron_mea.data.corpora import Corpora
 from megatron_mea.errors import RunError, UserError
-from megatron_mea.huggingface.weights import WeightSource, open_weights
+from megatron_mea.huggingface.weights import StoredModel, WeightSource, open_weights
 from megatron_mea.outputs import written
 from megatron_mea.parallel.parameter import named_specs
 from megatron_mea.training import processes, records
@@ -48,6 +48,7 @@ class Inputs:
 
     Args:
         weights: what a run without a checkpoint begins with; None: initialised from the seed.
+        teacher: of `training.distillation`.
         back_to: the step that `run.resume_from` asks to go back to; None for the newest checkpoint.
         warnings, changes: lines to print; changes are those of a configuration that resumes.
     """
@@ -57,6 +58,7 @@ class Inputs:
     train: Corpora
     validation: Corpora | None
     weights: WeightSource | None
+    teacher: StoredModel | None
     back_to: int | None
     warnings: list[str]
     changes: list[str]
@@ -103,7 +105,7 @@ class _Run:
             # There were checkpoints, and all of them are damaged.
             self.weights = open_weights(Path(config.run.init_from), config.model)
         anew = choice.source is None and self.weights is None
-        self.engine = build_engine(config, device, initialized=anew)
+        self.engine = build_engine(config, device, anew, inputs.teacher)
         watchdog.mark()
         self.grid = self.engine.grid
         self._load(choice.source)
@@ -149,6 +151,8 @@ class _Run:
             logging = validating or last or step % config.logging.interval == 0 or config.logging.sample_hashes
             if config.training.replica_check_interval and step % config.training.replica_check_interval == 0:
                 check_replicas(self.engine.model, self.grid, config)
+            if result.distillation_loss is not None:
+                row["distillation_loss"] = result.distillation_loss
             saving = last or result.stop or step % config.checkpoint.interval == 0
             if logging:
                 row["tokens_per_second"] = self.progress.tokens_per_second(step)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from megatron_mea.data.corpora import Batch
-from megatron_mea.model.decoder import Decoder
 from megatron_mea.parallel.parameter import named_specs
 from megatron_mea.training.engine import Engine
+from megatron_mea.training.stage import Tensors
 
 
 class PipelineEngine(Engine):
@@ -21,12 +21,12 @@ class PipelineEngine(Engine):
     def _module(self) -> dict[str, Any]:
         from deepspeed.pipe import PipelineModule
 
-        self._losses: list[torch.Tensor] = []
+        self._sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         self._tied: torch.nn.Parameter | None = None
         self._scale = 1.0
         # DeepSpeed takes the layers of all stages and keeps its own: ours are made stage by stage, so all but one of
         # these places are never looked at.
-        stages = [_Stage(self.model, self.grid.is_last_stage)] * self.grid.pipeline_size
+        stages = [self.stage] * self.grid.pipeline_size
         module = PipelineModule(
             stages, topology=self.grid.mpu.topology(), loss_fn=self._loss, partition_method="uniform"
         )
@@ -40,15 +40,15 @@ class PipelineEngine(Engine):
         module.get_tied_weights_and_groups = lambda: tied
         return {"model": module}
 
-    def _loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        loss = self.model.loss(logits, targets)
-        self._losses.append(loss.detach().double())
+    def _loss(self, outputs: Tensors, targets: torch.Tensor) -> torch.Tensor:
+        loss, sums = self.stage.objective(outputs, targets)
+        self._sums += sums
         return loss * self._scale
 
-    def _take_losses(self) -> torch.Tensor:
-        """The sum of the losses since the last call; zero on all stages but the last."""
-        total = torch.stack([torch.zeros((), dtype=torch.float64, device=self.device), *self._losses]).sum()
-        self._losses.clear()
+    def _take_sums(self) -> torch.Tensor:
+        """Those of `Stage.objective` since the last call; zero on all stages but the last."""
+        total = self._sums.clone()
+        self._sums.zero_()
         return total
 
     def _run(self, batches: Sequence[Batch], scale: float) -> torch.Tensor:
@@ -58,14 +58,25 @@ class PipelineEngine(Engine):
             # Gradients are averaged in one flat buffer a stage, where the two copies lie at different places and
             # three and more ranks add up in a different order: the first stage's copy is the one that counts.
             dist.broadcast(self._tied.data, self.grid.mpu.stage_to_global(0), group=self.grid.ends)
-        return self._take_losses()
+        return self._take_sums()
 
     def _evaluate(self, batches: Iterator[Batch], count: int) -> torch.Tensor:
         micro_batches = self._micro_batches(batches)
-        self.engine.eval_batch(micro_batches, reduce_output=None, bcast_loss=False, num_micro_batches=count)
-        return self._take_losses()
+        with self._without_teacher():
+            self.engine.eval_batch(micro_batches, reduce_output=None, bcast_loss=False, num_micro_batches=count)
+        return self._take_sums()[0]
 
-    def _micro_batches(self, batches: Iterator[Batch]) -> Iterator[tuple[tuple[torch.Tensor, ...], torch.Tensor]]:
+    @contextmanager
+    def _without_teacher(self) -> Iterator[None]:
+        """Fewer tensors travel between the stages, of which DeepSpeed otherwise remembers number and shapes."""
+        if self.stage.teacher is None:
+            yield
+            return
+        self.engine.reset_activation_shape()
+        yield
+        self.engine.reset_activation_shape()
+
+    def _micro_batches(self, batches: Iterator[Batch]) -> Iterator[tuple[Tensors, torch.Tensor]]:
         for batch in batches:
             input_ids, position_ids, targets = self._to_device(batch)
             yield (input_ids, position_ids), targets
@@ -81,38 +92,33 @@ class PipelineEngine(Engine):
 
     def _repeat(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Forward and backward of a micro-batch through all stages, one after the other."""
-        grid, model = self.grid, self.model
+        grid = self.grid
         before, after = (grid.mpu.stage_to_global((grid.pipeline_rank + step) % grid.pipeline_size) for step in (-1, 1))
         x, position_ids, targets = self._to_device(batch)
-        inputs: list[torch.Tensor] = []
+        states: list[torch.Tensor] = [x]
         if grid.pipeline_rank > 0:
-            cut = grid.tensor.size if grid.tensor.sequence_parallel else 1
-            shape = (x.shape[0], x.shape[1] // cut, self.config.model.hidden_size)
-            x = torch.empty(shape, dtype=next(model.parameters()).dtype, device=self.device)
-            dist.recv(x, before)
-            inputs = [x.requires_grad_()]
-        output, gradient = model.run(x, position_ids), None
+            states = self._empty_states(*x.shape)
+            for state in states:
+                dist.recv(state, before)
+            states[0].requires_grad_()
+        output, *others = self.stage((states[0], position_ids, *states[1:]))
+        gradient = None
         if grid.is_last_stage:
-            output = model.loss(output, targets)
+            output, _ = self.stage.objective((output, *others), targets)
         else:
-            dist.send(output.detach().contiguous(), after)
-            gradient = torch.empty_like(output, memory_format=torch.contiguous_format)
+            for state in (output.detach(), *others[1:]):
+                dist.send(state, after)
+            gradient = torch.empty_like(output)
             dist.recv(gradient, after)
-        by_name, to_send = self._gradients(output, gradient, inputs)
+        by_name, to_send = self._gradients(output, gradient, states[:1] if grid.pipeline_rank > 0 else [])
         if grid.pipeline_rank > 0:
             dist.send(to_send[0].contiguous(), before)
         return output.detach().sum(), by_name
 
-
-class _Stage(nn.Module):
-    """The interface that DeepSpeed wants between stages: one argument, a tuple of tensors."""
-
-    def __init__(self, decoder: Decoder, is_last: bool) -> None:
-        super().__init__()
-        self.decoder, self.is_last = decoder, is_last
-
-    def forward(self, inputs: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        x, position_ids = inputs
-        # What is sent must be contiguous, which a part of the sequence is not.
-        x = self.decoder.run(x, position_ids).contiguous()
-        return x if self.is_last else (x, position_ids)
+    def _empty_states(self, batch: int, seq: int) -> list[torch.Tensor]:
+        """For hidden states of a micro-batch from the stage before, and the bytes of a teacher's."""
+        seq //= self.grid.tensor.size if self.grid.tensor.sequence_parallel else 1
+        kinds = [(self.config.model.hidden_size, next(self.model.parameters()).dtype)]
+        if (teacher := self.stage.teacher) is not None:
+            kinds.append((teacher.hidden_size * teacher.dtype.itemsize, torch.uint8))
+        return [torch.empty((batch, seq, width), dtype=dtype, device=self.device) for width, dtype in kinds]

@@ -23,6 +23,7 @@ from megatron_mea.huggingface.weights import open_weights
 from megatron_mea.model.decoder import parameter_shapes
 from megatron_mea.training.ranks import Ranks
 from megatron_mea.training.signals import StopSignal
+from megatron_mea.training.teacher import foreign_tokenizer, open_teacher
 
 if TYPE_CHECKING:
     from megatron_mea.training.loop import Inputs
@@ -113,14 +114,17 @@ def check_inputs(config: Config, ranks: Ranks, layout: Layout, before: Before) -
     elif config.run.init_from is not None:
         weights = open_weights(Path(config.run.init_from), config.model, ranks.rank, ranks.world_size)
         warnings += weights.warnings
+    teacher = open_teacher(config, ranks.rank, ranks.world_size)
     size = len(load_tokenizer(data.tokenizer))
     if size > vocab:
         raise UserError("model.vocab_size", vocab, f"at least the {size} ids of data.tokenizer = {data.tokenizer}")
+    if teacher is not None:
+        warnings += foreign_tokenizer(config, teacher)
     warnings += check_space(config, len(before.existing))
 
     from megatron_mea.training.loop import Inputs
 
-    return Inputs(ranks, layout, train, validation, weights, before.back_to, warnings, changes)
+    return Inputs(ranks, layout, train, validation, weights, teacher, before.back_to, warnings, changes)
 
 
 def check_space(config: Config, existing: int) -> list[str]:

@@ -48,7 +48,6 @@ VALUES = [  # override, found, allowed, mend: the message names the key of the o
     ("run.resume_from=abc", "'abc'", "newest, or the step of a checkpoint"),
     ("run.resume_from=0", "0", "newest, or the step of a checkpoint"),
     ("run.resume_from=3", "3", "newest, or a step with a checkpoint: none"),
-    ("training.distillation={teacher: a}", "teacher='a'...", "null" + LATER),
     ("logging.profile={start: 1, steps: 2}", "start=1 steps=2", "null" + LATER),
     ("optimizer.lr", "no `=`", "KEY=VALUE, for example optimizer.lr=1e-3"),
     ("optimizer.lr.peak=3", "'lr' is not a section", "a dotted key of a section"),
@@ -60,6 +59,7 @@ VALUES = [  # override, found, allowed, mend: the message names the key of the o
     ("run.dir=''", "...", "..."),
     ("model.num_component_heads=[]", "...", "..."),
 ]
+DISTILLATION = "training.distillation"
 OTHER_PLACES = [  # override, where, found, allowed
     ("modle.head_dim=8", "modle", "an unknown key", "keys of the configuration", "did you mean model?"),
     ("=3", "=3", "no key", "KEY=VALUE, for example optimizer.lr=1e-3"),
@@ -76,6 +76,10 @@ OTHER_PLACES = [  # override, where, found, allowed
     ("data.train=[{path: beyond}]", "beyond.bin", "token id 384", "ids from 0 up to...model.vocab_size = 384"),
     ("data.train=[{path: negative}]", "negative.bin", "token id -1", "ids from 0 up to...model.vocab_size = 384"),
     ("data.train=[]", "data.train", "a list of 0", "at least 1"),
+    ("training.distillation={weight: 1}", f"{DISTILLATION}.teacher", "nothing", "a value: the key is required"),
+    ("training.distillation={teacher: a, weight: 0}", f"{DISTILLATION}.weight", "0", "greater than 0"),
+    ("training.distillation={teacher: a, weight: 1.5}", f"{DISTILLATION}.weight", "1.5", "less than or equal to 1"),
+    ("training.distillation={teacher: a, temperature: 0}", f"{DISTILLATION}.temperature", "0", "greater than 0"),
     ("optimizer.betas=[1, 2, 3]", "optimizer.betas", "a list of 3", "at most 2"),
     ("data.train=[{path: ones}]", "data.train", "documents of one token in the first 4 samples", "a token to..."),
     ("data.validation=[{path: ones}]", "data.validation", "documents of one token in the first 8...", "a token..."),

@@ -211,3 +211,42 @@ def test_what_a_resume_accepts(run):
     edit("run/checkpoints/step_00000002/meta.json", lambda raw: raw[:-9])
     with pytest.raises(Accepted):
         main(["train", "tiny.yaml", "optimizer.lr=1"])
+
+
+MODEL = "a checkpoint folder, or a run folder with checkpoints, or a Hugging Face folder"
+TEACHERS = [  # teacher, other overrides, found, allowed
+    ("nowhere", "", "nowhere: no such folder", MODEL),
+    ("tiny.yaml", "", "tiny.yaml: a file", MODEL),
+    ("tokenizer", "", "tokenizer: no checkpoint", MODEL),
+    (
+        "damaged",
+        "",
+        "damaged/...: __0_0.distcp does not match its checksum",
+        "a whole checkpoint",
+        "use an older one...",
+    ),
+    ("gpt2", "", "gpt2/config.json: model_type = gpt2", "mea, llama, mistral, qwen2, qwen3"),
+    (
+        "run",
+        "model.vocab_size=385",
+        "run, with vocab_size = 384",
+        "model.vocab_size = 385: probabilities of the same ids",
+    ),
+    (
+        "run",
+        "data.seq_length=65 model.max_position_embeddings=65",
+        "run, with max_position_embeddings = 64",
+        "at least data.seq_length = 65",
+    ),
+]
+
+
+@pytest.mark.parametrize(("teacher", "others", "expected"), [(*row[:2], row[2:]) for row in TEACHERS])
+def test_a_model_that_cannot_teach(run, refused, teacher, others, expected):
+    shutil.copytree(run, "damaged")
+    edit(next(Path("damaged").rglob("step_00000002/*.distcp")), lambda raw: raw[:-1] + b"?")
+    Path("gpt2").mkdir()
+    Path("gpt2/config.json").write_text('{"model_type": "gpt2"}')
+    key = "training.distillation.teacher"
+    found = refused("train", "tiny.yaml", "run.dir=new", f"{key}={teacher}", *others.split())
+    check(found, (key, *expected))

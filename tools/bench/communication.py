@@ -31,7 +31,7 @@ MODEL = {
 }
 STEPS_BEFORE = 2
 """ZeRO 3 follows its own plan of fetches from the third pass on."""
-SCALARS = 2
+SCALARS = 3
 """Calls with so few numbers carry norms, losses and flags: `plan` leaves them out, and so does the table."""
 
 

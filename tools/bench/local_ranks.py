@@ -6,14 +6,17 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.multiprocessing as mp
 
 from megatron_mea.config import Config
-from megatron_mea.config.load import parse_config
+from megatron_mea.config.load import parse_config, parse_model
 from megatron_mea.data.corpora import Batch
+from megatron_mea.huggingface.convert import to_hf_config
+from megatron_mea.huggingface.modeling_mea import MEAForCausalLM
 
 
 def make_config(model: dict, training: dict, parallel: dict, seq_length: int) -> Config:
@@ -35,11 +38,18 @@ def make_config(model: dict, training: dict, parallel: dict, seq_length: int) ->
     )
 
 
+def random_teacher(model: dict, folder: str | Path) -> dict:
+    """Writes a Hugging Face folder with random weights, for `training.distillation`."""
+    MEAForCausalLM(to_hf_config(parse_model({"max_position_embeddings": 1024} | model))).save_pretrained(folder)
+    return {"teacher": str(folder), "temperature": 2.0}
+
+
 def new_engine(config: Config) -> Any:
     """The engine that `train` would make on this rank."""
     from megatron_mea.training.build import build_engine
+    from megatron_mea.training.teacher import open_teacher
 
-    return build_engine(config, torch.device("cpu"))
+    return build_engine(config, torch.device("cpu"), teacher=open_teacher(config))
 
 
 def random_batches(config: Config, engine: Any) -> list[Batch]:

@@ -9,12 +9,13 @@ set, to which libraries add theirs.
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from local_ranks import launch, make_config, new_engine, random_batches
+from local_ranks import launch, make_config, new_engine, random_batches, random_teacher
 
 from megatron_mea.cluster.plan import make_plan
 from megatron_mea.config import Config
@@ -99,11 +100,18 @@ def _status(key: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="cases (default: all)")
-    names = parser.parse_args().names or list(CASES)
+    names = parser.parse_args().names
+    with tempfile.TemporaryDirectory() as folder:
+        taught = {"distillation": random_teacher(MODEL | {"num_hidden_layers": 4}, folder)}
+        print_table(CASES | {"1 rank, distilled": (1, case(**taught)), "tp2, distilled": (2, case(2, **taught))}, names)
+
+
+def print_table(cases: dict[str, tuple[int, Config]], names: list[str]) -> None:
+    """Measures the cases of these names; none: all."""
     print("| case | stage | tensors, measured MB | planned | ratio | resident, measured MB |")
     print("|---|---|---|---|---|---|")
-    for name in names:
-        world_size, config = CASES[name]
+    for name in names or cases:
+        world_size, config = cases[name]
         ranks = launch(peak, world_size, config)
         plan = make_plan(config, world_size, device="cpu")
         for memory in plan.memory:
