@@ -24,7 +24,7 @@ from megatron_mea.huggingface.proof import compare
 from megatron_mea.huggingface.shards import SHARD_BYTES, write_safetensors
 from megatron_mea.huggingface.source import CheckpointSource, is_hugging_face, open_checkpoint, token_ids
 from megatron_mea.huggingface.targets import Target, make_target
-from megatron_mea.outputs import output_place, written
+from megatron_mea.outputs import check_free_folder, output_place, require_space, written
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _LENGTH, _LOGITS = 256, 1 << 26
@@ -54,9 +54,7 @@ def export(
         RunError: the disk refuses.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        found = "a folder that is not empty" if out.is_dir() else "a file"
-        raise UserError(str(out), found, "a folder that is empty or does not exist")
+    check_free_folder(out)
     if is_hugging_face(model):
         # What its target cannot be is refused before anything is read.
         make_target(kind, read_settings(Path(model))[1])
@@ -72,7 +70,7 @@ def export(
     ids = token_ids(source.tokenizer, source.config.model.vocab_size)
     target = make_target(kind, source.config.model, dtype=_DTYPES[dtype], **ids)
     with output_place(out, folder=True), written(out):
-        _check_space(out, target, dtype)
+        require_space(out, sum(prod(one.shape) for one in target.tensors.values()) * _DTYPES[dtype].itemsize + SPARE)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
             folder = Path(scratch) / "export"
             said = _write_and_compare(source, target, folder, dtype, shard_bytes)
@@ -86,13 +84,6 @@ def _return_freed_memory() -> None:
     """Tells glibc to give back what is freed; it would keep blocks of up to 32 MB, and more with every layer."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
-
-
-def _check_space(out: Path, target: Target, dtype: str) -> None:
-    free = shutil.disk_usage(out.parent).free
-    size = sum(prod(recipe.shape) for recipe in target.tensors.values()) * _DTYPES[dtype].itemsize + SPARE
-    if free < size:
-        raise UserError(str(out), f"{free / 1e9:,.3f} GB free there", f"at least {size / 1e9:,.3f} GB")
 
 
 def _write_and_compare(source: CheckpointSource, target: Target, folder: Path, dtype: str, shard_bytes: int) -> str:

@@ -23,7 +23,7 @@ from megatron_mea.errors import RunError, UserError
 from megatron_mea.huggingface.description import STOCK, Description, read_description
 from megatron_mea.huggingface.stored import Stored, check_names, read_piece, stored_tensors, without_tied_head
 from megatron_mea.model.decoder import Decoder, parameter_shapes
-from megatron_mea.outputs import check_free_folder, output_place
+from megatron_mea.outputs import check_free_folder, output_place, require_space
 from megatron_mea.parallel.parameter import named_specs
 from megatron_mea.progress import progress_bar
 from megatron_mea.versions import versions
@@ -66,7 +66,7 @@ def import_model(source: str | Path, out: str | Path, variant: str | None = None
     origin = f"imported from {source.resolve().name} ({described.kind}, {types}); no moments"
     with output_place(out, folder=True), tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         count = sum(map(math.prod, parameter_shapes(model).values()))
-        _check_space(out, 4 * count + _SPARE)
+        require_space(out, 4 * count + _SPARE)
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
         folder = Path(scratch) / "checkpoint"
@@ -164,12 +164,6 @@ def _has_tokenizer(source: Path) -> bool:
     except UserError:
         return False
     return True
-
-
-def _check_space(out: Path, needed: int) -> None:
-    free = shutil.disk_usage(out.parent).free
-    if free < needed:
-        raise UserError(str(out), f"{free / 1e9:,.3f} GB free", f"at least {needed / 1e9:,.3f} GB: 4 bytes a parameter")
 
 
 def _write(source: Path, folder: Path, out: Path, model: Model, found: dict[str, Stored], origin: str) -> None:

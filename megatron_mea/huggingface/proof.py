@@ -14,8 +14,7 @@ from transformers import PreTrainedModel
 from megatron_mea.config.schema import Model
 from megatron_mea.errors import RunError
 from megatron_mea.huggingface.targets import Target
-from megatron_mea.model.decoder import Decoder
-from megatron_mea.parallel.parameter import named_specs
+from megatron_mea.model.layerwise import one_layer
 
 _EXACT, _STOCK = 1e-9, 1e-4
 """Of the largest logit. Two orders of summation in float64; transformers' own norms and angles are float32."""
@@ -78,15 +77,11 @@ def compare(
 
 
 def _run_trained(model: Model, masters: Callable[[str], torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
-    """Logits (batch, seq, vocab) of the training model, as a chain of stages of one layer each."""
+    """Logits (batch, seq, vocab) of the training model, a layer at a time."""
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     x = tokens
     for index in range(model.num_hidden_layers + 2):
-        stage = Decoder(model, stage=range(index, index + 1))
-        for name, parameter in named_specs(stage).items():
-            parameter.data = torch.empty(0)
-            parameter.data = masters(name).double()
-        x = stage.run(x, positions)
+        x = one_layer(model, index, masters, torch.float64).run(x, positions)
     return x
 
 
