@@ -22,8 +22,8 @@ import yaml
 
 TOP = Path(__file__).parents[1]
 CONFIG, TEXT = TOP / "configs/compression/small.yaml", TOP / "launch/quickstart"
-STEPS, LR = 60, 1e-3
-"""Of going on: a tenth of the training, at a third of its peak."""
+STEPS, LR = 80, 3e-4
+"""Of going on: a seventh of the training, from the rate at which that ended."""
 CONTINUED = ("weights-50", "outputs-50", "outputs-aligned-auto-50")
 
 
