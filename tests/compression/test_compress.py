@@ -15,10 +15,13 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from megatron_mea.checkpoint.folder import Meta, damage
 from megatron_mea.checkpoint.tensors import read_tensors, weight_shapes
 from megatron_mea.cli import main
+from megatron_mea.compression import origin as origin_module
 from megatron_mea.compression.calibrate import head_moments, open_data
+from megatron_mea.compression.compress import _options, compress
 from megatron_mea.compression.origin import open_origin
 from megatron_mea.compression.virtual import Factoriser
 from megatron_mea.config.load import parse_model
+from megatron_mea.errors import UserError
 from megatron_mea.huggingface.convert import to_hf_config
 from megatron_mea.huggingface.modeling_mea import MEAForCausalLM
 from megatron_mea.huggingface.source import load_model
@@ -139,6 +142,48 @@ def test_plain_stays_exact_with_all_heads(tmp_path):
     assert len(added) == 2 * LAYERS
     assert all(torch.equal(tensor, torch.eye(HEADS).double()) for tensor in added.values())
     torch.testing.assert_close(logits(tmp_path / "out"), logits(original), rtol=0, atol=1e-5)
+
+
+LISTS = [
+    ({"heads": "2"}, [2, 2, 2]),
+    ({"heads": "2,3,4"}, [2, 3, 4]),
+    ({"heads": "2", "layers": "2,3:1"}, [4, 2, 1]),
+    ({"layers": "2:3,3:1"}, [4, 3, 1]),
+]
+WRONG = [
+    ({}, "--component-heads"),
+    ({"heads": "2", "ratio": 0.5}, "--component-heads, --cache-ratio"),
+    ({"heads": "2,3"}, "--component-heads"),
+    ({"heads": "5"}, "--component-heads"),
+    ({"heads": "2,3,4", "layers": "half"}, "--component-heads"),
+    # It would do nothing.
+    ({"heads": "2", "layers": "2:3,3:1"}, "--component-heads"),
+    ({"heads": "2", "layers": "2:0,3"}, "--layers"),
+    ({"heads": "2", "layers": "2:5,3"}, "--layers"),
+    ({"layers": "2:3,3"}, "--component-heads"),
+    ({"heads": "2", "layers": "auto"}, "--layers"),
+    ({"ratio": 0.5, "layers": "2:0"}, "--layers"),
+    ({"ratio": 0.2}, "--cache-ratio"),
+    ({"ratio": 0.74, "layers": "2"}, "--cache-ratio"),
+]
+
+
+class TestOptions:
+    @pytest.mark.parametrize(("options", "expected"), LISTS)
+    def test_heads_of_each_layer(self, options, expected):
+        asked = {"heads": None, "ratio": None, "layers": None} | options
+        assert _options(parse_model(SIZES), "it", **asked) == [[heads] for heads in expected]
+
+    @pytest.mark.parametrize(("options", "key"), WRONG)
+    def test_what_cannot_be_or_would_do_nothing_is_refused_before_the_model_is_read(
+        self, options, key, tmp_path, monkeypatch
+    ):
+        original = source("llama", tmp_path / "in")
+        monkeypatch.setattr(origin_module, "import_model", None)
+        with pytest.raises(UserError) as raised:
+            compress(original, tmp_path / "deep/out", **options)
+        assert raised.value.problems[0].where == key
+        assert not (tmp_path / "deep").exists()
 
 
 class TestCalibration:
