@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from megatron_mea.data.corpora import IGNORE
 from megatron_mea.data.indexed import open_readers
 from megatron_mea.errors import UserError
 from megatron_mea.huggingface.export import export
+from megatron_mea.huggingface.importing import how_to_begin
 from megatron_mea.huggingface.source import is_hugging_face
 from megatron_mea.huggingface.stored import stored_tensors
 from megatron_mea.model.decoder import parameter_shapes
@@ -72,6 +74,10 @@ def compress(
         windows = None
         if calibration is not None:
             windows = open_data(origin, calibration, CALIBRATION, tokens=TOKENS)
+            outputs = origin.model.num_key_value_heads * origin.model.head_dim
+            if windows.tokens < outputs:
+                found = f"{calibration} has {windows.tokens} tokens for the {outputs} outputs of a layer's key heads"
+                print(f"warning: {found}: what it does not show is lost", file=sys.stderr, flush=True)
         require_space(out, 4 * sum(map(math.prod, origin.shapes.values())) + SPARE)
         moments = None if windows is None else head_moments(origin, windows, _changing(origin, options))
         factoriser = Factoriser(origin, moments, aligned)
@@ -86,7 +92,7 @@ def compress(
                 _, *told = export(checkpoint, out, _dtype(Path(model))).splitlines()
             else:
                 publish(checkpoint, out)
-                told = []
+                told = [how_to_begin(compressed.model, out)]
         return "\n".join([f"wrote {out}: {_told(compressed)}", *told])
 
 

@@ -26,6 +26,10 @@ class Windows:
     places: list[tuple[int, list[int], int]]
     document_mask: bool
 
+    @property
+    def tokens(self) -> int:
+        return sum(len(starts) * length for _, starts, length in self.places)
+
     def __len__(self) -> int:
         return len(self.places)
 

@@ -21,6 +21,7 @@ from megatron_mea.compression.compress import _options, compress
 from megatron_mea.compression.origin import open_origin
 from megatron_mea.compression.virtual import Factoriser
 from megatron_mea.config.load import parse_model
+from megatron_mea.data.indexed import IndexedReader, IndexedWriter
 from megatron_mea.errors import UserError
 from megatron_mea.huggingface.convert import to_hf_config
 from megatron_mea.huggingface.modeling_mea import MEAForCausalLM
@@ -212,6 +213,15 @@ class TestCalibration:
             outputs = inputs @ rows.mT
             torch.testing.assert_close(moments[2, side], outputs.mT @ outputs / len(inputs), atol=1e-5, rtol=1e-4)
 
+    def test_too_few_tokens_are_warned_of(self, tiny, tmp_path, capsys):
+        tokens = IndexedReader(tiny.train).tokens[:20]
+        with IndexedWriter(tmp_path / "few", tokens.dtype) as writer:
+            writer.add(tokens, [20])
+            writer.commit()
+        options = ["--component-heads", "2", "--calibration", str(tmp_path / "few")]
+        assert main(["compress", str(source("llama", tmp_path / "in")), str(tmp_path / "out"), *options]) == 0
+        assert "has 19 tokens for the 32 outputs" in capsys.readouterr().err
+
     def test_it_loses_less_of_the_outputs(self, tiny, tmp_path, capsys):
         original = source("llama", tmp_path / "in", tiny.tokenizer)
         told = {}
@@ -258,6 +268,9 @@ class TestCheckpoint:
         assert main(["compress", str(original), str(out), "--component-heads", "1", "--layers", "2", "--align"]) == 0
         assert damage(out) is None
         meta = Meta.read(out)
+        settings = yaml.safe_load(capsys.readouterr().out.split("with these settings:\n")[-1])
+        assert parse_model(settings["model"]).component_heads == [4, 1, 4]
+        assert settings["run"]["init_from"] == str(out)
         assert (meta.step, meta.config["model"]["num_component_heads"]) == (0, [4, 1, 4])
         assert "compressed to 9 of 12 key/value heads: " in meta.origin
         shapes = weight_shapes(out)
