@@ -138,7 +138,8 @@ def draw(result: dict[str, Any], file: Path) -> None:
     axes.bar([row["layer"] for row in result["layers"]], [row["difference"] for row in result["layers"]])
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xlabel("the layer that is compressed, counted from 1")
-    axes.set_ylabel("cross-entropy above the unchanged model's (nats a token)")
+    axes.set_ylabel("rise of the cross-entropy (nats a token)")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_title(f"{result['component_heads']} component heads, {result['tokens']:,} tokens")
     figure.savefig(file, dpi=120)
 
