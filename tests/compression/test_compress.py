@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +263,19 @@ class TestRatio:
 
 
 class TestCheckpoint:
+    def test_a_full_disk_is_one_message(self, tmp_path, capsys):
+        original, out = tmp_path / "original", tmp_path / "deep/out"
+        assert main(["import", str(source("llama", tmp_path / "in")), str(original)]) == 0
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+        try:
+            status = main(["compress", str(original), str(out), "--component-heads", "2"])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert status == 1
+        assert f"{out} cannot be written: " in capsys.readouterr().err
+        assert not out.parent.exists()
+
     def test_a_checkpoint_gives_a_checkpoint_that_a_run_begins_from(self, tiny, tmp_path, monkeypatch, capsys):
         original, out = tmp_path / "original", tmp_path / "deep/out"
         assert main(["import", str(source("mea", tmp_path / "in", tiny.tokenizer)), str(original)]) == 0
