@@ -185,8 +185,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     sub.add_argument("out", metavar="OUT", help="of the same kind as MODEL; does not exist or is empty")
-    size = sub.add_mutually_exclusive_group(required=True)
-    numbers = "component heads of the layers; one number, or one for every layer with commas between"
+    size = sub.add_mutually_exclusive_group()
+    numbers = "component heads of the layers: one number, or one for every layer with commas between"
     size.add_argument("--component-heads", metavar="N", help=numbers)
     ratio = "size of the cache to that of all composite heads; each layer's number of heads is chosen"
     size.add_argument("--cache-ratio", type=float, metavar="R", help=ratio)

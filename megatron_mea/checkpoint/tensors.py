@@ -41,6 +41,8 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's, as torch names them; the moment of parameter `name` is called `exp_avg.name`."""
+_WRITER = "inline_container"
+"""Where in torch's sources files are written."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,8 @@ def write_tensors(
         read: the float32 numbers of a piece, by name, offsets and shape; asked for when its turn comes.
 
     Raises:
-        Exception: what `read` raises, or the disk.
+        OSError: the disk refuses.
+        Exception: what `read` raises.
     """
     pieces = {
         MetadataIndex(name, torch.Size(offsets)): (shape, torch.Size(size))
@@ -134,7 +137,11 @@ def write_tensors(
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
     except CheckpointException as error:
-        raise next(iter(error.failures.values()))[0] from None
+        failure = next(iter(error.failures.values()))[0]
+        if _WRITER in str(failure):
+            # Of a full disk torch says what the C++ below it says.
+            raise OSError(str(failure).partition("\n")[0]) from None
+        raise failure from None
 
 
 def rows_of(shape: tuple[int, ...], most: int = 1 << 26) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:

@@ -43,7 +43,7 @@ def align(moment: torch.Tensor, num_heads: int, rank: int, turn: Turn) -> Virtua
         mix = _mix(heads, turns, basis)
         # shape: (groups, h features, h' features), and the least squares solution for all components at once
         model = torch.einsum("hgab,ch->ghacb", turns, mix.to(field)).flatten(3, 4).flatten(1, 2)
-        selection = torch.linalg.pinv(model)
+        selection = _solve(model.mH @ model, model.mH)
         basis = (selection @ stacked).unflatten(1, (rank, -1)).transpose(0, 1)
         before, error = error, _size(stacked - model @ (selection @ stacked))
         if before - error <= _ENOUGH * error:

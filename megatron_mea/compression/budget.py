@@ -44,7 +44,7 @@ def chosen_layers(text: str, num_layers: int) -> dict[int, int | None]:
         for layer in range(first, last + 1):
             if layer in found:
                 raise UserError(key, f"layer {layer} twice, in {text}", "each layer once")
-            found[layer] = int(match[3]) if match[3] else None
+            found[layer] = None if match[3] is None else int(match[3])
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +15,15 @@ from megatron_mea.checkpoint.folder import GENERATION, SPARE, TOKENIZER, Meta, p
 from megatron_mea.checkpoint.tensors import write_tensors
 from megatron_mea.compression.budget import AUTO, best_heads, chosen_layers
 from megatron_mea.compression.calibrate import TOKENS, head_moments, open_data
-from megatron_mea.compression.origin import Origin, open_origin
-from megatron_mea.compression.sensitivity import losses_of_changes, windows_at_once
+from megatron_mea.compression.origin import Origin, open_origin, read_model
+from megatron_mea.compression.sensitivity import losses_of_changes, passes
 from megatron_mea.compression.virtual import Compressed, Factoriser
+from megatron_mea.config.schema import Model
 from megatron_mea.data.corpora import IGNORE
+from megatron_mea.data.indexed import open_readers
 from megatron_mea.errors import UserError
 from megatron_mea.huggingface.export import export
+from megatron_mea.huggingface.importing import how_to_begin
 from megatron_mea.huggingface.source import is_hugging_face
 from megatron_mea.huggingface.stored import stored_tensors
 from megatron_mea.model.decoder import parameter_shapes
@@ -63,11 +67,17 @@ def compress(
     """
     out = Path(out)
     check_free_folder(out)
+    options = _options(read_model(model), str(model), heads, ratio, layers)
+    if calibration is not None:
+        open_readers([calibration], CALIBRATION)
     with output_place(out, folder=True), written(out), open_origin(model, out) as origin:
-        options = _options(origin, heads, ratio, layers)
         windows = None
         if calibration is not None:
             windows = open_data(origin, calibration, CALIBRATION, tokens=TOKENS)
+            outputs = origin.model.num_key_value_heads * origin.model.head_dim
+            if windows.tokens < outputs:
+                found = f"{calibration} has {windows.tokens} tokens for the {outputs} outputs of a layer's key heads"
+                print(f"warning: {found}: what it does not show is lost", file=sys.stderr, flush=True)
         require_space(out, 4 * sum(map(math.prod, origin.shapes.values())) + SPARE)
         moments = None if windows is None else head_moments(origin, windows, _changing(origin, options))
         factoriser = Factoriser(origin, moments, aligned)
@@ -82,7 +92,7 @@ def compress(
                 _, *told = export(checkpoint, out, _dtype(Path(model))).splitlines()
             else:
                 publish(checkpoint, out)
-                told = []
+                told = [how_to_begin(compressed.model, out)]
         return "\n".join([f"wrote {out}: {_told(compressed)}", *told])
 
 
@@ -123,36 +133,52 @@ def _composites(compressed: Compressed) -> int:
     return compressed.model.num_key_value_heads * compressed.model.num_hidden_layers
 
 
-def _options(origin: Origin, heads: str | None, ratio: float | None, layers: str | None) -> list[list[int]]:
+def _options(model: Model, name: str, heads: str | None, ratio: float | None, layers: str | None) -> list[list[int]]:
     """Of every layer the numbers of component heads it may get; one where there is nothing to choose."""
-    if (heads is None) == (ratio is None):
-        both = "both" if heads is not None else "neither"
-        raise UserError(f"{HEADS}, {RATIO}", both, "one of them")
-    before = origin.model.component_heads
+    if heads is not None and ratio is not None:
+        raise UserError(f"{HEADS}, {RATIO}", "both", "one of them")
+    before = model.component_heads
     if layers is None:
-        layers = AUTO if heads is None else "full"
+        layers = "full" if ratio is None else AUTO
     if ratio is not None:
         if not 0 < ratio <= 1:
             raise UserError(RATIO, ratio, "above 0, and at most 1: all composite heads")
         free = chosen_layers("full" if layers == AUTO else layers, len(before))
-        if any(free.values()):
+        if any(own is not None for own in free.values()):
             raise UserError(LAYERS, f"{layers} with {RATIO}", "layers alone: their numbers of heads are chosen")
-        return [list(range(1, had + 1)) if layer in free else [had] for layer, had in enumerate(before, start=1)]
+        options = [list(range(1, had + 1)) if layer in free else [had] for layer, had in enumerate(before, start=1)]
+        least, total = sum(one[0] for one in options), model.num_key_value_heads * len(before)
+        if _budget(model, ratio) < least:
+            smallest = math.ceil(10_000 * least / total) / 10_000
+            raise UserError(RATIO, ratio, f"at least {smallest}: {least} of {total} heads cannot be done without")
+        return options
     if layers == AUTO:
-        raise UserError(LAYERS, f"{AUTO} with {HEADS}", f"{RATIO}, a budget to choose for, or other layers")
-    numbers = _numbers(heads)
+        raise UserError(LAYERS, f"{AUTO} without {RATIO}", f"{RATIO}, a budget to choose for, or other layers")
+    numbers = [] if heads is None else _numbers(heads)
     if len(numbers) > 1:
         if len(numbers) != len(before) or layers != "full":
             allowed = f"one number, or one for each of the {len(before)} layers and no {LAYERS}"
             raise UserError(HEADS, heads, allowed)
-        wanted: dict[int, int] = dict(enumerate(numbers, start=1))
+        own = dict(enumerate(numbers, start=1))
     else:
-        wanted = {layer: own or numbers[0] for layer, own in chosen_layers(layers, len(before)).items()}
-    for layer, number in wanted.items():
-        had = before[layer - 1]
+        own = chosen_layers(layers, len(before))
+        if (None not in own.values()) == bool(numbers):
+            found = heads if numbers else "nothing"
+            allowed = f"no {HEADS}, since {LAYERS} has every number" if numbers else f"a number, or {RATIO}"
+            raise UserError(HEADS, found, allowed)
+    for layer, number in own.items():
+        had, key = before[layer - 1], HEADS if number is None or len(numbers) > 1 else LAYERS
+        number = numbers[0] if number is None else number
         if not 1 <= number <= had:
-            raise UserError(HEADS, number, f"1 to {had}, the component heads of layer {layer} of {origin.name}")
-    return [[wanted.get(layer, had)] for layer, had in enumerate(before, start=1)]
+            raise UserError(key, number, f"1 to {had}, the component heads of layer {layer} of {name}")
+        own[layer] = number
+    return [[own.get(layer, had)] for layer, had in enumerate(before, start=1)]
+
+
+def _budget(model: Model, ratio: float) -> int:
+    """Component heads in all layers together."""
+    # Not a head less because 0.1 has no exact binary form.
+    return math.floor(ratio * model.num_key_value_heads * model.num_hidden_layers + 1e-9)
 
 
 def _numbers(text: str) -> list[int]:
@@ -166,21 +192,14 @@ def choose_heads(
     origin: Origin, factoriser: Factoriser, options: list[list[int]], ratio: float, calibration: str | None
 ) -> list[int]:
     """The heads of every layer that are predicted to cost least at that size of the cache."""
-    total = origin.model.num_key_value_heads * origin.model.num_hidden_layers
-    # Not a head less because 0.1 has no exact binary form.
-    budget = math.floor(ratio * total + 1e-9)
-    least = sum(one[0] for one in options)
-    if budget < least:
-        allowed = f"at least {least}/{total}, with as few heads in every layer as it can have"
-        raise UserError(RATIO, ratio, allowed)
     if calibration is None:
         costs = [
             {heads: factoriser.lost(layer, heads) if heads < max(one) else 0.0 for heads in one}
-            for layer, one in enumerate(options)
+            for layer, one in enumerate(progress_bar(options, desc="heads of each layer", unit="layer"))
         ]
     else:
         costs = measured_costs(origin, factoriser, options, calibration)
-    chosen = best_heads(costs, budget)
+    chosen = best_heads(costs, _budget(origin.model, ratio))
     assert chosen is not None
     return chosen
 
@@ -189,19 +208,17 @@ def measured_costs(
     origin: Origin, factoriser: Factoriser, options: list[list[int]], calibration: str
 ) -> list[dict[int, float]]:
     """What each number of heads costs in each layer alone, in nats a token of calibration data."""
-    changes = {layer: one[:-1] for layer, one in enumerate(options)}
-    at_once = windows_at_once(origin, sum(map(len, changes.values())))
+    at_once, groups = passes(origin, [(layer, heads) for layer, one in enumerate(options) for heads in one[:-1]])
     windows = open_data(origin, calibration, CALIBRATION, at_once, AUTO_TOKENS)
     costs = [dict.fromkeys(one, 0.0) for one in options]
     count = 0
-    with progress_bar(
-        total=len(windows) * (origin.model.num_hidden_layers + 1), desc="heads of each layer", unit="layer"
-    ) as bar:
+    total = len(windows) * len(groups) * (origin.model.num_hidden_layers + 1)
+    with progress_bar(total=total, desc="heads of each layer", unit="layer") as bar:
         for batch in windows:
-            losses = losses_of_changes(origin, factoriser, changes, batch, windows.document_mask, bar)
             count += int((batch.targets != IGNORE).sum())
-            for layer, one in changes.items():
-                for heads in one:
+            for changes in groups:
+                losses = losses_of_changes(origin, factoriser, changes, batch, windows.document_mask, bar)
+                for layer, heads in changes:
                     costs[layer][heads] += losses[layer, heads] - losses[None]
     return [_never_better({heads: cost / max(count, 1) for heads, cost in one.items()}) for one in costs]
 

@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 
 from megatron_mea.attention.hlc import fold_weight
-from megatron_mea.checkpoint.folder import COMPLETE
+from megatron_mea.checkpoint.folder import COMPLETE, Meta, checkpoint_folder
 from megatron_mea.checkpoint.tensors import Fragment, read_fragments, read_tensors, weight_shapes
+from megatron_mea.config.load import parse_config
 from megatron_mea.config.schema import Model
 from megatron_mea.errors import UserError
-from megatron_mea.huggingface.importing import import_model
+from megatron_mea.huggingface.importing import import_model, read_settings
 from megatron_mea.huggingface.source import CheckpointSource, is_hugging_face, open_checkpoint
 
 SIDES = ("k", "v")
@@ -43,10 +44,10 @@ class Origin:
 
     @property
     def fingerprint(self) -> str:
-        """Of the weights, the same for every import of a folder."""
+        """Of weights and settings, the same for every import of a folder."""
         checksums = json.loads((self.source.folder / COMPLETE).read_text())["sha256"]
         tensors = sorted((name, one) for name, one in checksums.items() if name.endswith(".distcp"))
-        return hashlib.sha256(json.dumps(tensors).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([tensors, self.model.model_dump(mode="json")]).encode()).hexdigest()
 
     def read(self, name: str) -> torch.Tensor:
         """A parameter, whole and in float32."""
@@ -68,6 +69,21 @@ class Origin:
         return weight
 
 
+def read_model(path: str | Path) -> Model:
+    """The settings of MODEL, of which nothing else is read: what cannot be is refused before long work begins.
+
+    Raises:
+        UserError: they cannot be read, or are of a variant without key and value heads to combine.
+    """
+    if is_hugging_face(path):
+        model = read_settings(Path(path))[1]
+    else:
+        model = parse_config(Meta.read(checkpoint_folder(path)).config, needs_data=False).model
+    if model.attention_variant not in VARIANTS:
+        raise UserError("MODEL", f"{path}, of the variant {model.attention_variant}", f"one of {', '.join(VARIANTS)}")
+    return model
+
+
 @contextmanager
 def open_origin(path: str | Path, beside: Path) -> Iterator[Origin]:
     """A checkpoint or run folder as it is; of a Hugging Face folder an import, for as long as the block lasts.
@@ -76,7 +92,7 @@ def open_origin(path: str | Path, beside: Path) -> Iterator[Origin]:
         beside: the import is made in the same folder, which exists.
 
     Raises:
-        UserError: it cannot be read or imported, or is of a variant without key and value heads to combine.
+        UserError: it cannot be read or imported.
     """
     with tempfile.TemporaryDirectory(dir=beside.parent, prefix=f".{beside.name}-") as scratch:
         checkpoint = path
@@ -84,7 +100,4 @@ def open_origin(path: str | Path, beside: Path) -> Iterator[Origin]:
             checkpoint = Path(scratch) / "imported"
             import_model(path, checkpoint)
         source = open_checkpoint(checkpoint)
-        variant = source.config.model.attention_variant
-        if variant not in VARIANTS:
-            raise UserError("MODEL", f"{path}, of the variant {variant}", f"one of {', '.join(VARIANTS)}")
         yield Origin(str(path), source, weight_shapes(source.folder))

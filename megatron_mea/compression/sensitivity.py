@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_mea.compression.calibrate import open_data, window_of
-from megatron_mea.compression.origin import Origin, open_origin
+from megatron_mea.compression.origin import Origin, open_origin, read_model
 from megatron_mea.compression.virtual import Compressed, Factoriser, compressible
-from megatron_mea.data.corpora import IGNORE, Batch
+from megatron_mea.data.corpora import IGNORE, Batch, corpus_digest
+from megatron_mea.data.indexed import open_readers
 from megatron_mea.data.windows import Windows
 from megatron_mea.errors import UserError
 from megatron_mea.model.decoder import Decoder
@@ -47,18 +48,22 @@ def sensitivity(model: str | Path, heads: int, data: str, out: str | Path, align
         raise UserError("--out", str(out), "a name that ends in .json")
     plot, part = out.with_suffix(".png"), Path(f"{out}.part")
     places = output_place(out, folder=False), output_place(plot, folder=False)
+    layers = compressible(read_model(model), str(model), heads, "--component-heads")
+    open_readers([data], "--data")
     with places[0], places[1], written(out), open_origin(model, out) as origin:
-        layers = compressible(origin, heads, "--component-heads")
-        windows = open_data(origin, data, "--data", windows_at_once(origin, len(layers)))
+        at_once, groups = passes(origin, [(layer, heads) for layer in layers])
+        windows = open_data(origin, data, "--data", at_once)
         asked = {
             "model": str(model),
             "data": data,
             "component_heads": heads,
             "aligned": aligned,
             "weights": origin.fingerprint,
+            "tokens_digest": corpus_digest(windows.readers[0], windows.document_mask),
+            "window": window_of(origin),
             "passes": len(windows),
         }
-        found = _measure(origin, Factoriser(origin, None, aligned), layers, windows, part, asked)
+        found = _measure(origin, Factoriser(origin, None, aligned), groups, windows, part, asked)
         result = asked | _result(origin, heads, layers, found)
         out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         draw(result, plot)
@@ -67,7 +72,12 @@ def sensitivity(model: str | Path, heads: int, data: str, out: str | Path, align
 
 
 def _measure(
-    origin: Origin, factoriser: Factoriser, layers: list[int], windows: Windows, part: Path, asked: dict[str, Any]
+    origin: Origin,
+    factoriser: Factoriser,
+    groups: Sequence[Sequence[Change]],
+    windows: Windows,
+    part: Path,
+    asked: dict[str, Any],
 ) -> dict[str, Any]:
     """Sums over all data; {"done": passes, "targets": number, "sums": {layer, or "none": nats}}"""
     found: dict[str, Any] = {"done": 0, "targets": 0, "sums": {}}
@@ -77,13 +87,13 @@ def _measure(
             found = kept
     except (OSError, ValueError, KeyError, AttributeError):
         pass
-    heads, total = asked["component_heads"], len(windows) * (origin.model.num_hidden_layers + 1)
-    with progress_bar(total=total, desc="sensitivity", unit="layer") as bar:
-        bar.update(found["done"] * (origin.model.num_hidden_layers + 1))
+    steps = len(groups) * (origin.model.num_hidden_layers + 1)
+    with progress_bar(total=len(windows) * steps, desc="sensitivity", unit="layer") as bar:
+        bar.update(found["done"] * steps)
         for index in range(found["done"], len(windows)):
-            changes = {layer: [heads] for layer in layers}
-            batch = windows[index]
-            losses = losses_of_changes(origin, factoriser, changes, batch, windows.document_mask, bar)
+            batch, losses = windows[index], {}
+            for changes in groups:
+                losses |= losses_of_changes(origin, factoriser, changes, batch, windows.document_mask, bar)
             for change, loss in losses.items():
                 key = "none" if change is None else str(change[0])
                 found["sums"][key] = found["sums"].get(key, 0.0) + loss
@@ -128,22 +138,25 @@ def draw(result: dict[str, Any], file: Path) -> None:
     axes.bar([row["layer"] for row in result["layers"]], [row["difference"] for row in result["layers"]])
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xlabel("the layer that is compressed, counted from 1")
-    axes.set_ylabel("cross-entropy above the unchanged model's (nats a token)")
+    axes.set_ylabel("rise of the cross-entropy (nats a token)")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_title(f"{result['component_heads']} component heads, {result['tokens']:,} tokens")
     figure.savefig(file, dpi=120)
 
 
-def windows_at_once(origin: Origin, changes: int) -> int:
-    """How many windows a pass takes, so that the hidden states of all changes need no more than 2 GB."""
-    size = 4 * origin.model.hidden_size * window_of(origin) * (changes + 1)
-    return min(max(_BYTES // size, 1), _BATCH)
+def passes(origin: Origin, changes: Sequence[Change]) -> tuple[int, list[Sequence[Change]]]:
+    """How many windows a pass over the layers takes, and the changes of each, so that all hidden states fit in 2 GB."""
+    size = 4 * origin.model.hidden_size * window_of(origin)
+    most = max(_BYTES // size - 1, 1)
+    at_once = min(max(_BYTES // (size * (len(changes) + 1)), 1), _BATCH)
+    return at_once, [changes[first : first + most] for first in range(0, max(len(changes), 1), most)]
 
 
 @torch.no_grad()
 def losses_of_changes(
     origin: Origin,
     factoriser: Factoriser,
-    changes: Mapping[int, Sequence[int]],
+    changes: Sequence[Change],
     batch: Batch,
     document_mask: bool,
     done: object = None,
@@ -154,7 +167,6 @@ def losses_of_changes(
     unchanged model, and behind it every change has its own.
 
     Args:
-        changes: {layer: numbers of component heads}
         done: a progress bar, which is moved by one with every layer.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -168,12 +180,14 @@ def losses_of_changes(
     for index in range(count + 1):
         layer = made(origin, index)
         before = hidden[None]
-        hidden = {change: layer.run(x, positions) for change, x in hidden.items()}
-        for heads in changes.get(index - 1, ()):
-            every = list(origin.model.component_heads)
-            every[index - 1] = heads
-            altered = made(Compressed(origin, every, factoriser), index)
-            hidden[index - 1, heads] = altered.run(before, positions)
+        for change, x in hidden.items():
+            hidden[change] = layer.run(x, positions)
+        for changed, heads in changes:
+            if changed == index - 1:
+                every = list(origin.model.component_heads)
+                every[changed] = heads
+                altered = made(Compressed(origin, every, factoriser), index)
+                hidden[changed, heads] = altered.run(before, positions)
         if done is not None:
             done.update()
     head = made(origin, count + 1)

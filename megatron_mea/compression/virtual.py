@@ -17,11 +17,13 @@ from megatron_mea.errors import UserError
 Moments = Mapping[tuple[int, str], torch.Tensor]
 """S = E[y y^T], (h d, h d), of the composite heads of a layer (counted from 0) and side."""
 
+_KEPT = 1 << 31
+"""Bytes of them; a model of many key heads has more, and those of a layer are asked for one after the other."""
 _ATTENTION = re.compile(r"model\.layers\.(\d+)\.self_attn\.(\w+)\.(weight|bias)")
 
 
 class Factoriser:
-    """Virtual heads of a model's layers, made once each.
+    """Virtual heads of a model's layers; those made last are kept.
 
     Args:
         moments: of real tokens; None: those of white inputs, W W^T, as in the paper.
@@ -32,16 +34,23 @@ class Factoriser:
     def __init__(self, origin: Origin, moments: Moments | None, aligned: bool) -> None:
         self.origin, self.moments, self.aligned = origin, moments, aligned
         self._made: dict[tuple[int, str, int], VirtualHeads] = {}
+        self._lost: dict[tuple[int, str, int], float] = {}
 
     def heads(self, layer: int, side: str, rank: int) -> VirtualHeads:
         key = layer, side, rank
         if key not in self._made:
-            self._made[key] = self._make(*key)
+            made = self._made[key] = self._make(*key)
+            self._lost[key] = made.lost
+            while len(self._made) > 1 and sum(8 * one.selection.numel() for one in self._made.values()) > _KEPT:
+                del self._made[next(iter(self._made))]
         return self._made[key]
 
     def lost(self, layer: int, rank: int) -> float:
         """The parts of keys and values that are lost, each of 1, together."""
-        return sum(self.heads(layer, side, rank).lost for side in SIDES)
+        for side in SIDES:
+            if (layer, side, rank) not in self._lost:
+                self.heads(layer, side, rank)
+        return sum(self._lost[layer, side, rank] for side in SIDES)
 
     def _make(self, layer: int, side: str, rank: int) -> VirtualHeads:
         model = self.origin.model
@@ -133,17 +142,17 @@ class Compressed:
         return torch.einsum("ohqa,hab->ohqb", heads, turns).reshape(projection.shape)
 
 
-def compressible(origin: Origin, heads: int, where: str) -> list[int]:
+def compressible(model: Model, name: str, heads: int, where: str) -> list[int]:
     """The layers (counted from 0) with more component heads than that.
 
     Raises:
         UserError: there are none.
     """
-    had = origin.model.component_heads
+    had = model.component_heads
     found = [layer for layer, before in enumerate(had) if before > heads]
     if heads < 1 or not found:
         allowed = f"1 to {max(had) - 1}" if max(had) > 1 else "a model with more than one component head"
-        raise UserError(where, heads, f"{allowed}: {origin.name} has {max(had)} in a layer")
+        raise UserError(where, heads, f"{allowed}: {name} has {max(had)} in a layer")
     return found
 
 

@@ -149,7 +149,11 @@ class Corpora:
         quotas = self.order.mixture.quota
         # Without the mask, samples are the same wherever documents begin.
         return [
-            {"weight": int(quota), "tokens": int(reader.tokens.size), "digest": _digest(reader, self.document_mask)}
+            {
+                "weight": int(quota),
+                "tokens": int(reader.tokens.size),
+                "digest": corpus_digest(reader, self.document_mask),
+            }
             for quota, reader in zip(quotas, self.readers, strict=True)
         ]
 
@@ -167,7 +171,7 @@ class Corpora:
         return f"ids from 0 up to but not including model.vocab_size = {self.vocab_size}", mend
 
 
-def _digest(reader: IndexedReader, borders: bool) -> str:
+def corpus_digest(reader: IndexedReader, borders: bool) -> str:
     """A digest of 64 blocks spread over the tokens, and over the index for `borders`: cheap at any size."""
     digest = hashlib.sha256()
     parts = [(reader.tokens, 1)]

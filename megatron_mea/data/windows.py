@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_mea.data.corpora import Batch, read_window, stack
-from megatron_mea.data.indexed import IndexedReader, open_readers
+from megatron_mea.data.indexed import IndexedReader, check_ids, open_readers
 from megatron_mea.errors import UserError
 
 MAX_WINDOW = 2048
@@ -25,6 +25,10 @@ class Windows:
     readers: Sequence[IndexedReader]
     places: list[tuple[int, list[int], int]]
     document_mask: bool
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(starts) * length for _, starts, length in self.places)
 
     def __len__(self) -> int:
         return len(self.places)
@@ -51,28 +55,27 @@ def open_windows(
         tokens: 0: all; else about so many, in whole windows at even distances.
 
     Raises:
-        UserError: a corpus cannot be read, is too short, or holds an id beyond the vocabulary.
+        UserError: a corpus cannot be read, is too short, or has an id beyond the vocabulary in a window.
     """
     readers = open_readers(list(paths), where)
+    allowed = f"ids from 0 up to but not including the model's vocab_size = {vocab_size}"
     places = []
     for corpus, (path, reader) in enumerate(zip(paths, readers, strict=True)):
-        _check(reader, path, vocab_size)
+        if reader.tokens.size < 2:
+            raise UserError(f"{path}.bin", f"{reader.tokens.size} tokens", "at least 2")
         targets = reader.tokens.size - 1
         whole = targets // window * window
-        starts = list(range(0, whole, window))
+        starts: Sequence[int] = range(0, whole, window)
         wanted = -(-tokens // (window * len(readers)))
         if tokens and wanted < len(starts):
             starts = [starts[index * len(starts) // wanted] for index in range(wanted)]
             whole = targets
-        places += [(corpus, starts[first : first + batch], window) for first in range(0, len(starts), batch)]
+            # The others are not read: there may be a terabyte of them.
+            for at in starts:
+                check_ids(reader.tokens[at : at + window + 1], vocab_size, f"{path}.bin", allowed)
+        else:
+            reader.check_ids(vocab_size, allowed, sample=reader.tokens.size)
+        places += [(corpus, list(starts[first : first + batch]), window) for first in range(0, len(starts), batch)]
         if targets > whole:
             places.append((corpus, [whole], targets - whole))
     return Windows(readers, places, document_mask)
-
-
-def _check(reader: IndexedReader, path: str, vocab_size: int) -> None:
-    if reader.tokens.size < 2:
-        raise UserError(f"{path}.bin", f"{reader.tokens.size} tokens", "at least 2")
-    allowed = f"ids from 0 up to but not including the model's vocab_size = {vocab_size}"
-    # All of them, since all are read.
-    reader.check_ids(vocab_size, allowed, sample=reader.tokens.size)

@@ -79,7 +79,7 @@ def import_model(source: str | Path, out: str | Path, variant: str | None = None
             raise RunError(f"{out} cannot be written: {reason}") from error
     return (
         f"wrote {out}: step 0, {count:,} parameters in float32, variant {model.attention_variant}\n"
-        f"begin a run from it with these settings:\n{_settings(model, out)}"
+        f"{how_to_begin(model, out)}"
     )
 
 
@@ -210,9 +210,10 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
         load_tokenizer(target, _SOURCE)
 
 
-def _settings(model: Model, out: Path) -> str:
+def how_to_begin(model: Model, out: Path) -> str:
     """What a YAML needs to begin with the checkpoint: the `model` section without defaults, and `run.init_from`."""
     default = parse_model({})
     fields = {key: value for key, value in model.model_dump(mode="json").items() if value != getattr(default, key)}
     tree = {"model": fields, "run": {"init_from": str(out)}}
-    return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=100).rstrip()
+    text = yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=100).rstrip()
+    return f"begin a run from it with these settings:\n{text}"

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from runs import train
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from megatron_mea.checkpoint.folder import Meta, damage
 from megatron_mea.checkpoint.tensors import read_tensors, weight_shapes
 from megatron_mea.cli import main
+from megatron_mea.compression import origin as origin_module
 from megatron_mea.compression.calibrate import head_moments, open_data
+from megatron_mea.compression.compress import _options, compress
 from megatron_mea.compression.origin import open_origin
 from megatron_mea.compression.virtual import Factoriser
 from megatron_mea.config.load import parse_model
+from megatron_mea.data.indexed import IndexedReader, IndexedWriter
+from megatron_mea.errors import UserError
 from megatron_mea.huggingface.convert import to_hf_config
 from megatron_mea.huggingface.modeling_mea import MEAForCausalLM
 from megatron_mea.huggingface.source import load_model
@@ -141,6 +147,48 @@ def test_plain_stays_exact_with_all_heads(tmp_path):
     torch.testing.assert_close(logits(tmp_path / "out"), logits(original), rtol=0, atol=1e-5)
 
 
+LISTS = [
+    ({"heads": "2"}, [2, 2, 2]),
+    ({"heads": "2,3,4"}, [2, 3, 4]),
+    ({"heads": "2", "layers": "2,3:1"}, [4, 2, 1]),
+    ({"layers": "2:3,3:1"}, [4, 3, 1]),
+]
+WRONG = [
+    ({}, "--component-heads"),
+    ({"heads": "2", "ratio": 0.5}, "--component-heads, --cache-ratio"),
+    ({"heads": "2,3"}, "--component-heads"),
+    ({"heads": "5"}, "--component-heads"),
+    ({"heads": "2,3,4", "layers": "half"}, "--component-heads"),
+    # It would do nothing.
+    ({"heads": "2", "layers": "2:3,3:1"}, "--component-heads"),
+    ({"heads": "2", "layers": "2:0,3"}, "--layers"),
+    ({"heads": "2", "layers": "2:5,3"}, "--layers"),
+    ({"layers": "2:3,3"}, "--component-heads"),
+    ({"heads": "2", "layers": "auto"}, "--layers"),
+    ({"ratio": 0.5, "layers": "2:0"}, "--layers"),
+    ({"ratio": 0.2}, "--cache-ratio"),
+    ({"ratio": 0.74, "layers": "2"}, "--cache-ratio"),
+]
+
+
+class TestOptions:
+    @pytest.mark.parametrize(("options", "expected"), LISTS)
+    def test_heads_of_each_layer(self, options, expected):
+        asked = {"heads": None, "ratio": None, "layers": None} | options
+        assert _options(parse_model(SIZES), "it", **asked) == [[heads] for heads in expected]
+
+    @pytest.mark.parametrize(("options", "key"), WRONG)
+    def test_what_cannot_be_or_would_do_nothing_is_refused_before_the_model_is_read(
+        self, options, key, tmp_path, monkeypatch
+    ):
+        original = source("llama", tmp_path / "in")
+        monkeypatch.setattr(origin_module, "import_model", None)
+        with pytest.raises(UserError) as raised:
+            compress(original, tmp_path / "deep/out", **options)
+        assert raised.value.problems[0].where == key
+        assert not (tmp_path / "deep").exists()
+
+
 class TestCalibration:
     @pytest.mark.parametrize("kind", ["qwen2", "mea"])
     def test_moments_are_those_of_the_outputs(self, kind, tiny, tmp_path):
@@ -166,6 +214,15 @@ class TestCalibration:
                 inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
             outputs = inputs @ rows.mT
             torch.testing.assert_close(moments[2, side], outputs.mT @ outputs / len(inputs), atol=1e-5, rtol=1e-4)
+
+    def test_too_few_tokens_are_warned_of(self, tiny, tmp_path, capsys):
+        tokens = IndexedReader(tiny.train).tokens[:20]
+        with IndexedWriter(tmp_path / "few", tokens.dtype) as writer:
+            writer.add(tokens, [20])
+            writer.commit()
+        options = ["--component-heads", "2", "--calibration", str(tmp_path / "few")]
+        assert main(["compress", str(source("llama", tmp_path / "in")), str(tmp_path / "out"), *options]) == 0
+        assert "has 19 tokens for the 32 outputs" in capsys.readouterr().err
 
     def test_it_loses_less_of_the_outputs(self, tiny, tmp_path, capsys):
         original = source("llama", tmp_path / "in", tiny.tokenizer)
@@ -207,12 +264,28 @@ class TestRatio:
 
 
 class TestCheckpoint:
-    def test_a_checkpoint_gives_a_checkpoint_that_a_run_begins_from(self, tiny, tmp_path, monkeypatch, capsys):
+    def test_a_full_disk_is_one_message(self, tmp_path, capsys):
+        original, out = tmp_path / "original", tmp_path / "deep/out"
+        assert main(["import", str(source("llama", tmp_path / "in")), str(original)]) == 0
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+        try:
+            status = main(["compress", str(original), str(out), "--component-heads", "2"])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert status == 1
+        assert f"{out} cannot be written: " in capsys.readouterr().err
+        assert not out.parent.exists()
+
+    def test_a_checkpoint_gives_a_checkpoint_that_a_run_begins_from(self, tiny, tmp_path, capsys):
         original, out = tmp_path / "original", tmp_path / "deep/out"
         assert main(["import", str(source("mea", tmp_path / "in", tiny.tokenizer)), str(original)]) == 0
         assert main(["compress", str(original), str(out), "--component-heads", "1", "--layers", "2", "--align"]) == 0
         assert damage(out) is None
         meta = Meta.read(out)
+        settings = yaml.safe_load(capsys.readouterr().out.split("with these settings:\n")[-1])
+        assert parse_model(settings["model"]).component_heads == [4, 1, 4]
+        assert settings["run"]["init_from"] == str(out)
         assert (meta.step, meta.config["model"]["num_component_heads"]) == (0, [4, 1, 4])
         assert "compressed to 9 of 12 key/value heads: " in meta.origin
         shapes = weight_shapes(out)
@@ -221,11 +294,10 @@ class TestCheckpoint:
         capsys.readouterr()
         assert main(["evaluate", str(out), "--data", str(tiny.validation)]) == 0
         loss = json.loads(capsys.readouterr().out)["cross_entropy"]
-        monkeypatch.chdir(tmp_path)
-        overrides = ["training.steps=3", "schedule.warmup_steps=1", "run.dir=go_on", f"run.init_from={out}"]
-        tree = tiny.tree() | {"model": meta.config["model"]}
-        Path("go_on.yaml").write_text(yaml.safe_dump(tree))
-        assert main(["train", "go_on.yaml", *overrides]) == 0
-        rows = [json.loads(line) for line in Path("go_on/metrics.jsonl").read_text().splitlines()]
+        config = tmp_path / "go_on.yaml"
+        config.write_text(yaml.safe_dump(tiny.tree() | settings))
+        # In a process of its own: a process group leaves its mark on the environment of this one.
+        train(config, "go_on", "training.steps=3")
+        rows = [json.loads(line) for line in (tmp_path / "go_on/metrics.jsonl").read_text().splitlines()]
         # On other windows.
         assert rows[0]["validation_loss"] == pytest.approx(loss, rel=0.1)

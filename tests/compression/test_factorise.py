@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_mea.compression import align as module
 from megatron_mea.compression.align import align
 from megatron_mea.compression.factorise import VirtualHeads, factorise
 
@@ -144,3 +145,11 @@ class TestAlign:
         weights, x = drawn(3, 8, 20, 1)
         turns = align(moment_of(weights, x), 3, 2, "orthogonal").turns
         torch.testing.assert_close(turns.mT @ turns, torch.eye(8).double().expand(3, 8, 8), atol=1e-10, rtol=0)
+
+    def test_many_equal_singular_values_are_no_obstacle(self, monkeypatch):
+        """Orthogonal T of 128 features give 128 times the same, of which LAPACK's decomposition does not converge."""
+        monkeypatch.setattr(module, "_ROUNDS", 6)
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.randn(8 * 128, 1100, generator=generator, dtype=torch.float64)
+        moment = rows @ rows.mT
+        assert align(moment, 8, 6, "orthogonal").lost < factorise(moment, 8, 6).lost

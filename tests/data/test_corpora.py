@@ -16,6 +16,7 @@ from megatron_mea.config.load import parse_config
 from megatron_mea.config.schema import Config, TrainCorpus
 from megatron_mea.data.corpora import Batch, Corpora
 from megatron_mea.data.indexed import IndexedWriter
+from megatron_mea.data.windows import open_windows
 from megatron_mea.errors import UserError
 from megatron_mea.training.loader import rank_samples
 
@@ -215,3 +216,15 @@ def test_more_corpora_than_files_may_be_open(paths: list[str]) -> None:
 def test_describe_names_corpus_and_window(paths: list[str]) -> None:
     corpora = opened(paths[:1], seed=None)
     assert corpora.describe(np.asarray([3, 5])) == f"{paths[0]} window 3, {paths[0]} window 5"
+
+
+class TestWindows:
+    def test_of_a_sample_other_windows_are_not_looked_at(self, tmp_path):
+        """A calibration takes some thousand tokens of training data, of which there may be a terabyte."""
+        tokens = np.arange(101) % 10
+        tokens[35] = 10
+        path = write(tmp_path / "corpus", tokens)
+        windows = open_windows([path], "--data", 10, 4, 10, False, tokens=40)
+        assert windows.places == [(0, [0, 20, 50, 70], 10)]
+        with pytest.raises(UserError, match="token id 10"):
+            open_windows([path], "--data", 10, 4, 10, False, tokens=100)

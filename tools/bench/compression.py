@@ -46,7 +46,7 @@ def cross_entropy(model: Origin | Compressed, windows: object) -> float:
     """nats a token, a layer at a time."""
     total, count = 0.0, 0
     for batch in windows:
-        total += losses_of_changes(model, None, {}, batch, windows.document_mask)[None]
+        total += losses_of_changes(model, None, (), batch, windows.document_mask)[None]
         count += int((batch.targets != IGNORE).sum())
     return total / count
 
