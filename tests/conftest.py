@@ -24,6 +24,7 @@ settings.load_profile("untimed")
 TEXT = Path(__file__).parents[1] / "launch/quickstart/validation.jsonl.gz"
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of the processes that share the tests (pytest -n) each takes whole files, and one of them the SLURM cluster's."""
     for item in items:

@@ -225,7 +225,7 @@ TEACHERS = [  # teacher, other overrides, found, allowed
         "a whole checkpoint",
         "use an older one...",
     ),
-    ("gpt2", "", "gpt2/config.json: model_type = gpt2", "mea, llama, mistral, qwen2, qwen3"),
+    ("gpt2", "", "gpt2/config.json: model_type = gpt2", "mea, mea_vllm, llama, mistral, qwen2, qwen3"),
     (
         "run",
         "model.vocab_size=385",
