@@ -24,14 +24,6 @@ settings.load_profile("untimed")
 TEXT = Path(__file__).parents[1] / "launch/quickstart/validation.jsonl.gz"
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of the processes that share the tests (pytest -n) each takes whole files, and one of them the SLURM cluster's."""
-    for item in items:
-        file = item.path.relative_to(Path(__file__).parent)
-        item.add_marker(pytest.mark.xdist_group("slurm" if file.parts[0] == "slurm" else str(file)))
-
-
 class Tiny:
     """A tokenizer of 384 ids, two prepared corpora, and the configuration of a model that trains on them in seconds.
 
