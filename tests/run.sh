@@ -8,5 +8,4 @@ MEA_EXTRAS=${MEA_EXTRAS:-test}
 export PYTHON HF_HUB_OFFLINE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 select=(-m "not full")
 if [ "${1:-}" = --full ]; then select=(); shift; fi
-# Two files at a time: many tests start two processes of their own.
-exec "$PYTHON" -m pytest -n 2 --dist loadfile "${select[@]}" "$@"
+exec "$PYTHON" -m pytest "${select[@]}" "$@"

@@ -33,8 +33,6 @@ CONFIG = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
-# Ranks meet at a port that follows from the number of their job, and two clusters may run at the same time.
-FirstJobId={port}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
