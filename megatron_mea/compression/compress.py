@@ -70,6 +70,9 @@ def compress(
     options = _options(read_model(model), str(model), heads, ratio, layers)
     if calibration is not None:
         open_readers([calibration], CALIBRATION)
+    elif aligned:
+        said = f"--align without {CALIBRATION} weighs all inputs alike, and has made a pretrained model worse"
+        print(f"warning: {said} (docs/compression.md)", file=sys.stderr, flush=True)
     with output_place(out, folder=True), written(out), open_origin(model, out) as origin:
         windows = None
         if calibration is not None:

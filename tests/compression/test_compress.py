@@ -99,7 +99,8 @@ def test_the_model_is_the_original_with_its_heads_replaced(kind, align, tmp_path
     # transformers' saving says things of its own.
     capsys.readouterr()
     assert main([*command, *["--align"] * align]) == 0
-    told = capsys.readouterr().out
+    told, warned = capsys.readouterr()
+    assert ("warning: --align without --calibration weighs" in warned) == align
     assert told.startswith(f"wrote {out}: ")
     assert f"; in the layers 1: {HEADS}, 2: 2, 3: 1" in told
     before, made = weights(original), weights(out)
