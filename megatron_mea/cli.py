@@ -154,7 +154,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, metavar="DIR", help="holds a run folder for each")
     sub.add_argument("--submit", action="store_true", help="as a SLURM array; the options below say on what each runs")
     resources(sub, required=False)
-    sub.add_argument("--at-once", type=int, metavar="K", help="runs that may run at the same time (default: all)")
+    sub.add_argument(
+        "--at-once", type=int, metavar="K", help="runs that may run at the same time (default: all of an array, 1 here)"
+    )
 
     sub = verb("inspect", _inspect, "show a checkpoint and verify it", "runs/quickstart/run/checkpoints/step_00000500")
     sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint folder, or a run folder (its newest)")
@@ -304,19 +306,17 @@ def _sweep(arguments: argparse.Namespace) -> None:
     given = [value.split(",") if value else [] for value in lists]
     out = Path(arguments.out)
     configs = combinations(arguments.config, arguments.overrides, *given, out)
-    asked = {"nodes": 1, "gpus_per_node": 1, "time": "24:00:00", "at_once": None}
+    asked = {"nodes": 1, "gpus_per_node": 1, "time": "24:00:00"}
     given = {name: value for name in asked if (value := getattr(arguments, name)) is not None}
     if not arguments.submit:
         if given or arguments.dry_run or arguments.sbatch_options:
             raise UserError("sweep", "options of a job without --submit", "--submit, or none of them: it trains here")
-        print(run_here(configs))
+        print(run_here(configs, 1 if arguments.at_once is None else arguments.at_once))
         return
     from megatron_mea.cluster.submit import Resources
 
-    asked |= given
-    at_once = asked.pop("at_once")
-    resources = Resources(**asked, options=tuple(arguments.sbatch_options))
-    print(submit_array(configs, out, resources, at_once, arguments.dry_run))
+    resources = Resources(**asked | given, options=tuple(arguments.sbatch_options))
+    print(submit_array(configs, out, resources, arguments.at_once, arguments.dry_run))
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

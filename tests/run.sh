@@ -8,4 +8,5 @@ MEA_EXTRAS=${MEA_EXTRAS:-test}
 export PYTHON HF_HUB_OFFLINE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 select=(-m "not full")
 if [ "${1:-}" = --full ]; then select=(); shift; fi
-exec "$PYTHON" -m pytest "${select[@]}" "$@"
+# Two files at a time: most of a test's time is spent waiting for processes to start.
+exec "$PYTHON" -m pytest -n 2 --dist loadfile "${select[@]}" "$@"

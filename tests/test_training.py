@@ -293,3 +293,29 @@ def test_a_layout_is_refused_before_a_rank_is_started(config, tmp_path):
     assert "no layout of 3 processes works" in done.stderr
     assert "-m megatron_mea" not in (tmp_path / "started").read_text()
     assert not (config.parent / "refused").exists()
+
+
+def test_a_rate_that_diverges_is_a_result_of_a_sweep(config):
+    """What it leaves behind is gone once the run goes on with other settings."""
+    out = config.parent / "sweep"
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_mea",
+        "sweep",
+        str(config),
+        "--learning-rates",
+        "1e25",
+        "--out",
+        str(out),
+    ]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    run = out / "mea-lr1e25"
+    assert done.returncode == 0, done.stderr
+    assert f"run 1 of 1: {run} diverged" in done.stdout
+    diverged = json.loads((run / "DIVERGED").read_text())
+    assert diverged["step"] == len([row for row in rows(config, "sweep/mea-lr1e25") if "loss" in row]) + 1
+    assert diverged["reason"].startswith(f"step {diverged['step']} stopped before its update: the loss is ")
+    train(config, "sweep/mea-lr1e25", "optimizer.lr=1e-3")
+    assert not (run / "DIVERGED").exists()
+    assert (run / "FINISHED").exists()

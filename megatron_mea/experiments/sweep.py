@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
 import signal
 import subprocess
 import sys
+import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
+from megatron_mea import failures
 from megatron_mea.cluster import slurm
 from megatron_mea.cluster.script import Site, render
 from megatron_mea.cluster.submit import (
@@ -23,9 +30,13 @@ from megatron_mea.cluster.submit import (
 from megatron_mea.config import Config, dump_config
 from megatron_mea.config.load import load_config
 from megatron_mea.errors import RunError, UserError
+from megatron_mea.training import records
 from megatron_mea.training.run import look_at
 
 PLAIN = ("plain", "plain_norm")
+FAILED = "FAILED"
+"""In a run folder: status and reason of a run of a sweep on this machine that ended by itself."""
+_POLL = 0.2
 
 
 def combinations(
@@ -62,39 +73,115 @@ def combinations(
     return list(configs.values())
 
 
-def run_here(configs: Sequence[Config]) -> str:
-    """Trains them one after the other on this machine, each in a process of its own; skips those that are finished.
+def run_here(configs: Sequence[Config], at_once: int = 1) -> str:
+    """Trains them on this machine, each in a process of its own, and skips those that have ended.
+
+    A run that diverges is a result. What each prints goes to `train.log` in its folder.
+
+    Args:
+        at_once: runs that may run at the same time; they share the cores, and take the GPUs in turn.
 
     Raises:
         UserError: one has a folder that is none, or is finished with other settings; nothing was trained.
         RunError: some failed; the others were trained all the same.
     """
+    if at_once < 1:
+        raise UserError("--at-once", at_once, "at least 1")
     # All of them before the first is trained, which may take days.
-    finished, failed = [look_at(config).finished is not None for config in configs], []
-    for number, (config, done) in enumerate(zip(configs, finished, strict=True), 1):
-        print(f"run {number} of {len(configs)}: {config.run.dir}", flush=True)
-        if done:
-            continue
+    ended = {config.run.dir: _has_ended(config) for config in configs}
+    waiting = deque(config for config in configs if not ended[config.run.dir])
+    slots: list[_Run | None] = [None] * min(at_once, len(waiting))
+    failed, done, begin = [], 0, time.monotonic()
+    count = len(waiting)
+    print(f"{len(configs)} runs, {len(configs) - count} of them done before; each writes train.log", flush=True)
+    try:
+        while waiting or any(slots):
+            for slot, run in enumerate(slots):
+                if run is not None and run.process.poll() is not None:
+                    done, slots[slot], failure = done + 1, None, run.failure()
+                    failed += [f"{run.dir}: {failure}"] if failure else []
+                    left = (time.monotonic() - begin) / done * (count - done)
+                    print(f"run {done} of {count}: {run.dir} {run.result()} | {_clock(left)} left", flush=True)
+                if slots[slot] is None and waiting:
+                    slots[slot] = _Run(waiting.popleft(), slot, len(slots))
+            time.sleep(_POLL)
+    except SystemExit:
+        # Asked to stop: the runs in hand save.
+        for run in filter(None, slots):
+            run.process.send_signal(signal.SIGTERM)
+        for run in filter(None, slots):
+            run.process.wait()
+        raise
+    if failed:
+        raise RunError("\n  ".join([f"{len(failed)} of {len(configs)} runs failed:", *failed]))
+    return f"{len(configs)} runs are done: megatron-mea report {Path(configs[0].run.dir).parent} --out report.html"
+
+
+class _Run:
+    """A run of this machine, in a process of its own."""
+
+    def __init__(self, config: Config, slot: int, slots: int) -> None:
+        self.dir = Path(config.run.dir)
+        self._note, self._failed = self.dir / "slurm" / "failed-sweep", self.dir / FAILED
         path = config_of_jobs(config)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(dump_config(config), encoding="utf-8")
-        command = [sys.executable, "-m", "megatron_mea", "train", str(path)]
-        with subprocess.Popen(command) as run:
-            try:
-                run.wait()
-            except SystemExit:
-                # Asked to stop: the run in hand saves.
-                run.send_signal(signal.SIGTERM)
-                raise
-        if run.returncode:
-            failed.append(config.run.dir)
-    if failed:
-        raise RunError(f"{len(failed)} of {len(configs)} runs failed: {', '.join(failed)}")
-    return f"{len(configs)} runs are finished"
+        for left in (self._note, self._failed):
+            left.unlink(missing_ok=True)
+        with (self.dir / "train.log").open("ab") as log:
+            command = [sys.executable, "-m", "megatron_mea", "train", str(path)]
+            environment = os.environ | _share(slot, slots) | {failures.NOTE: str(self._note)}
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+    def failure(self) -> str | None:
+        """Why it failed, which is left in the folder too; None where it did not."""
+        if self.process.returncode == 0 or (self.dir / records.DIVERGED).exists():
+            return None
+        note = self._note.read_text() if self._note.exists() else ""
+        reason = note.partition("\n")[2].strip() or f"status {self.process.returncode}; see {self.dir}/train.log"
+        records.write_atomically(self._failed, json.dumps({"status": self.process.returncode, "reason": reason}) + "\n")
+        return reason
+
+    def result(self) -> str:
+        for mark in (records.DIVERGED, FAILED):
+            if (self.dir / mark).exists():
+                return mark.lower()
+        try:
+            row = json.loads((self.dir / "metrics.jsonl").read_text().splitlines()[-1])
+        except (OSError, ValueError, IndexError):
+            return "ended"
+        losses = [f"{key.replace('_', ' ')} {row[key]:.4f}" for key in ("loss", "validation_loss") if key in row]
+        return ", ".join([f"at step {row['step']}", *losses])
+
+
+def _has_ended(config: Config) -> bool:
+    """Whether a run is finished, or diverged with these very settings: it would do so again."""
+    if look_at(config).finished is not None:
+        return True
+    trained = config_of_jobs(config)
+    diverged = (Path(config.run.dir) / records.DIVERGED).exists()
+    return diverged and trained.is_file() and trained.read_text(encoding="utf-8") == dump_config(config)
+
+
+def _share(slot: int, slots: int) -> dict[str, str]:
+    """Environment of one of several runs on this machine: threads, and a GPU where there are some."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // slots)))}
+    gpus = torch.cuda.device_count()
+    if gpus and slots > 1:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else [str(gpu) for gpu in range(gpus)]
+        share["CUDA_VISIBLE_DEVICES"] = names[slot % gpus]
+    return share
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
 def submit_array(configs: Sequence[Config], out: Path, resources: Resources, at_once: int | None, dry_run: bool) -> str:
-    """Submits those that are not finished as the elements of an array; returns what to print.
+    """Submits those that have not ended as the elements of an array; returns what to print.
 
     Args:
         at_once: elements that may run at the same time; None: as many as the cluster lets.
@@ -102,9 +189,9 @@ def submit_array(configs: Sequence[Config], out: Path, resources: Resources, at_
     Raises:
         UserError: a run or the resources would fail; nothing was submitted.
     """
-    open_ones = [config for config in configs if look_at(config).finished is None]
+    open_ones = [config for config in configs if not _has_ended(config)]
     if not open_ones:
-        return f"all {len(configs)} runs are finished"
+        return f"all {len(configs)} runs are done"
     if at_once is not None and at_once < 1:
         raise UserError("--at-once", at_once, "at least 1")
     warnings = list(dict.fromkeys(line for config in open_ones for line in check_run(config, resources)[2]))

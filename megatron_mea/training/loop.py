@@ -94,7 +94,8 @@ class _Run:
         self._check_lease()
         if self.rank == 0:
             folder.remove_leftovers(self.dir)
-            (self.dir / records.FINISHED).unlink(missing_ok=True)
+            for mark in (records.FINISHED, records.DIVERGED):
+                (self.dir / mark).unlink(missing_ok=True)
             for one, why in choice.aside:
                 # A job that was started at the same time may have renamed it.
                 with suppress(FileNotFoundError):
@@ -134,7 +135,12 @@ class _Run:
             try:
                 result = self.engine.train_step(data.batches, data.targets, lr, partial(self._wants_to_stop, stop))
             except NonFiniteError as error:
-                raise NonFiniteError(self._explain(error, data)) from None
+                explained = self._explain(error, data)
+                if self.metrics is not None and not self.lease.lost_to():
+                    # A full disk is told by what matters more.
+                    with suppress(OSError):
+                        records.write_diverged(self.dir, data.step, explained.partition("\n")[0])
+                raise NonFiniteError(explained) from None
             self.watchdog.mark()
             if step == self.progress.first_step + 1:
                 self.watchdog.minutes = config.parallel.timeout_minutes

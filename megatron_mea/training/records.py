@@ -15,7 +15,7 @@ import torch
 from megatron_mea.checkpoint.folder import flush
 from megatron_mea.config import Config, dump_config
 
-FINISHED = "FINISHED"
+FINISHED, DIVERGED = "FINISHED", "DIVERGED"
 HEARTBEAT = "heartbeat.json"
 _BEAT = 5.0
 """Seconds between two heartbeats at least."""
@@ -163,6 +163,11 @@ def write_config(config: Config, run_dir: Path, made_by: Mapping[str, str]) -> N
 
 def write_finished(run_dir: Path, step: int) -> None:
     write_atomically(run_dir / FINISHED, json.dumps({"step": step}) + "\n")
+
+
+def write_diverged(run_dir: Path, step: int, reason: str) -> None:
+    """For sweeps and reports: a rate that diverges is a result."""
+    write_atomically(run_dir / DIVERGED, json.dumps({"step": step, "reason": reason}) + "\n")
 
 
 def write_atomically(path: Path, text: str) -> None:

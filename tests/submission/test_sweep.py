@@ -67,11 +67,20 @@ def test_what_is_no_sweep_is_refused(lists, where, found, desk):
 
 @pytest.fixture
 def python(desk, monkeypatch) -> Path:
-    """In place of Python in a sweep: a script that finishes runs, but for learning rates of 3e-3."""
+    """In place of Python in a sweep: a script that finishes runs, but those of 3e-3 fail, and those of 0.1 diverge."""
     path = desk.folder / "python"
-    fails = "case $4 in *lr3e-3*) echo 'no luck' >&2; exit 1 ;; esac"
-    finishes = """echo '{"step": 4}' > "${4%/slurm/config.yaml}/FINISHED\""""
-    path.write_text(f'#!{BASH}\necho "$*" >> trained\n{fails}\n{finishes}\n')
+    path.write_text(rf"""#!{BASH}
+run=${{4%/slurm/config.yaml}}
+echo "begin $*" >> trained
+read -rt 0.3 _ <> <(:)
+echo "end $4 threads=$OMP_NUM_THREADS" >> trained
+case $4 in
+  *lr3e-3*) echo 'no luck'; printf '1\nRunError: no luck\n' > "$MEA_FAILURE_FILE"; exit 1 ;;
+  *lr0.1/*) echo '{{"step": 2, "reason": "the loss is nan"}}' > "$run/DIVERGED"; exit 1 ;;
+esac
+echo '{{"step": 4, "loss": 2.5, "validation_loss": 2.25}}' > "$run/metrics.jsonl"
+echo '{{"step": 4}}' > "$run/FINISHED"
+""")
     path.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(path))
     return path
@@ -85,17 +94,51 @@ def test_a_run_that_fails_does_not_stop_the_others(python, ask):
     (python.parent / "out/mea-lr1e-3/FINISHED").write_text('{"step": 4}')
     status, out, err = ask(*SWEEP)
     assert status == 1
-    assert err.endswith("megatron-mea: 1 of 3 runs failed: out/mea-lr3e-3\n")
-    assert [line for line in out.splitlines() if line.startswith("run ")] == [
-        f"run {number} of 3: out/mea-lr{rate}" for number, rate in enumerate(("1e-3", "3e-3", "1e-2"), 1)
+    assert err.endswith("megatron-mea: 1 of 3 runs failed:\n  out/mea-lr3e-3: RunError: no luck\n")
+    runs = [line.partition(" | ")[0] for line in out.splitlines() if line.startswith("run ")]
+    assert runs == [
+        "run 1 of 2: out/mea-lr3e-3 failed",
+        "run 2 of 2: out/mea-lr1e-2 at step 4, loss 2.5000, validation loss 2.2500",
     ]
-    trained = [f"-m megatron_mea train out/mea-lr{rate}/slurm/config.yaml" for rate in ("3e-3", "1e-2")]
-    assert (python.parent / "trained").read_text().splitlines() == trained
+    trained = [f"begin -m megatron_mea train out/mea-lr{rate}/slurm/config.yaml" for rate in ("3e-3", "1e-2")]
+    assert (python.parent / "trained").read_text().splitlines()[::2] == trained
+    assert (python.parent / "out/mea-lr3e-3/train.log").read_text() == "no luck\n"
+    failed = python.parent / "out/mea-lr3e-3/FAILED"
+    assert json.loads(failed.read_text()) == {"status": 1, "reason": "RunError: no luck"}
     config = yaml.safe_load((python.parent / "out/mea-lr1e-2/slurm/config.yaml").read_text())
     assert (config["optimizer"]["lr"], config["run"]["dir"]) == (0.01, "out/mea-lr1e-2")
     # Only what failed is tried again.
     assert ask(*SWEEP)[0] == 1
-    assert len((python.parent / "trained").read_text().splitlines()) == 3
+    assert len((python.parent / "trained").read_text().splitlines()) == 6
+
+
+def test_a_run_that_diverges_is_a_result(python, ask):
+    """It is not tried again, here or as an array, unless something of it has changed."""
+    sweep = ("sweep", "tiny.yaml", "training.steps=4", "--learning-rates", "1e-3,0.1", "--out", "out")
+    trained = python.parent / "trained"
+    for runs in (2, 0):
+        trained.unlink(missing_ok=True)
+        status, out, err = ask(*sweep)
+        assert (status, err) == (0, "")
+        assert f"of {runs}: out/mea-lr0.1 diverged | " in out or not runs
+        assert len(trained.read_text().splitlines() if trained.exists() else []) == 2 * runs
+    assert ask(*sweep, "--submit", "--dry-run")[:2] == (0, "all 2 runs are done\n")
+    assert ask(*sweep, "optimizer.grad_clip=0.1")[0] == 0
+    assert len(trained.read_text().splitlines()) == 2
+
+
+def test_runs_at_the_same_time_share_the_cores(python, ask, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(8), raising=False)
+    rates = ("--learning-rates", "1e-3,2e-3,1e-2,2e-2", "--out", "out")
+    assert ask("sweep", "tiny.yaml", "training.steps=4", *rates, "--at-once", "2")[0] == 0
+    lines = (python.parent / "trained").read_text().splitlines()
+    assert [line.split()[0] for line in lines[:3]] == ["begin", "begin", "end"]
+    running = 0
+    for line in lines:
+        running += 1 if line.startswith("begin") else -1
+        assert running <= 2
+    assert all(line.endswith("threads=4") for line in lines if line.startswith("end"))
 
 
 def test_a_folder_that_is_none_is_told_before_anything_is_trained(python, ask):
@@ -140,13 +183,11 @@ def test_a_sweep_that_is_done(desk, ask):
     for rate in ("1e-3", "3e-3", "1e-2"):
         (desk.folder / f"out/mea-lr{rate}").mkdir(parents=True)
         (desk.folder / f"out/mea-lr{rate}/FINISHED").write_text('{"step": 4}')
-    assert ask(*SWEEP, "--submit")[:2] == (0, "all 3 runs are finished\n")
+    assert ask(*SWEEP, "--submit")[:2] == (0, "all 3 runs are done\n")
     assert ask(*SWEEP)[0] == 0
 
 
-@pytest.mark.parametrize(
-    "option", [["--nodes", "2"], ["--time", "1:00"], ["--at-once", "2"], ["--dry-run"], ["--", "-q"]]
-)
+@pytest.mark.parametrize("option", [["--nodes", "2"], ["--time", "1:00"], ["--dry-run"], ["--", "-q"]])
 def test_options_of_a_job_are_refused_where_there_is_none(option, desk, ask):
     status, _, err = ask("sweep", "tiny.yaml", "--out", "out", *option)
     assert status == 2
