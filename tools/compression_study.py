@@ -2,8 +2,8 @@
 
     python tools/compression_study.py [--work runs/compression] [--seeds 1,2,3] [KEY=VALUE ...]
 
-Prepares the text that ships with the project, trains configs/compression/small.yaml, compresses it in several ways, and
-goes on with some at the paper's schedule (10 % of warm-up, cosine to zero) for every seed. What is done is kept, and
+Prepares the text that ships with the project, trains configs/studies/compression.yaml, compresses it in several ways,
+and goes on with some at the paper's schedule (10 % of warm-up, cosine to zero) for every seed. What is done is kept, and
 the same command goes on where it stopped; KEY=VALUE overrides the configuration of all runs.
 docs/compression.md has results.
 """
@@ -21,7 +21,7 @@ from statistics import mean, stdev
 import yaml
 
 TOP = Path(__file__).parents[1]
-CONFIG, TEXT = TOP / "configs/compression/small.yaml", TOP / "launch/quickstart"
+CONFIG, TEXT = TOP / "configs/studies/compression.yaml", TOP / "launch/quickstart"
 STEPS, LR = 80, 3e-4
 """Of going on: a seventh of the training, from the rate at which that ended."""
 CONTINUED = ("weights-50", "outputs-50", "outputs-aligned-auto-50")

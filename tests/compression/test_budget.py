@@ -14,7 +14,7 @@ from megatron_mea.compression.budget import best_heads, chosen_layers
 from megatron_mea.config import load_config
 from megatron_mea.errors import UserError
 
-CONFIGS = Path(__file__).parents[2] / "configs/compression"
+CONFIGS = Path(__file__).parents[2] / "configs/paper"
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_the_best_heads_are_those_of_all_combinations(costs, budget):
     ("name", "preset"), [("half", "half"), ("deep", "deep"), ("full", "full"), ("recovery", "full")]
 )
 def test_the_configurations_of_the_paper_are_what_compress_makes_and_can_be_planned(name, preset):
-    config = load_config(CONFIGS / f"{name}.yaml")
+    config = load_config(CONFIGS / f"compression-{name}.yaml")
     layers = config.model.num_hidden_layers
     expected = [4 if layer in chosen_layers(preset, layers) else 8 for layer in range(1, layers + 1)]
     assert config.model.component_heads == expected
