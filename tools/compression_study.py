@@ -3,8 +3,8 @@
     python tools/compression_study.py [--work runs/compression] [--seeds 1,2,3] [KEY=VALUE ...]
 
 Prepares the text that ships with the project, trains configs/studies/compression.yaml, compresses it in several ways,
-and goes on with some at the paper's schedule (10 % of warm-up, cosine to zero) for every seed. What is done is kept, and
-the same command goes on where it stopped; KEY=VALUE overrides the configuration of all runs.
+and goes on with some at the paper's schedule (10 % of warm-up, cosine to zero) for every seed. What is done is kept,
+and the same command goes on where it stopped; KEY=VALUE overrides the configuration of all runs.
 docs/compression.md has results.
 """
 
