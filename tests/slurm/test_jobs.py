@@ -265,7 +265,7 @@ def test_a_sweep_is_an_array_of_which_one_element_is_requeued(desk: Desk, cluste
         assert cluster.wait(name, "COMPLETED", timeout=120, restarts=int(restarts)) == "COMPLETED"
         assert cluster.job(name)["Restarts"] == restarts
     assert rows(desk.config, slow) == whole("sweep-whole", 1, *arguments[2:4], "optimizer.lr=3e-3")
-    assert "all 2 runs are finished" in desk.ask(*arguments).stdout
+    assert "all 2 runs are done" in desk.ask(*arguments).stdout
 
 
 def test_the_same_configuration_runs_everywhere(desk: Desk):
