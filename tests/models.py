@@ -36,7 +36,10 @@ def variants() -> list[dict[str, Any]]:
             cases.append({"attention_variant": variant, "num_component_heads": components})
         cases += [{"attention_variant": variant, "hlc_mixes": side} for side in ("keys", "values")]
     cases.append({"attention_variant": "mea", "head_norm_affine": False})
+    cases += [{"attention_variant": "differential"}, {"attention_variant": "talking_heads"}]
     cases = [case | {"qk_norm": norm} for case in cases for norm in (False, True)]
+    cases.append({"attention_variant": "differential", "head_norm_affine": False, "attention_bias": True})
+    cases.append({"attention_variant": "talking_heads", "num_key_value_heads": 1, "tie_word_embeddings": True})
     cases.append({"attention_variant": "mea", "num_component_heads": 2, "attention_bias": True})
     cases.append({"attention_variant": "mea", "qk_norm": True, "attention_bias": True, "tie_word_embeddings": True})
     return cases

@@ -7,8 +7,10 @@ import math
 import torch
 from torch import nn
 
+from megatron_mea.attention.differential import DifferentialHeads
 from megatron_mea.attention.documents import Attend, causal
 from megatron_mea.attention.hlc import HeadProjection
+from megatron_mea.attention.talking_heads import TalkingHeads
 from megatron_mea.config.schema import Model
 from megatron_mea.huggingface.modeling_mea import apply_rotary
 from megatron_mea.parallel.collectives import enter, leave
@@ -17,7 +19,8 @@ from megatron_mea.parallel.layers import Linear, RMSNorm
 
 
 class Attention(nn.Module):
-    """MEA, eq. 11 and 12; without head combination `plain`, without head norm `mea_no_norm`.
+    """MEA, eq. 11 and 12; without head combination `plain`, without head norm `mea_no_norm`. In `differential` and
+    `talking_heads` a part of its own, `heads`, takes the place of step 3.
 
     1. K_comp, V_comp from the projections, h' heads each; queries are not mixed.
     2. K = HLC(W_lc^K, K_comp), V = HLC(W_lc^V, V_comp): h heads each.
@@ -39,8 +42,8 @@ class Attention(nn.Module):
             sizes = (config.component_heads[layer], config.num_key_value_heads, dim)
             return HeadProjection(name, which, hidden, *sizes, std, bias, config.hlc_init if mixed else None, tp)
 
-        def norm(which: str, eps: float, gain: float = 1.0, affine: bool = True) -> RMSNorm:
-            return RMSNorm(f"{name}.{which}", dim, eps, gain, affine, tp, partial=True)
+        def norm(which: str, eps: float, gain: float = 1.0, affine: bool = True, width: int = dim) -> RMSNorm:
+            return RMSNorm(f"{name}.{which}", width, eps, gain, affine, tp, partial=True)
 
         self.q_proj = Linear(f"{name}.q_proj", hidden, heads * dim, std, bias, tp, shard_dim=0)
         self.key = projection("k", config.mixes_keys)
@@ -51,7 +54,13 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.q_norm, self.k_norm = norm("q_norm", config.rms_norm_eps), norm("k_norm", config.rms_norm_eps)
         if config.has_head_norm:
-            self.head_norm = norm("head_norm", config.head_norm_eps, config.head_norm_init, config.head_norm_affine)
+            gain, affine = config.head_norm_init, config.head_norm_affine
+            self.head_norm = norm("head_norm", config.head_norm_eps, gain, affine, config.output_dim)
+        self.heads: DifferentialHeads | TalkingHeads | None = None
+        if config.attention_variant == "differential":
+            self.heads = DifferentialHeads(name, layer, dim, tp)
+        elif config.attention_variant == "talking_heads":
+            self.heads = TalkingHeads(name, heads)
 
     def forward(
         self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend = causal
@@ -65,8 +74,10 @@ class Attention(nn.Module):
         if self.q_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
-        output = attend(query, key, value)
+        output = attend(query, key, value) if self.heads is None else self.heads(query, key, value, attend)
         if self.head_norm is not None:
             output = self.head_norm(output)
-        # shape: (batch, H, seq, d) -> (batch, seq, H d)
+        if isinstance(self.heads, DifferentialHeads):
+            output = output * self.heads.scale
+        # shape: (batch, H, seq, d), of differential heads (batch, H / 2, seq, 2d) -> (batch, seq, H d)
         return leave(self.o_proj(output.transpose(1, 2).flatten(2)), self.tp)

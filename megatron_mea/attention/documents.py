@@ -23,6 +23,16 @@ def causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
 
 
+def visible_tokens(position_ids: torch.Tensor, document_mask: bool) -> torch.Tensor:
+    """Which tokens each one attends to, where scores are made explicitly: (batch or 1, 1, seq, seq), true or false."""
+    seq = position_ids.shape[1]
+    mask = torch.ones(seq, seq, dtype=torch.bool, device=position_ids.device).tril()[None, None]
+    if not document_mask:
+        return mask
+    document = (position_ids == 0).cumsum(1)
+    return mask & (document[:, None, :, None] == document[:, None, None, :])
+
+
 def within_documents(position_ids: torch.Tensor) -> Attend:
     """Attention for windows whose documents begin where `position_ids` (batch, seq) are zero."""
     if position_ids.is_cuda:

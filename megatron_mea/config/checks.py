@@ -9,9 +9,6 @@ from megatron_mea.config.layout import Layout
 from megatron_mea.config.schema import Config
 from megatron_mea.errors import Problem
 
-VARIANTS = ("plain", "plain_norm", "mea", "mea_no_norm")
-"""The attention variants of this release."""
-
 
 def cross_checks(config: Config, needs_data: bool = True) -> Iterator[Problem]:
     """The contradictions inside one configuration; `needs_data`: it is one to train with."""
@@ -45,6 +42,8 @@ def _small_embeddings(config: Config) -> Iterator[str]:
     embedding = model.embedding_initializer_range or model.initializer_range
     output_std = model.initializer_range / math.sqrt(2 * model.num_hidden_layers)
     gain = model.head_norm_init if model.head_norm_affine else 1.0
+    # Differential heads are scaled by 1 - lambda_init, at most 0.8.
+    gain *= 0.8 if model.attention_variant == "differential" else 1.0
     branch = output_std * math.sqrt(model.num_attention_heads * model.head_dim) * gain
     if embedding < branch / 2:
         yield (
@@ -58,11 +57,6 @@ def _not_yet(config: Config) -> Iterator[Problem]:
     """Keys of the public contract whose feature does not exist yet: refused, never ignored."""
     training, logging = config.training, config.logging
     gates = [
-        (
-            "model.attention_variant",
-            config.model.attention_variant,
-            VARIANTS,
-        ),
         ("training.activation_checkpointing", training.activation_checkpointing, ("none", "full")),
         ("training.compile", training.compile, (False,)),
         ("logging.profile", logging.profile, (None,)),
@@ -81,6 +75,13 @@ def _heads(config: Config) -> Iterator[Problem]:
             model.num_attention_heads,
             f"a multiple of model.num_key_value_heads = {model.num_key_value_heads}",
         )
+    if model.attention_variant == "differential":
+        for key in ("num_attention_heads", "num_key_value_heads"):
+            if getattr(model, key) % 2:
+                yield Problem(f"model.{key}", getattr(model, key), "an even number: `differential` heads are pairs")
+    if config.optimizer.decay_hlc and not model.mixes_heads:
+        allowed = f"false: `{model.attention_variant}` has no matrices that combine heads"
+        yield Problem("optimizer.decay_hlc", True, allowed)
     if model.head_dim % 2:
         yield Problem("model.head_dim", model.head_dim, "an even number: RoPE rotates pairs of features")
 
@@ -104,8 +105,6 @@ def _rope(config: Config) -> Iterator[Problem]:
 def _components(config: Config) -> Iterator[Problem]:
     model = config.model
     where, composite = "model.num_component_heads", model.num_key_value_heads
-    if model.attention_variant not in VARIANTS:
-        return
     heads = model.component_heads
     if len(heads) != model.num_hidden_layers:
         yield Problem(

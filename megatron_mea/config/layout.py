@@ -115,7 +115,14 @@ def _tensor_problems(config: Config, size: int) -> Iterator[Problem]:
         if value % size:
             yield Problem(_TENSOR, size, f"a divisor of model.{key} = {value}: ranks hold equal parts of the {of}")
     composites = model.num_key_value_heads
-    if composites % size and size % composites:
+    if model.attention_variant == "talking_heads" and size > 1:
+        yield Problem(_TENSOR, size, "1: each head of `talking_heads` needs the scores of all")
+    if model.attention_variant == "differential":
+        for key in ("num_attention_heads", "num_key_value_heads"):
+            if getattr(model, key) % (2 * size):
+                pairs = f"a divisor of model.{key} / 2 = {getattr(model, key) // 2}: pairs of heads stay on a rank"
+                yield Problem(_TENSOR, size, pairs)
+    elif composites % size and size % composites:
         yield Problem(_TENSOR, size, f"a divisor or a multiple of model.num_key_value_heads = {composites}")
     if model.vocab_size < size * size:
         yield Problem("model.vocab_size", model.vocab_size, f"at least {size * size} on {size} ranks")

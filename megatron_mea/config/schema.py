@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -73,6 +73,10 @@ class Llama3Rope(Section):
 RopeScaling = Annotated[LinearRope | DynamicRope | YarnRope | Llama3Rope, Field(discriminator="rope_type")]
 
 
+Variant = Literal["plain", "plain_norm", "mea", "mea_no_norm", "differential", "talking_heads"]
+VARIANTS: tuple[str, ...] = get_args(Variant)
+
+
 class Model(Section):
     vocab_size: PositiveInt = 32000
     hidden_size: PositiveInt = 512
@@ -82,7 +86,7 @@ class Model(Section):
     num_key_value_heads: PositiveInt = 4
     num_component_heads: PositiveInt | list[PositiveInt] | None = None
     head_dim: PositiveInt = 64
-    attention_variant: Literal["plain", "plain_norm", "mea", "mea_no_norm", "differential", "talking_heads"] = "mea"
+    attention_variant: Variant = "mea"
     hlc_init: Literal["block", "orthogonal", "normal"] = "block"
     hlc_mixes: Literal["both", "keys", "values"] = "both"
     qk_norm: bool = False
@@ -118,7 +122,17 @@ class Model(Section):
 
     @property
     def has_head_norm(self) -> bool:
-        return self.attention_variant in ("mea", "plain_norm")
+        return self.attention_variant in ("mea", "plain_norm", "differential")
+
+    @property
+    def output_dim(self) -> int:
+        """Width of a head's output: differential heads are pairs."""
+        return 2 * self.head_dim if self.attention_variant == "differential" else self.head_dim
+
+    @property
+    def mixes_heads(self) -> bool:
+        """Whether there are matrices that combine heads, of keys and values or of scores."""
+        return self.mixes_keys or self.mixes_values or self.attention_variant == "talking_heads"
 
     @property
     def rope_parameters(self) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from megatron_mea.errors import RunError, UserError
 from megatron_mea.training import records
 from megatron_mea.training.run import look_at
 
-PLAIN = ("plain", "plain_norm")
+MIXING = ("mea", "mea_no_norm")
 FAILED = "FAILED"
 """In a run folder: status and reason of a run of a sweep on this machine that ended by itself."""
 _POLL = 0.2
@@ -49,8 +49,8 @@ def combinations(
 ) -> list[Config]:
     """A configuration a run, in folders of `out` that are named after what differs.
 
-    An empty sequence leaves the value of the file. Variants without a head combination have as many component heads
-    as composite ones, whatever the file says.
+    An empty sequence leaves the value of the file. Variants that do not combine keys and values have as many component
+    heads as composite ones, whatever the file says.
 
     Raises:
         UserError: a combination is no valid configuration, or two are the same.
@@ -63,7 +63,7 @@ def combinations(
         name = f"{variant}-lr{rate}" + (f"-seed{seed}" if seed else "")
         given = [f"model.attention_variant={variant}", f"optimizer.lr={rate}", f"run.dir={out / name}"]
         given += [f"training.seed={seed}"] if seed else []
-        given += ["model.num_component_heads=null"] if variant in PLAIN else []
+        given += [] if variant in MIXING else ["model.num_component_heads=null"]
         config = load_config(path, [*overrides, *given])
         # 1e-3 and 0.001 are the same.
         what = (config.model.attention_variant, config.optimizer.lr, config.training.seed)

@@ -44,7 +44,7 @@ class MEAConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         for name, allowed in (
-            ("attention_variant", ("plain", "plain_norm", "mea", "mea_no_norm")),
+            ("attention_variant", ("plain", "plain_norm", "mea", "mea_no_norm", "differential", "talking_heads")),
             ("hlc_mixes", ("both", "keys", "values")),
         ):
             if getattr(self, name) not in allowed:
@@ -69,7 +69,7 @@ class MEAConfig(PreTrainedConfig):
 
     @property
     def has_head_norm(self) -> bool:
-        return self.attention_variant in ("mea", "plain_norm")
+        return self.attention_variant in ("mea", "plain_norm", "differential")
 
 
 __all__ = ["MEAConfig"]

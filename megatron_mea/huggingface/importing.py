@@ -15,7 +15,6 @@ from transformers import GenerationConfig
 
 from megatron_mea.checkpoint.folder import GENERATION, META, TOKENIZER, Meta, publish, seal
 from megatron_mea.checkpoint.tensors import write_tensors
-from megatron_mea.config.checks import VARIANTS
 from megatron_mea.config.load import parse_config, parse_model
 from megatron_mea.config.schema import Model
 from megatron_mea.data.tokenizer import check_tokenizer_folder, copy_tokenizer, load_tokenizer
@@ -29,6 +28,8 @@ from megatron_mea.progress import progress_bar
 from megatron_mea.versions import versions
 
 _SOURCE, _VARIANT = "HF_DIR", "--variant"
+_GROWING = ("plain", "plain_norm", "mea", "mea_no_norm")
+"""Variants that differ by parameters that another one may lack: they start so that nothing, or a norm alone, is new."""
 _SPARE = 1 << 26
 """Bytes a checkpoint may need beyond its tensors: the tokenizer of some vocabularies takes tens of megabytes."""
 
@@ -108,14 +109,16 @@ def _with_variant(source: Path, described: Description, variant: str | None) -> 
     theirs = described.model
     if variant is None:
         variant = "mea_no_norm" if described.kind in STOCK else theirs.attention_variant
-    others = {name: theirs.model_copy(update={"attention_variant": name}) for name in VARIANTS}
+    others = {name: theirs.model_copy(update={"attention_variant": name}) for name in _GROWING}
     keeping = [
         name
         for name, other in others.items()
         if other.has_hlc >= theirs.has_hlc and other.has_head_norm >= theirs.has_head_norm
     ]
+    if theirs.attention_variant not in _GROWING:
+        keeping = [theirs.attention_variant]
     if variant not in keeping:
-        mend = "" if keeping == list(VARIANTS) else f"{source} is of the variant {theirs.attention_variant}, "
+        mend = "" if keeping == list(_GROWING) else f"{source} is of the variant {theirs.attention_variant}, "
         mend += "which another one would drop parameters of" if mend else ""
         raise UserError(_VARIANT, variant, ", ".join(keeping), mend)
     model = parse_model(theirs.model_dump(mode="json") | {"attention_variant": variant})

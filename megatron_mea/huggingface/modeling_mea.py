@@ -8,7 +8,7 @@ combination into their queries and outputs instead, and attend to that one head;
 
 import inspect
 import math
-from functools import wraps
+from functools import partial, wraps
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters e
 
 # As many new tokens are a step of decoding, not a prompt: the mask is then repeated for each query head.
 FEW_TOKENS = 32
+LAMBDAS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
 WIDEST_KERNEL_HEAD = 256  # of FlashAttention and, on a GPU, FlexAttention
 
 
@@ -128,13 +129,15 @@ def apply_rotary(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> t
 
 
 def eager_attention_forward(
-    module, query, key, value, attention_mask, scaling, dropout=0.0, key_scale=None, **kwargs
+    module, query, key, value, attention_mask, scaling, dropout=0.0, key_scale=None, mixes=(None, None), **kwargs
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of query heads (batch, H, q, D) on n key/value heads (batch, n, all, D): (batch, q, H, D) and weights.
 
     The H / n query heads of a key head are rows of one product, so nothing is repeated. `key_scale`
-    (batch, h, all) multiplies the scores of each composite head's queries.
+    (batch, h, all) multiplies the scores of each composite head's queries. `mixes` combine the heads' logits and
+    weights (talking heads, eq. 7-9).
     """
+    logits_mix, weights_mix = mixes
     batch, heads, seq, dim = query.shape
     count, length = key.shape[1:3]
     accurate, dtype = at_least_float32(query.dtype), value.dtype
@@ -149,17 +152,20 @@ def eager_attention_forward(
         # shape: (batch, h, H / h, q, all) * (batch, h, 1, 1, all) -> (batch, H, q, all)
         scores = scores.unflatten(1, (key_scale.shape[1], -1)) * (key_scale * scaling)[:, :, None, None]
         scores = scores.flatten(1, 2)
+    if logits_mix is not None:
+        scores = logits_mix(scores.to(query.dtype)).to(accurate)
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     elif attention_mask is not None:
         scores = scores + attention_mask
     weights = F.softmax(scores, dim=-1).to(value.dtype)
+    weights = weights if weights_mix is None else weights_mix(weights)
     weights = F.dropout(weights, p=dropout, training=module.training)
     output = (weights.view(batch, count, -1, length) @ value).view(batch, heads, seq, -1)
     return output.transpose(1, 2).to(dtype).contiguous(), weights
 
 
-def packed_attention_forward(module, query, key, value, attention_mask, scaling, key_scale=None):
+def packed_attention_forward(module, query, key, value, attention_mask, scaling, key_scale=None, **kwargs):
     """`eager_attention_forward` by torch's fused attention, for few tokens: (batch, q, H, D) and no weights.
 
     transformers' own `sdpa` repeats keys and values for several tokens, and some kernels read them once for each
@@ -221,7 +227,10 @@ class MEAKeyNorm(nn.Module):
 
 
 class MEAHeadCombination(nn.Module):
-    """Head-level linear combination (eq. 10): `weight` (h', h), composite j = sum_c weight[c, j] component_c."""
+    """Head-level linear combination (eq. 10): `weight` (h', h), composite j = sum_c weight[c, j] component_c.
+
+    Talking heads combine their logits and weights (batch, H, q, all) in the same way (eq. 7 and 9).
+    """
 
     def __init__(self, num_component_heads: int, num_key_value_heads: int):
         super().__init__()
@@ -251,7 +260,11 @@ class MEAMLP(nn.Module):
 
 
 class MEAAttention(nn.Module):
-    """Grouped-query attention on composite heads, each query head's output normalised (eq. 11 and 12)."""
+    """Grouped-query attention on composite heads, each query head's output normalised (eq. 11 and 12).
+
+    Two variants are others: talking heads (eq. 7-9), and differential ones (eq. 4-6), of which heads 2i and 2i + 1 make
+    one, twice as wide.
+    """
 
     def __init__(self, config: MEAConfig, layer_idx: int):
         super().__init__()
@@ -271,9 +284,18 @@ class MEAAttention(nn.Module):
         self.hlc_v = MEAHeadCombination(*sizes) if config.mixes_values else None
         self.q_norm = MEARMSNorm(dim, eps=config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = MEAKeyNorm(dim, eps=config.rms_norm_eps) if config.qk_norm else None
-        self.head_norm = None
+        self.differential = config.attention_variant == "differential"
+        self.output_dim = 2 * dim if self.differential else dim
+        self.head_norm = self.logits_mix = self.weights_mix = None
         if config.has_head_norm:
-            self.head_norm = MEARMSNorm(dim, eps=config.head_norm_eps, elementwise_affine=config.head_norm_affine)
+            affine = config.head_norm_affine
+            self.head_norm = MEARMSNorm(self.output_dim, eps=config.head_norm_eps, elementwise_affine=affine)
+        if self.differential:
+            self.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * layer_idx)
+            for name in LAMBDAS:
+                self.register_parameter(name, nn.Parameter(torch.zeros(dim)))
+        if config.attention_variant == "talking_heads":
+            self.logits_mix, self.weights_mix = (MEAHeadCombination(self.num_heads, self.num_heads) for _ in range(2))
 
     @accept_either_cache_name
     def forward(self, hidden_states, position_embeddings, attention_mask=None, cache: Cache | None = None, **kwargs):
@@ -306,22 +328,55 @@ class MEAAttention(nn.Module):
             if key_scale is not None:
                 key, key_scale = (key * key_scale[:, :, : key.shape[2], None]).to(query.dtype), None
 
+        if key_scale is not None:
+            kwargs["key_scale"] = key_scale
         if decoding and implementation == "sdpa" and seq <= FEW_TOKENS:
-            output, weights = packed_attention_forward(self, query, key, value, attention_mask, self.scaling, key_scale)
+            attend = packed_attention_forward
         else:
-            attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-            if key_scale is not None:
-                kwargs["key_scale"] = key_scale
-            dropout = self.config.attention_dropout if self.training else 0.0
-            output, weights = attention_interface(
-                self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-            )
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+            kwargs["dropout"] = self.config.attention_dropout if self.training else 0.0
+        if self.differential:
+            attend = partial(self._attend_differentially, attend)
+        elif self.logits_mix is not None:
+            attend = self._attend_talking
+        output, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
         # shape: (batch, seq, heads, d); vLLM's attention hands back (batch, seq, heads d)
         if absorbed:
             output = self._resolve(output, mix)
         if self.head_norm is not None:
-            output = self.head_norm(output.reshape(batch, seq, -1, self.head_dim))
+            output = self.head_norm(output.reshape(batch, seq, -1, self.output_dim))
+        if self.differential:
+            output = output * (1 - self.lambda_init)
         return self.o_proj(output.reshape(batch, seq, -1)), weights
+
+    def _attend_differentially(self, attend, module, query, key, value, *args, **kwargs):
+        """First minus lambda times second heads of pairs, on both their values: (batch, q, H / 2, 2 d)."""
+        # shape: (batch, h, all, d) -> (batch, h / 2, all, d) twice over -> (batch, h, all, d)
+        halves = [half.repeat(1, 2, 1, 1) for half in (value[:, 0::2], value[:, 1::2])]
+        query, key = (torch.cat((heads[:, 0::2], heads[:, 1::2]), dim=1) for heads in (query, key))
+        outputs = [attend(module, query, key, half, *args, **kwargs) for half in halves]
+        output = torch.cat(
+            [half.unflatten(2, (-1, self.head_dim)) if half.dim() == 3 else half for half, _ in outputs], -1
+        )
+        accurate = at_least_float32(output.dtype)
+        q1, k1, q2, k2 = (getattr(self, name).to(accurate) for name in LAMBDAS)
+        weight = ((q1 * k1).sum().exp() - (q2 * k2).sum().exp() + self.lambda_init).to(output.dtype)
+        weights = outputs[0][1]
+        if weights is not None:
+            first, second = weights.chunk(2, dim=1)
+            weights = first - weight * second
+        first, second = output.chunk(2, dim=2)
+        return first - weight * second, weights
+
+    def _attend_talking(self, module, query, key, value, attention_mask, **kwargs):
+        """As `eager_attention_forward`, which alone has the scores of all heads."""
+        implementation, seq = self.config._attn_implementation, query.shape[2]
+        if implementation not in ("eager", "sdpa"):
+            raise ValueError(f"attn_implementation is {implementation!r} (allowed for talking_heads: eager, sdpa)")
+        if attention_mask is None and seq > 1:
+            attention_mask = torch.ones(seq, seq, dtype=torch.bool, device=query.device).tril()
+        mixes = (self.logits_mix, self.weights_mix)
+        return eager_attention_forward(self, query, key, value, attention_mask, mixes=mixes, **kwargs)
 
     def _through_cache(self, cache, key, value, key_scale):
         """Appends to the cache and returns all of it: keys, values (batch, h', all, d), scalars (batch, h, all)."""
@@ -429,6 +484,9 @@ class MEAPreTrainedModel(PreTrainedModel):
             components, composites = module.weight.shape
             block = torch.arange(composites) * components // composites
             init.copy_(module.weight, (torch.arange(components)[:, None] == block).float())
+        if isinstance(module, MEAAttention) and module.differential:
+            for name in LAMBDAS:
+                init.normal_(getattr(module, name), std=0.1)
 
 
 class MEAModel(MEAPreTrainedModel):

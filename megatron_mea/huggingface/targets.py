@@ -100,6 +100,9 @@ def _transformers(model: Model, fields: dict[str, Any]) -> Target:
 
 def _stock(model: Model, fields: dict[str, Any]) -> Target:
     """Composite heads are linear in the weights (eq. 18), so without a head norm a plain model computes the same."""
+    if model.attention_variant == "talking_heads":
+        allowed = "transformers: no stock architecture mixes the scores of its heads"
+        raise UserError("--target", "stock, for the variant talking_heads", allowed)
     if model.has_head_norm:
         raise UserError(
             "--target",

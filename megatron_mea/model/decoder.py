@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_mea.attention.attention import Attention
-from megatron_mea.attention.documents import Attend, causal, within_documents
+from megatron_mea.attention.documents import Attend, causal, visible_tokens, within_documents
+from megatron_mea.attention.talking_heads import talking
 from megatron_mea.config.schema import Model
 from megatron_mea.huggingface.convert import to_hf_config
 from megatron_mea.huggingface.modeling_mea import rotary_cos_sin
@@ -102,6 +103,7 @@ class Decoder(nn.Module):
         self.tp, self.vocab_size = tp, config.vocab_size
         self.hf_config = to_hf_config(config)
         self.checkpoint_activations, self.document_mask = checkpoint_activations, document_mask
+        self.heads_talk = config.attention_variant == "talking_heads"
         stage = range(config.num_hidden_layers + 2) if stage is None else stage
         self.layers = nn.ModuleList()
         embed = None
@@ -138,7 +140,7 @@ class Decoder(nn.Module):
             logits (batch, seq, this rank's part of the vocabulary) on the last stage, hidden states on the others.
         """
         angles: tuple[torch.Tensor, ...] | None = None
-        attend = causal
+        attend: Attend = causal
         for layer in self.layers:
             if not isinstance(layer, Block):
                 x = layer(x)
@@ -146,12 +148,18 @@ class Decoder(nn.Module):
             if angles is None:
                 # shape: (batch, seq, d) -> (batch, 1, seq, d), the same for all heads
                 angles = tuple(angle.unsqueeze(1) for angle in rotary_cos_sin(self.hf_config, position_ids, x.dtype))
-                attend = within_documents(position_ids) if self.document_mask else causal
+                attend = self._attend(position_ids)
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(layer, x, *angles, attend, use_reentrant=False)
             else:
                 x = layer(x, *angles, attend)
         return x
+
+    def _attend(self, position_ids: torch.Tensor) -> Attend:
+        """How tokens of these positions (batch, seq) attend to one another, in every block."""
+        if self.heads_talk:
+            return talking(visible_tokens(position_ids, self.document_mask))
+        return within_documents(position_ids) if self.document_mask else causal
 
 
 def _embedding(config: Model, tp: TensorGroup) -> Embedding:

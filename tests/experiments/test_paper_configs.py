@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_mea.cluster.plan import as_json, make_plan
-from megatron_mea.config.checks import VARIANTS
 from megatron_mea.config.load import load_config
+from megatron_mea.config.schema import VARIANTS
 from megatron_mea.experiments.sweep import combinations
 from megatron_mea.training.schedule import learning_rate
 
