@@ -22,6 +22,8 @@ CASES = [
         {"attention_variant": "mea", "hlc_mixes": "keys"},
         {"attention_variant": "mea_no_norm", "hlc_mixes": "values"},
         {"attention_variant": "plain"},
+        {"attention_variant": "differential"},
+        {"attention_variant": "talking_heads"},
     )
     for norm in (False, True)
 ]

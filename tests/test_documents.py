@@ -11,7 +11,7 @@ from models import small_model
 from test_model import positions_of
 
 from megatron_mea.attention.documents import _blocks, causal, within_documents
-from megatron_mea.config.schema import TrainCorpus
+from megatron_mea.config.schema import VARIANTS, TrainCorpus
 from megatron_mea.data.corpora import IGNORE, Corpora
 from megatron_mea.data.indexed import IndexedWriter
 from megatron_mea.model.decoder import Decoder
@@ -83,7 +83,7 @@ def test_blocks_on_a_gpu_mask_what_the_loop_masks():
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("variant", ["plain", "plain_norm", "mea", "mea_no_norm"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_a_document_does_not_know_its_neighbours(variant):
     """Changing one leaves the logits of the others bit-equal, and they are those of the document alone."""
     model = small_model(attention_variant=variant)

@@ -21,6 +21,7 @@ from megatron_mea.checkpoint.folder import Meta, damage
 from megatron_mea.checkpoint.tensors import read_tensors, rows_of, tensor_shapes, weight_shapes, write_tensors
 from megatron_mea.cli import main
 from megatron_mea.config.load import parse_config, parse_model
+from megatron_mea.config.schema import VARIANTS
 from megatron_mea.data.tokenizer import copy_tokenizer, load_tokenizer
 from megatron_mea.huggingface.convert import from_hf_config, to_hf_config
 from megatron_mea.huggingface.modeling_mea import MEAForCausalLM
@@ -306,12 +307,14 @@ class TestVariants:
             ("plain_norm", {"plain_norm", "mea"}),
             ("mea_no_norm", {"mea", "mea_no_norm"}),
             ("mea", {"mea"}),
+            ("differential", {"differential"}),
+            ("talking_heads", {"talking_heads"}),
         ],
     )
     def test_of_an_export_none_drops_parameters(self, own, keeping, tmp_path, capsys):
         source = exported(tmp_path / "export", attention_variant=own)
         held = load_file(source / "model.safetensors")
-        for variant in ("plain", "plain_norm", "mea", "mea_no_norm"):
+        for variant in VARIANTS:
             if variant not in keeping:
                 assert main(["import", str(source), str(tmp_path / variant), "--variant", variant]) == 2
                 assert f"error: --variant\n  found:   {variant}\n" in capsys.readouterr().err
@@ -319,8 +322,8 @@ class TestVariants:
             assert main(["import", str(source), str(tmp_path / variant), "--variant", variant]) == 0
             found = weights_of(tmp_path / variant)
             assert all(torch.equal(found[name], held[name]) for name in held)
-        assert main(["import", str(source), str(tmp_path / "none"), "--variant", "differential"]) == 2
-        assert "found:   differential" in capsys.readouterr().err
+        assert main(["import", str(source), str(tmp_path / "none"), "--variant", "gqa"]) == 2
+        assert "found:   gqa" in capsys.readouterr().err
 
 
 @given(data=st.data())

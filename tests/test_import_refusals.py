@@ -81,7 +81,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_pos
         ("llama", {"num_attention_heads": "four"}, "unreadable"),
         ("llama", {"rms_norm_eps": -1.0}, "rms_norm_eps = -1.0"),
         ("mea", {"num_component_heads": [5, 4, 4]}, "num_component_heads = 5"),
-        ("mea", {"attention_variant": "talking_heads"}, "talking_heads"),
+        ("mea", {"attention_variant": "singing_heads"}, "singing_heads"),
         ("mea", {"num_key_value_heads": 3}, "num_attention_heads = 8"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",

@@ -53,6 +53,8 @@ REFUSED = {
     "ZeRO with a pipeline": (config(sizes(1, 2, 2)), 2, "parallel.zero_stage"),
     "processes": (config(sizes(2)), 3, f"{TENSOR} x {PIPELINE}"),
     "batch": (config(), 3, "training.global_batch_size"),
+    "talking heads": (config(sizes(2), attention_variant="talking_heads", num_component_heads=None), 2, TENSOR),
+    "pairs of heads": (config(sizes(4), attention_variant="differential", num_component_heads=None), 4, TENSOR),
     "sequence": (config({"sequence_parallel": True}), 1, "parallel.sequence_parallel"),
 }
 

@@ -55,6 +55,8 @@ VARIANTS = [
     {"attention_variant": variant, "num_component_heads": heads}
     for variant, heads in (("plain", 4), ("plain_norm", 4), ("mea", 2), ("mea_no_norm", 4))
 ]
+PAIRS_OF_HEADS = {"attention_variant": "differential", "num_component_heads": 4, "head_norm_init": 0.5}
+TALKING = {"attention_variant": "talking_heads", "num_component_heads": 4}
 ONE_HEAD = {"num_key_value_heads": 1, "num_component_heads": 1}
 MODELS = [
     *VARIANTS,
@@ -98,6 +100,10 @@ DEFAULT = {
         ("tp 2, one component head", layout(2), {"num_component_heads": 1}, "activations", "none"),
         ("tp 2, one composite head", layout(2), ONE_HEAD, "weights", "none"),
         ("pp 2, tied", layout(pipeline=2), TIED, "weights", "full"),
+        ("tp 2, sequence parallel, pairs", layout(2, sequence=True), PAIRS_OF_HEADS, "weights", "full"),
+        ("pp 2, pairs", layout(pipeline=2), PAIRS_OF_HEADS | TIED, "weights", "none"),
+        ("pp 2, talking", layout(pipeline=2), TALKING | TIED, "activations", "full"),
+        ("dp 2, ZeRO 3, talking", layout(zero=3), TALKING, "weights", "none"),
         ("tp 2, vocabulary divides", layout(2), {"vocab_size": 48, "num_component_heads": 4}, "weights", "none"),
     ],
     3: once(TRIPLES, [THREE]),
@@ -105,9 +111,11 @@ DEFAULT = {
     8: once({name: EIGHTS[name] for name in EIGHTS if name != "tp 2 x pp 2 x dp 2"}, [TIED]),
 }
 FULL = {
-    2: each(PAIRS, MODELS),
+    2: each(PAIRS, [*MODELS, PAIRS_OF_HEADS])
+    + each({name: PAIRS[name] for name in PAIRS if "tp" not in name}, [TALKING, TALKING | TIED]),
     3: each(TRIPLES, [THREE | variant for variant in ({}, TIED, {"num_component_heads": 1}, {"qk_norm": True})]),
-    4: each(FOURS, [VARIANTS[0], VARIANTS[1] | TIED, VARIANTS[2] | TIED, VARIANTS[3]]),
+    4: each(FOURS, [VARIANTS[0], VARIANTS[1] | TIED, VARIANTS[2] | TIED, VARIANTS[3]])
+    + each({name: FOURS[name] for name in FOURS if "tp 4" not in name}, [PAIRS_OF_HEADS | TIED]),
     8: each(EIGHTS, [VARIANTS[0] | TIED, VARIANTS[2]]),
 }
 

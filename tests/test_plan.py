@@ -62,6 +62,8 @@ MODELS = {
     "plain": {"attention_variant": "plain"},
     "plain norm": {"attention_variant": "plain_norm", "qk_norm": True},
     "no norm": {"attention_variant": "mea_no_norm"},
+    "differential": {"attention_variant": "differential"},
+    "talking heads": {"attention_variant": "talking_heads", "qk_norm": True},
 }
 
 
@@ -144,9 +146,15 @@ def group_of_two():
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
-    ("seq", "tensor", "sequence"), [(64, 1, False), (256, 1, False), (64, 2, False), (256, 2, True)]
+    ("name", "seq", "tensor", "sequence"),
+    [
+        (name, *case)
+        for name in MODELS
+        for case in ((64, 1, False), (256, 1, False), (64, 2, False), (256, 2, True))
+        # Talking heads are not shared.
+        if case[1] == 1 or name != "talking heads"
+    ],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_activations_are_those_that_autograd_keeps(name, seq, tensor, sequence, group_of_two):

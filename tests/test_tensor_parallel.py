@@ -57,7 +57,9 @@ def check_all(cases: list[dict], size: int) -> int:
 
 def cases(size: int) -> list[dict]:
     """Vocabulary 37 and 8 x 6 = 48 component rows: none of 2, 3, 4 and 8 divides the first, some not the second."""
-    fit = [case for case in variants() if size <= 8]
+    # Talking heads are not shared, and pairs of 4 key/value heads by two ranks at most.
+    most = {"talking_heads": 1, "differential": 2}
+    fit = [case for case in variants() if size <= most.get(case["attention_variant"], 8)]
     if size == 3:
         # Three ranks: 6 query heads on 3 composite ones; h' = 2 is 12 rows, h' = 1 with d = 8 is 8 rows, replicated.
         three = {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 42}
@@ -74,7 +76,8 @@ def cases(size: int) -> list[dict]:
         extra = [{"attention_variant": "mea", "qk_norm": True, "attention_bias": True} | heads for heads in few]
         extra += [{"attention_variant": "plain_norm", "num_key_value_heads": n, "attention_bias": True} for n in (1, 2)]
         # 2 x 3 = 6 component rows are not divisible by four: replicated.
-        return [*extra, {"attention_variant": "mea", "num_component_heads": 1}, *fit[::4]]
+        pairs = {"attention_variant": "differential", "num_key_value_heads": 8, "qk_norm": True}
+        return [*extra, {"attention_variant": "mea", "num_component_heads": 1}, pairs, *fit[::4]]
     return fit
 
 

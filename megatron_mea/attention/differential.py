@@ -36,10 +36,10 @@ class DifferentialHeads(nn.Module):
         # Fused kernels want values as wide as keys, so each half of a pair's values is attended to by itself.
         # shape: (batch, h, seq, d) -> (batch, h / 2, seq, d) twice over -> (batch, h, seq, d)
         halves = (half.repeat(1, 2, 1, 1) for half in (value[:, 0::2], value[:, 1::2]))
-        # shape: (batch, H, seq, d) twice -> (batch, H, seq, 2d)
-        output = torch.cat([attend(query, key, half) for half in halves], dim=-1)
-        first, second = output.chunk(2, dim=1)
-        return first - self.weight().to(second.dtype) * second
+        weight = self.weight().to(query.dtype)
+        outputs = [attend(query, key, half).chunk(2, dim=1) for half in halves]
+        # shape: (batch, H / 2, seq, d) twice -> (batch, H / 2, seq, 2d)
+        return torch.cat([first - weight * second for first, second in outputs], dim=-1)
 
     def weight(self) -> torch.Tensor:
         """lambda, a scalar; in float32 at least."""

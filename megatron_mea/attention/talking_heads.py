@@ -58,5 +58,6 @@ def _talk(
 
 def _mix(scores: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
     """(batch, H, seq, seq), (H, H) -> (batch, H, seq, seq)"""
-    # shape: (H, H) @ (batch, H, seq seq) -> (batch, H, seq seq)
-    return (mix.t() @ scores.flatten(2)).view_as(scores)
+    # Not by broadcasting, which would keep a transposed copy of the scores for the backward pass.
+    # shape: (batch, H, H) @ (batch, H, seq seq) -> (batch, H, seq seq)
+    return (mix.t().expand(len(scores), -1, -1) @ scores.flatten(2)).view_as(scores)

@@ -19,6 +19,10 @@ def stage_activations(setting: Setting, stage: Stage) -> int:
     if stage.blocks:
         # cos and sin, which all blocks share.
         kept += 2 * tokens * setting.model.head_dim * size
+        if setting.model.attention_variant == "talking_heads":
+            # Which tokens each one attends to.
+            seq = setting.config.data.seq_length
+            kept += tokens * seq if setting.config.data.document_mask else seq * seq
     if setting.recomputes:
         kept += len(stage.blocks) * local * hidden * size
     else:
@@ -50,14 +54,28 @@ def attention_activations(setting: Setting) -> int:
     model, size, tokens = setting.model, setting.number_bytes, setting.tokens
     width = setting.heads * model.head_dim
     keys = setting.composites * model.head_dim
-    kept = tokens * (2 * width + 2 * keys) * size + tokens * setting.heads * FLOAT32
+    kept = tokens * (2 * width + 2 * keys) * size
+    if model.attention_variant == "talking_heads":
+        # Logits, mixed weights; weights in float32 and, where that is another type, in the working precision.
+        scores = tokens * setting.config.data.seq_length * setting.heads
+        kept += scores * (2 * size + FLOAT32 + (size if size < FLOAT32 else 0))
+    elif model.attention_variant == "differential":
+        # A kernel for each half of the values, which are repeated; what both kernels make is an input of the norm.
+        kept += tokens * (2 * width + keys) * size + 2 * tokens * setting.heads * FLOAT32
+        # lambda, its two exponentials
+        kept += 3 * FLOAT32
+    else:
+        kept += tokens * setting.heads * FLOAT32
     if model.qk_norm:
         kept += norm_activations(setting, tokens * setting.heads, model.head_dim)
         kept += norm_activations(setting, tokens * setting.composites, model.head_dim)
     if model.has_head_norm:
         # The kernel's output, kept already, is the norm's input; its own output is what o_proj reads.
         shared = tokens * width * size if size == FLOAT32 or setting.device == "cuda" else 0
-        kept += norm_activations(setting, tokens * setting.heads, model.head_dim, model.head_norm_affine) - shared
+        if model.attention_variant == "differential":
+            shared = tokens * width * size
+        rows = tokens * width // model.output_dim
+        kept += norm_activations(setting, rows, model.output_dim, model.head_norm_affine) - shared
         kept += tokens * width * size
     return kept
 

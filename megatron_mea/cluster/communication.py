@@ -125,9 +125,12 @@ def block_calls(setting: Setting, layer: int) -> Iterator[Call]:
         if setting.sequence_parts > 1:
             # The norm in front has seen a part of the tokens.
             yield Call("tensor", "all_reduce", model.hidden_size * size)
-    gains = 2 * model.qk_norm + (model.has_head_norm and model.head_norm_affine)
+    gains = [model.head_dim] * (2 * model.qk_norm)
+    gains += [model.output_dim] * (model.has_head_norm and model.head_norm_affine)
+    # lambda of differential heads is made of four vectors.
+    gains += [model.head_dim] * (4 * (model.attention_variant == "differential"))
     if gains:
-        yield Call("tensor", "all_reduce", gains * model.head_dim * size, gains)
+        yield Call("tensor", "all_reduce", sum(gains) * size, len(gains))
     for which in ("k", "v"):
         yield from _head_calls(setting, layer, which)
     if setting.recomputes:

@@ -42,7 +42,13 @@ def block_flops(setting: Setting, layer: int) -> float:
     model = setting.model
     width = model.num_attention_heads * model.head_dim
     queries_and_output = 4 * model.hidden_size * width
-    attention = 4 * setting.config.data.seq_length * width
+    seq = setting.config.data.seq_length
+    attention = 4 * seq * width
+    if model.attention_variant == "differential":
+        # Each half of the values is attended to by itself.
+        attention *= 2
+    elif model.attention_variant == "talking_heads":
+        attention += 4 * seq * model.num_attention_heads**2
     feed_forward = 6 * model.hidden_size * model.intermediate_size
     heads = head_flops(setting, layer, "k") + head_flops(setting, layer, "v")
     return queries_and_output + attention + feed_forward + heads

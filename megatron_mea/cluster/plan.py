@@ -110,12 +110,12 @@ def count_parameters(setting: Setting) -> Parameters:
     def sum_of(*marks: str) -> int:
         return sum(size for name, size in whole.items() if any(mark in name for mark in marks))
 
-    norms, combination = sum_of("norm"), sum_of(".hlc_")
+    norms, combination = sum_of("norm"), sum_of(".hlc_", "_mix.")
     return Parameters(
         total=sum(whole.values()),
         embedding=sum_of("embed_tokens"),
         head=sum_of("lm_head"),
-        attention=sum_of("_proj") - sum_of(".mlp."),
+        attention=sum_of("_proj", ".lambda_") - sum_of(".mlp."),
         head_combination=combination,
         feed_forward=sum_of(".mlp."),
         norms=norms,

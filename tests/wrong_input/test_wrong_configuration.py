@@ -173,11 +173,8 @@ def test_a_later_rank_gives_the_first_one_time_to_say_it(work, monkeypatch, capf
     assert len(waited) == int(rank)
 
 
-TWO_HEADS = "train tiny.yaml model.num_component_heads=2 model.attention_variant="
 COMMANDS = [  # command, where, found, allowed, mend; tiny.yaml is a file, `tokenizer` a folder and `run` a run
     ("train no.yaml", "no.yaml", "No such file or directory", "a readable YAML file"),
-    (f"{TWO_HEADS}differential", "model.attention_variant", "differential", "plain, plain_norm..." + LATER),
-    (f"{TWO_HEADS}talking_heads", "model.attention_variant", "talking_heads", "plain, plain_norm..." + LATER),
     ("train tiny.yaml training.steps=1 schedule.warmup_steps=0", "training.steps", "1", "at least 2, which the run..."),
     ("train tokenizer", "tokenizer", "Is a directory", "a readable YAML file"),
     (f"{PREPARE} no.jsonl", "no.jsonl", "no such file or folder", f"a {KINDS} file, a folder, or a hub name"),
