@@ -158,6 +158,18 @@ def _parser() -> argparse.ArgumentParser:
         "--at-once", type=int, metavar="K", help="runs that may run at the same time (default: all of an array, 1 here)"
     )
 
+    sub = verb(
+        "report",
+        _report,
+        "what runs say together: curves, fits, stability, the best rates, as a page that needs no network",
+        "runs/sweep --out report.html --tokens 5e11",
+    )
+    sub.add_argument("paths", nargs="+", metavar="DIR", help="a run folder, or a sweep's --out")
+    files = "the page; FILE.csv (a row a run), FILE-curves.csv and a PNG a figure are written beside it"
+    sub.add_argument("--out", required=True, metavar="FILE.html", help=files)
+    counts = "tokens at which the fits are extrapolated"
+    sub.add_argument("--tokens", nargs="+", type=float, default=[], metavar="N", help=counts)
+
     sub = verb("inspect", _inspect, "show a checkpoint and verify it", "runs/quickstart/run/checkpoints/step_00000500")
     sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint folder, or a run folder (its newest)")
 
@@ -317,6 +329,14 @@ def _sweep(arguments: argparse.Namespace) -> None:
 
     resources = Resources(**asked | given, options=tuple(arguments.sbatch_options))
     print(submit_array(configs, out, resources, arguments.at_once, arguments.dry_run))
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from megatron_mea.experiments.report import report
+
+    if not all(0 < count < float("inf") for count in arguments.tokens):
+        raise UserError("--tokens", arguments.tokens, "numbers above 0")
+    print(report(arguments.paths, arguments.out, arguments.tokens))
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

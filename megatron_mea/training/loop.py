@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from megatron_mea.parallel.parameter import named_specs
 from megatron_mea.training import processes, records
 from megatron_mea.training.build import build_engine
 from megatron_mea.training.engine import NonFiniteError
+from megatron_mea.training.heads import HeadOutputs, head_tensors, hlc_statistics
 from megatron_mea.training.loader import ReadAhead, StepData, Waiting, training_steps, validation_batches
 from megatron_mea.training.pace import Pace
 from megatron_mea.training.ranks import Ranks
@@ -114,6 +115,7 @@ class _Run:
         tokenizer = Path(config.data.tokenizer)
         self.saver = Saver(self.dir, config.checkpoint, tokenizer, group, self.lease, self.progress.say)
         self.metrics, self.heartbeat = None, None
+        self.outputs = HeadOutputs(self.engine.model) if config.logging.tensorboard else None
         self.pace = Pace(self.engine.model, self.grid, device, watchdog.mark)
         # Making and loading the model took a while, and what follows cuts the metrics of whoever has the folder now.
         self._check_lease()
@@ -272,16 +274,18 @@ class _Run:
 
     def _record(self, row: dict) -> None:
         self.progress.report(row)
-        more = None
-        if "validation_loss" in row and self.config.logging.tensorboard:
+        more = tensors = None
+        if "validation_loss" in row and self.outputs is not None:
             # Every rank takes part in collecting them; rank 0 writes.
             named = named_specs(self.engine.model).items()
             names = [name for name, parameter in named if parameter.spec.kind == "hlc"]
-            more = records.hlc_statistics({name: self.engine.weight(name).cpu() for name in names})
-            more = self._of_all_stages(more)
+            combinations = {name: self.engine.weight(name).cpu() for name in names}
+            combinations = self._of_all_stages(combinations)
+            more = hlc_statistics(combinations)
+            tensors = head_tensors(combinations, self._of_all_stages(self.outputs.rms(self.grid.tensor)))
         if self.metrics is not None and not self.lease.lost_to():
             with written(self.dir / "metrics.jsonl"):
-                self.metrics.write(row, more)
+                self.metrics.write(row, more, tensors)
 
     def _all_hashes(self, data: StepData) -> list[str]:
         """Of every sample of the global batch, in its order."""
@@ -289,12 +293,12 @@ class _Run:
         dist.all_gather_object(ranks, data.hashes(), group=self.grid.mpu.get_data_parallel_group())
         return [digest for turn in zip(*ranks, strict=True) for micro_batch in turn for digest in micro_batch]
 
-    def _of_all_stages(self, statistics: dict[str, float]) -> dict[str, float]:
-        """The union over the pipeline's stages, on rank 0."""
+    def _of_all_stages(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The union over the pipeline's stages."""
         if self.grid.pipeline_size == 1:
-            return statistics
-        stages: list[dict[str, float]] = [{}] * self.grid.pipeline_size
-        dist.all_gather_object(stages, statistics, group=self.grid.mpu.get_pipe_parallel_group())
+            return tensors
+        stages: list[dict[str, torch.Tensor]] = [{}] * self.grid.pipeline_size
+        dist.all_gather_object(stages, tensors, group=self.grid.mpu.get_pipe_parallel_group())
         return {name: value for stage in stages for name, value in stage.items()}
 
     def _validate(self) -> float:
@@ -304,7 +308,8 @@ class _Run:
 
         count = self.config.evaluation.batches * self.engine.accumulation
         batches = validation_batches(corpora, self.config, self.grid)
-        with closing(ReadAhead(batches, self.waiting)) as ahead:
+        watched = self.outputs.watched() if self.outputs is not None else nullcontext()
+        with closing(ReadAhead(batches, self.waiting)) as ahead, watched:
             self.validation_loss = self.engine.evaluate(iter(ahead), count)
         return self.validation_loss
 

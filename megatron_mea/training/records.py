@@ -43,8 +43,13 @@ class Metrics:
                 self._board.close()
                 self._board = None
 
-    def write(self, row: Mapping[str, Any], more: Mapping[str, float] | None = None) -> None:
-        """One row, flushed to disk; `more` are scalars for TensorBoard alone."""
+    def write(
+        self,
+        row: Mapping[str, Any],
+        more: Mapping[str, float] | None = None,
+        tensors: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        """One row, flushed to disk; `more` are scalars and `tensors` for TensorBoard alone."""
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -52,6 +57,8 @@ class Metrics:
             scalars = {key: value for key, value in row.items() if key not in ("step", "tokens", "sample_hashes")}
             for key, value in {**scalars, **(more or {})}.items():
                 self._board.add_scalar(key, value, row["step"])
+            for key, tensor in (tensors or {}).items():
+                self._board.add_tensor(key, tensor, row["step"])
 
     def close(self) -> None:
         self._file.close()
@@ -142,17 +149,6 @@ class Progress:
         if "validation_loss" in row:
             parts.append(f"validation loss {row['validation_loss']:.4f}")
         self.say(" | ".join(parts))
-
-
-def hlc_statistics(combinations: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """Root mean square and condition number of every head combination (h', h), by its exported name."""
-    statistics = {}
-    for name, matrix in combinations.items():
-        values = torch.linalg.svdvals(matrix)
-        short = name.removesuffix(".weight").removeprefix("model.")
-        statistics[f"hlc_rms/{short}"] = matrix.pow(2).mean().sqrt().item()
-        statistics[f"hlc_condition/{short}"] = (values[0] / values[-1].clamp_min(1e-12)).item()
-    return statistics
 
 
 def write_config(config: Config, run_dir: Path, made_by: Mapping[str, str]) -> None:

@@ -1,0 +1,217 @@
+"""The page of a report: one file without a script, a font or an image from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Sequence
+from html import escape
+
+from megatron_mea.experiments.results import Difference, Result, best_rate
+from megatron_mea.experiments.stability import RULES
+
+_STYLE = """
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid #8884; text-align: left; white-space: nowrap; }
+td.number { text-align: right; } tr.best td { font-weight: 600; }
+.stable { color: #1b7f3b; } .spiked { color: #b36b00; } .diverged, .collapsed { color: #c0262d; }
+figure { margin: 1rem 0; display: inline-block; max-width: 100%; }
+img { max-width: 100%; height: auto; background: #fff; }
+.note { font-size: .85rem; }
+@media (prefers-color-scheme: dark) { .stable { color: #59d68a; } .spiked { color: #f0b254; }
+  .diverged, .collapsed { color: #ff7b80; } }
+"""
+
+
+def render(
+    results: Sequence[Result],
+    differences: Sequence[Difference],
+    tokens: Sequence[float],
+    figures: dict[str, tuple[str, bytes]],
+    notes: Sequence[str],
+) -> str:
+    """HTML.
+
+    Args:
+        tokens: at which the fits are extrapolated.
+        figures: PNG by name, with what it shows.
+        notes: what is missing, and why.
+    """
+    first = results[0].run
+    title = f"{len(results)} runs of {len({each.run.variant for each in results})} variants"
+    parts = [
+        f"<h1>{title}</h1>",
+        f"<p>{_size(results)}; schedule {first.config.schedule.kind}, {first.config.schedule.warmup_steps} steps of "
+        f"warm-up. In brackets are 95&nbsp;% intervals; losses are in nats a token.</p>",
+        "<h2>Variants</h2>",
+        _variants(results),
+        "<h2>Stability</h2>",
+        _verdicts(results),
+        *(f'<p class="note">{escape(rule)}</p>' for rule in RULES),
+        "<h2>Differences to plain attention</h2>",
+        _differences(differences),
+        "<h2>Runs</h2>",
+        _runs(results, tokens),
+        '<p class="note">L(D) = (D<sub>c</sub> / D)<sup>&alpha;</sup> + L<sub>0</sub> (arXiv 2601.19611, eq. 35) is '
+        "fitted by least squares to the losses after warm-up. Intervals are of a bootstrap that draws residuals in "
+        "blocks of neighbouring steps: they know the noise of the losses, not what another seed would change, nor "
+        "whether the law holds beyond the run.</p>",
+        "<h2>Figures</h2>",
+        *(_figure(*figures[name]) for name in figures),
+        *(f'<p class="note">{escape(note)}</p>' for note in notes),
+    ]
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}'
+    icon = '<link rel="icon" href="data:,">'
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head>{head}</title>{icon}<style>{_STYLE}</style></head>\n'
+        f"<body>{''.join(part + chr(10) for part in parts)}</body></html>\n"
+    )
+
+
+def _size(results: Sequence[Result]) -> str:
+    """The smallest and the largest model and number of tokens."""
+    models = {(m.num_hidden_layers, m.hidden_size) for m in (each.run.config.model for each in results)}
+    tokens = sorted({each.run.config.steps * each.run.config.tokens_per_step for each in results})
+    shapes = ", ".join(f"{layers} layers of {hidden}" for layers, hidden in sorted(models))
+    span = f"{tokens[0]:,}" if len(tokens) == 1 else f"{tokens[0]:,} to {tokens[-1]:,}"
+    return f"{shapes}; {span} tokens a run"
+
+
+def _variants(results: Sequence[Result]) -> str:
+    rows = []
+    for variant in dict.fromkeys(each.run.variant for each in results):
+        own = [each for each in results if each.run.variant == variant]
+        whole = [each.run for each in own if each.run.is_whole]
+        stable = [each.run.lr for each in own if all(o.verdict.stable for o in own if o.run.lr == each.run.lr)]
+        best = next((each for each in own if each.best), None)
+        rate = best_rate(results, variant)
+        rows.append(
+            [
+                variant,
+                f"{max(stable):g}" if stable else "none",
+                f"{best.run.lr:g}" if best else "none",
+                _asymptote(best) if best else "",
+                f"{rate:g}" if rate is not None else "none",
+                _mean([run.final_validation for run in whole if run.lr == rate]),
+                _mean([run.final_loss for run in whole if run.lr == rate]),
+            ]
+        )
+    lowest = "rate of the lowest final loss"
+    names = ["variant", "largest stable rate", "rate of the lowest L0", "L0", lowest, "validation loss", "loss"]
+    return _table(names, rows) + (
+        '<p class="note">Losses are of the rate with the lowest final loss: means over its seeds, &plusmn; their '
+        "standard deviation; the loss is that of the last tenth of a run.</p>"
+    )
+
+
+def _verdicts(results: Sequence[Result]) -> str:
+    rates = sorted({each.run.lr for each in results})
+    rows = []
+    for variant in dict.fromkeys(each.run.variant for each in results):
+        row = [escape(variant)]
+        for rate in rates:
+            own = [each for each in results if (each.run.variant, each.run.lr) == (variant, rate)]
+            row.append(" ".join(_verdict(each) for each in own))
+        rows.append(row)
+    return _table(["variant", *(f"{rate:g}" for rate in rates)], rows, escaped=True)
+
+
+def _verdict(result: Result) -> str:
+    kind = result.verdict.kind
+    state = "" if result.run.is_whole or kind == "diverged" else " (failed)" if result.run.failed else " (unfinished)"
+    return f'<span class="{kind}" title="{escape(result.verdict.detail)}">{kind}</span>{state}'
+
+
+def _differences(differences: Sequence[Difference]) -> str:
+    rows = []
+    for each in differences:
+        interval = each.interval
+        rows.append(
+            [
+                each.variant,
+                each.rates,
+                each.what,
+                f"{each.mean:+.4f}",
+                f"{interval[0]:+.4f} to {interval[1]:+.4f}" if interval else "one seed",
+                ", ".join(f"{value:+.4f}" for value in each.values),
+            ]
+        )
+    if not rows:
+        return "<p>No run of plain attention shares a seed with one of another variant.</p>"
+    names = ["variant", "learning rate", "of the", "mean difference", "95 % (t)", "seeds"]
+    return _table(names, rows) + (
+        '<p class="note">Below zero the variant is better. Pairs share a seed: the same batches, and the same start of '
+        "what both have.</p>"
+    )
+
+
+def _runs(results: Sequence[Result], tokens: Sequence[float]) -> str:
+    names = ["variant", "rate", "seed", "steps", "verdict", "L0", "alpha", "Dc", "loss", "validation loss"]
+    names += [f"loss at {count:.3g} tokens" for count in tokens] + ["remarks"]
+    rows, best = [], []
+    for each in results:
+        run, fit = each.run, each.fit
+        done = int(run.steps[-1]) if len(run.steps) else 0
+        remarks = (each.verdict.detail, each.no_fit and f"no fit: {each.no_fit}", each.caution, run.failed)
+        rows.append(
+            [
+                escape(run.variant),
+                f"{run.lr:g}",
+                str(run.seed),
+                f"{done:,} of {run.config.steps:,}",
+                _verdict(each),
+                _asymptote(each),
+                f"{fit.alpha:.3f}" if fit else "",
+                f"{fit.critical_tokens:.3g}" if fit else "",
+                f"{run.final_loss:.4f}" if done else "",
+                _mean([run.final_validation]),
+                *(_extrapolated(each, count) for count in tokens),
+                escape("; ".join(filter(None, remarks))),
+            ]
+        )
+        best.append(each.best)
+    return _table(names, rows, escaped=True, marked=best)
+
+
+def _asymptote(result: Result) -> str:
+    if result.fit is None:
+        return "not identified" if len(result.run.loss) else ""
+    low, high = result.fit.interval()
+    return f"{result.fit.asymptote:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _extrapolated(result: Result, tokens: float) -> str:
+    if result.fit is None:
+        return ""
+    low, high = result.fit.interval_at(tokens)
+    return f"{float(result.fit.at(tokens)):.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _mean(values: Iterable[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    mean = sum(known) / len(known)
+    spread = (sum((value - mean) ** 2 for value in known) / max(len(known) - 1, 1)) ** 0.5
+    return f"{mean:.4f}" + (f" ± {spread:.4f} ({len(known)})" if len(known) > 1 else "")
+
+
+def _table(
+    names: Sequence[str], rows: Sequence[Sequence[str]], escaped: bool = False, marked: Sequence[bool] = ()
+) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in names)
+    body = ""
+    for index, row in enumerate(rows):
+        best = ' class="best"' if index < len(marked) and marked[index] else ""
+        body += f"<tr{best}>" + "".join(f"<td>{cell if escaped else escape(cell)}</td>" for cell in row) + "</tr>\n"
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _figure(caption: str, png: bytes) -> str:
+    source = base64.b64encode(png).decode()
+    caption = escape(caption)
+    image = f'<img alt="{caption}" src="data:image/png;base64,{source}">'
+    return f'<figure>{image}<figcaption class="note">{caption}</figcaption></figure>'

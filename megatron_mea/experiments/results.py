@@ -1,0 +1,128 @@
+"""What the runs of a report say together: fits, verdicts, the best rate of each variant, differences to plain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy.stats import t as student
+
+from megatron_mea.experiments.fit import FEWEST_ROWS, Fit, fit_curve
+from megatron_mea.experiments.runs import Run
+from megatron_mea.experiments.stability import Verdict, judge
+from megatron_mea.training.schedule import learning_rate
+
+BASELINE = "plain"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run, judged.
+
+    Args:
+        fit: None where its constants are not identified; `no_fit` then says why.
+        caution: what the fit does not know of, where there is such a thing.
+        best: the stable run with the lowest L_0 of its variant (the lowest final loss, where no run has an L_0).
+    """
+
+    run: Run
+    verdict: Verdict
+    fit: Fit | None
+    no_fit: str
+    caution: str = ""
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A variant against plain over the same seeds: mean of the differences (nats) and its 95 % t interval."""
+
+    variant: str
+    what: str
+    rates: str
+    values: np.ndarray
+
+    @property
+    def mean(self) -> float:
+        return float(self.values.mean())
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        count = len(self.values)
+        if count < 2:
+            return None
+        half = float(student.ppf(0.975, count - 1) * self.values.std(ddof=1) / np.sqrt(count))
+        return self.mean - half, self.mean + half
+
+
+def evaluate_runs(runs: Sequence[Run]) -> list[Result]:
+    """In the order of the runs."""
+    verdicts = judge(runs)
+    results = [Result(run, verdict, *_fit(run, verdict)) for run, verdict in zip(runs, verdicts, strict=True)]
+    best = [_best(results, variant) for variant in {run.variant for run in runs}]
+    return [replace(each, best=any(each is one for one in best)) for each in results]
+
+
+def differences(results: Sequence[Result]) -> list[Difference]:
+    """Of every variant to plain: at each one's best rate, and at every rate that both have."""
+    by_variant = {each.run.variant: best_rate(results, each.run.variant) for each in results}
+    plain = by_variant.get(BASELINE)
+    found = []
+    for variant, rate in by_variant.items():
+        if variant == BASELINE or plain is None:
+            continue
+        shared = {each.run.lr for each in results if each.run.variant == variant}
+        shared &= {each.run.lr for each in results if each.run.variant == BASELINE}
+        pairs = [("best", rate, plain)] if rate is not None else []
+        pairs += [("same", each, each) for each in sorted(shared) if not each == rate == plain]
+        for kind, mine, theirs in pairs:
+            rates = f"best of each: {mine:g}, plain {theirs:g}" if kind == "best" else f"{mine:g}"
+            for what in ("validation loss", "loss of the last tenth"):
+                own, other = (_finals(results, *one, what) for one in ((variant, mine), (BASELINE, theirs)))
+                seeds = sorted(own.keys() & other.keys())
+                if seeds:
+                    values = np.array([own[seed] - other[seed] for seed in seeds])
+                    found.append(Difference(variant, what, rates, values))
+    return found
+
+
+def best_rate(results: Sequence[Result], variant: str) -> float | None:
+    """The rate, stable with every seed, whose mean final loss is the lowest; None where no run is whole and stable."""
+    means, whole = {}, [each for each in results if each.run.variant == variant and each.run.is_whole]
+    for rate in {each.run.lr for each in whole}:
+        own = [each for each in whole if each.run.lr == rate]
+        if all(each.verdict.stable for each in own):
+            finals = [each.run.final_validation for each in own]
+            losses = [each.run.final_loss for each in own] if None in finals else finals
+            means[rate] = float(np.mean(losses))
+    return min(means, key=means.get) if means else None
+
+
+def _finals(results: Sequence[Result], variant: str, rate: float, what: str) -> dict[int, float]:
+    own = [each.run for each in results if each.run.variant == variant and each.run.lr == rate and each.run.is_whole]
+    found = {run.seed: run.final_validation if what == "validation loss" else run.final_loss for run in own}
+    return {seed: value for seed, value in found.items() if value is not None}
+
+
+def _best(results: Sequence[Result], variant: str) -> Result | None:
+    stable = [each for each in results if each.run.variant == variant and each.verdict.stable]
+    fitted = [each for each in stable if each.fit is not None]
+    if fitted:
+        return min(fitted, key=lambda each: each.fit.asymptote)
+    return min(stable, key=lambda each: each.run.final_loss, default=None)
+
+
+def _fit(run: Run, verdict: Verdict) -> tuple[Fit | None, str, str]:
+    """The fit, why there is none, and a caution."""
+    if verdict.kind == "diverged":
+        return None, "it diverged", ""
+    warm = run.steps > run.config.schedule.warmup_steps
+    fit = fit_curve(run.tokens[warm], run.loss[warm])
+    if fit is None:
+        return None, f"{warm.sum()} rows after warm-up are too few ({FEWEST_ROWS} at least)", ""
+    if fit.problem:
+        return None, fit.problem, ""
+    first, last = (learning_rate(run.config, int(step)) for step in (run.steps[warm][0], run.steps[-1]))
+    decays = not np.isclose(first, last)
+    return fit, "", "the rate falls during the run, of which eq. 35 knows nothing" if decays else ""
