@@ -10,9 +10,10 @@ from models import decoder_and_tensors, small_model, variants
 
 from megatron_mea.attention.hlc import HeadProjection
 from megatron_mea.model.decoder import Decoder
-from megatron_mea.parallel.grid import TensorGroup
+from megatron_mea.parallel.grid import ALONE, TensorGroup
 from megatron_mea.parallel.layers import IGNORE
 from megatron_mea.parallel.parameter import initialize, named_specs
+from megatron_mea.training.heads import HeadOutputs
 
 SEQ = 24
 
@@ -29,7 +30,10 @@ def check_all(cases: list[dict], size: int) -> int:
         positions = torch.arange(SEQ).expand_as(ids)
         targets = ids.roll(-1, 1)
         targets[0, 3] = IGNORE
-        expected = whole(ids, positions, targets)
+        outputs = HeadOutputs(whole)
+        with outputs.watched():
+            expected = whole(ids, positions, targets)
+        rms = outputs.rms(ALONE)
         expected.backward()
         gradients = {name: parameter.grad for name, parameter in named_specs(whole).items()}
         scale = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
@@ -43,7 +47,10 @@ def check_all(cases: list[dict], size: int) -> int:
                 named = named_specs(decoder)
                 for name, parameter in named.items():
                     parameter.data.copy_(parameter.spec.local(tensors[name].detach()))
-                loss = decoder(ids, positions, targets)
+                outputs = HeadOutputs(decoder)
+                with outputs.watched():
+                    loss = decoder(ids, positions, targets)
+                assert all(torch.allclose(each, rms[name]) for name, each in outputs.rms(tp).items())
                 loss.backward()
                 assert abs(loss - expected) <= 1e-12 * abs(expected), (case, sequence_parallel, form)
                 for name, parameter in named.items():

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from megatron_mea.checkpoint.folder import checkpoints_of, damage
 from megatron_mea.checkpoint.tensors import read_tensors, tensor_shapes
+from megatron_mea.experiments.heads import read_heads
 
 STEPS = 60
 SETTINGS = {
@@ -186,6 +187,12 @@ def test_a_layout_changes_rounding_only(config, whole, tmp_path):
     assert status == 0
     assert "changed since then: parallel.pipeline_model_parallel_size: 1 -> 2" in output
     assert scalars(config, "layout") == scalars(config, "whole")
+    # What two stages of two tensor ranks recorded of their heads at step 20 is what one process did.
+    heads, expected = (read_heads(config.parent / name) for name in ("layout", "whole"))
+    assert heads.matrices.keys() == expected.matrices.keys()
+    for name, (steps, outputs) in expected.outputs.items():
+        found = heads.outputs[name][1][heads.outputs[name][0].index(20)]
+        assert found == pytest.approx(outputs[steps.index(20)], rel=1e-3)
     output = train(config, "layout", "parallel.zero_stage=3", processes=2)
     assert "changed since then: parallel.tensor_model_parallel_size: 2 -> 1" in output
     for ours, theirs in zip(rows(config, "layout"), rows(config, "whole"), strict=True):

@@ -35,8 +35,13 @@ def read_heads(run_dir: Path) -> Heads:
     found: dict[str, tuple[list[int], list[np.ndarray]]] = {}
     for tag in events.Tags()["tensors"]:
         if tag.startswith((COMBINATION, OUTPUT)):
-            rows = events.Tensors(tag)
-            found[tag] = [row.step for row in rows], [make_ndarray(row.tensor_proto) for row in rows]
+            steps, values = found[tag] = [], []
+            for row in events.Tensors(tag):
+                # A run that went back to an earlier step recorded later ones anew.
+                while steps and steps[-1] >= row.step:
+                    steps.pop(), values.pop()
+                steps.append(row.step)
+                values.append(make_ndarray(row.tensor_proto))
     matrices = {tag.removeprefix(COMBINATION): rows for tag, rows in found.items() if tag.startswith(COMBINATION)}
     outputs = {
         tag.removeprefix(OUTPUT): (steps, np.stack(rows))

@@ -1,0 +1,189 @@
+"""The verb: its table, its pairs, its refusals, and the page in a real browser."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from curves import noisy, write_run
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_mea.cli import main
+from megatron_mea.experiments.results import differences, evaluate_runs
+from megatron_mea.experiments.runs import find_runs
+
+BROWSER = shutil.which("chromium-headless-shell") or shutil.which("chromium")
+ASYMPTOTES = {("plain", 1e-3): 3.2, ("plain", 3e-3): 3.1, ("mea", 1e-3): 3.15, ("mea", 3e-3): 3.0}
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory) -> Path:
+    """Two variants at three rates, two seeds each; the highest rate spikes. One run recorded its heads."""
+    out = tmp_path_factory.mktemp("sweep")
+    for (variant, lr), asymptote in ASYMPTOTES.items():
+        for seed in (1, 2):
+            write_run(out / f"{variant}-lr{lr}-seed{seed}", variant, lr, seed, noisy(seed, asymptote)[1])
+    for variant in ("plain", "mea"):
+        loss = noisy(5, 3.5)[1]
+        loss[200:205] += 2
+        write_run(out / f"{variant}-lr0.01-seed1", variant, 0.01, 1, loss)
+    (out / "slurm").mkdir()
+    board = SummaryWriter(out / "mea-lr0.003-seed1/tensorboard")
+    random = torch.Generator().manual_seed(0)
+    for step in (0, 100, 200, 300, 400):
+        for layer in range(6):
+            for which in ("hlc_k", "hlc_v"):
+                matrix = torch.eye(4) + 1e-3 * step * torch.randn(4, 4, generator=random)
+                board.add_tensor(f"hlc/layers.{layer}.self_attn.{which}", matrix, step)
+            board.add_tensor(f"head_rms/layers.{layer}.self_attn", torch.rand(8, generator=random) + 0.1, step)
+    board.close()
+    return out
+
+
+@pytest.fixture(scope="module")
+def page(sweep, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("report") / "new/report.html"
+    assert main(["report", str(sweep), "--out", str(out), "--tokens", "1e7", "5e11"]) == 0
+    return out
+
+
+def test_the_table(page):
+    rows = list(csv.DictReader(page.with_suffix(".csv").open()))
+    assert list(rows[0]) == ["variant", "lr", "seed", "L0", "L0_low", "L0_high", "alpha", "stable", "best"]
+    assert len(rows) == 10
+    for row in rows:
+        if row["lr"] == "0.01":
+            assert (row["stable"], row["best"]) == ("false", "false")
+            continue
+        truth = ASYMPTOTES[row["variant"], float(row["lr"])]
+        # Two in twenty intervals of 95 % may miss; these eight do not by much.
+        assert float(row["L0_low"]) - 0.02 <= truth <= float(row["L0_high"]) + 0.02
+        assert float(row["alpha"]) == pytest.approx(0.6, abs=0.2)
+        assert row["stable"] == "true"
+    best = {row["variant"]: row for row in rows if row["best"] == "true"}
+    assert set(best) == {"plain", "mea"}
+    for variant, row in best.items():
+        lowest = min(float(r["L0"]) for r in rows if r["variant"] == variant and r["stable"] == "true")
+        assert float(row["L0"]) == lowest
+    assert len([row for row in rows if row["best"] == "true"]) == 2
+
+
+def test_files_beside_the_page(page):
+    names = {path.name for path in page.parent.iterdir()}
+    figures = {"rates", "curves-mea", "curves-plain", "hlc_k-mea", "hlc_v-mea", "heads-mea"}
+    if not any(name.startswith("report-hlc_k") for name in names):
+        # Heads are drawn of the best run, which noise may make the other seed.
+        figures -= {"hlc_k-mea", "hlc_v-mea", "heads-mea"}
+    assert names == {"report.html", "report.csv", "report-curves.csv", *(f"report-{name}.png" for name in figures)}
+    rows = list(csv.DictReader((page.parent / "report-curves.csv").open()))
+    assert len(rows) == 10 * 400
+    assert rows[399]["validation_loss"] != ""
+
+
+def test_pairs_of_seeds(sweep):
+    results = evaluate_runs(find_runs([str(sweep)]))
+    found = {(each.rates, each.what): each for each in differences(results)}
+    best = found["best of each: 0.003, plain 0.003", "validation loss"]
+    # The same noise in both: what is left is the difference of the asymptotes.
+    assert best.values == pytest.approx([-0.1, -0.1], abs=1e-6)
+    assert best.interval == pytest.approx((-0.1, -0.1), abs=1e-5)
+    one = found["0.01", "validation loss"]
+    assert (len(one.values), one.interval) == (1, None)
+    assert ("0.003", "validation loss") not in found
+
+
+def test_a_t_interval_is_scipys():
+    from scipy.stats import ttest_1samp
+
+    from megatron_mea.experiments.results import Difference
+
+    values = np.array([0.1, -0.2, 0.05, 0.3])
+    expected = ttest_1samp(values, 0).confidence_interval(0.95)
+    assert Difference("mea", "", "", values).interval == pytest.approx((expected.low, expected.high))
+
+
+def test_runs_that_go_on_are_reported(tmp_path, capsys):
+    """Unfinished, with half a line at the end, and with too little to fit."""
+    run = write_run(tmp_path / "run", "mea", 1e-3, 1, noisy(1)[1][:25], finished=False)
+    with (run / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 26, "tok')
+    assert main(["report", str(run), str(tmp_path), "--out", str(tmp_path / "r.html")]) == 0
+    (row,) = csv.DictReader((tmp_path / "r.csv").open())
+    assert (row["L0"], row["alpha"], row["stable"]) == ("", "", "true")
+    text = (tmp_path / "r.html").read_text()
+    assert "not identified" in text
+    assert "(unfinished)" in text
+    assert "5 rows after warm-up are too few" in text
+    assert "no records of heads" in text
+
+
+def test_a_falling_rate_is_said(tmp_path):
+    write_run(tmp_path / "run", "mea", 1e-3, 1, noisy(1)[1], schedule={"kind": "cosine"})
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "r.html")]) == 0
+    assert "the rate falls during the run" in (tmp_path / "r.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "where", "found"),
+    [
+        (["none", "--out", "r.html"], "none", "no such folder"),
+        (["empty", "--out", "r.html"], "empty", "no run in it"),
+        (["run/config.yaml", "--out", "r.html"], "run/config.yaml", "a file"),
+        (["run", "--out", "r.pdf"], "--out", "r.pdf"),
+        (["run", "--out", "folder.html"], "folder.html", "a folder"),
+        (["run", "--out", "r.html", "--tokens", "-1"], "--tokens", "[-1.0]"),
+        (["broken", "--out", "r.html"], "metrics.jsonl:2", "no row of metrics"),
+    ],
+)
+def test_what_cannot_be_reported(arguments, where, found, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "run", "mea", 1e-3, 1, noisy(1)[1][:40])
+    write_run(tmp_path / "broken", "mea", 1e-3, 1, noisy(1)[1][:40])
+    lines = (tmp_path / "broken/metrics.jsonl").read_text().splitlines()
+    (tmp_path / "broken/metrics.jsonl").write_text("\n".join([lines[0], "{", *lines[2:]]))
+    for name in ("empty", "folder.html"):
+        (tmp_path / name).mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["report", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert where in error
+    assert found in error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium: bash tests/experiments/install.sh")
+@pytest.mark.parametrize(("width", "height"), [(360, 740), (1280, 900)])
+def test_the_page_in_a_browser(page, width, height, tmp_path):
+    """Nothing is asked of a network, nothing complains, every figure is drawn, and a phone scrolls in tables alone."""
+    from playwright.sync_api import sync_playwright
+
+    asked, said = [], []
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        tab = browser.new_page(viewport={"width": width, "height": height})
+        tab.on("request", lambda request: asked.append(request.url))
+        tab.on("console", lambda message: said.append(message.text))
+        tab.on("pageerror", lambda error: said.append(str(error)))
+        tab.goto(page.as_uri())
+        images = tab.evaluate(
+            "[...document.images].map(i => [i.complete, i.naturalWidth, i.getBoundingClientRect().width, i.alt])"
+        )
+        wide = tab.evaluate("document.documentElement.scrollWidth")
+        tables = tab.evaluate(
+            "[...document.querySelectorAll('table')].map(t => getComputedStyle(t.parentElement).overflowX)"
+        )
+        font = tab.evaluate("parseFloat(getComputedStyle(document.querySelector('td')).fontSize)")
+        tab.screenshot(path=tmp_path / "page.png", full_page=True)
+        browser.close()
+    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+    assert said == []
+    assert len(images) == len(list(page.parent.glob("*.png")))
+    assert all(complete and natural > 300 and 200 < drawn <= width and alt for complete, natural, drawn, alt in images)
+    assert wide <= width
+    assert set(tables) == {"auto"}
+    assert font >= 12
+    assert (tmp_path / "page.png").stat().st_size > 50_000

@@ -1,0 +1,72 @@
+"""The rules of stability on made-up curves: what they find, and what they leave alone."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from curves import noisy, write_run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_mea.experiments.runs import find_runs
+from megatron_mea.experiments.stability import judge, spikes
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 2**31), sd=st.floats(0.001, 0.3), rows=st.integers(60, 600))
+def test_noise_and_a_falling_loss_are_no_spikes(seed, sd, rows):
+    assert spikes(noisy(seed, rows=rows, sd=sd)[1]) == []
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 2**31), at=st.integers(100, 380), height=st.floats(1, 5), length=st.integers(1, 20))
+def test_a_spike_is_found_where_it_is(seed, at, height, length):
+    _, loss = noisy(seed)
+    loss[at : at + length] += height
+    found = spikes(loss)
+    assert len(found) == 1
+    assert found[0] == at
+
+
+def kinds(tmp_path, **curves) -> dict[str, str]:
+    rates = {"low": 1e-3, "best": 3e-3, "high": 0.1}
+    for name, loss in curves.items():
+        write_run(tmp_path / name, "mea", rates.get(name, 0.01), 1, loss)
+    runs = find_runs([str(tmp_path)])
+    return {run.dir.name: verdict.kind for run, verdict in zip(runs, judge(runs), strict=True)}
+
+
+def test_a_high_plateau_is_a_collapse_and_a_slow_rate_is_not(tmp_path):
+    best = noisy(1)[1]
+    plateau = np.full(400, best[0] - 1) + np.random.default_rng(0).normal(0, 0.05, 400)
+    plateau[0] = best[0]
+    found = kinds(tmp_path, best=best, high=plateau, low=plateau)
+    assert found == {"best": "stable", "high": "collapsed", "low": "stable"}
+
+
+def test_a_loss_that_rises_again_has_diverged(tmp_path):
+    loss = noisy(1)[1]
+    rising = loss.copy()
+    rising[200:] += np.linspace(0, 2, 200)
+    assert kinds(tmp_path, best=loss, high=rising) == {"best": "stable", "high": "diverged"}
+
+
+@pytest.mark.parametrize("mark", ["DIVERGED", "FAILED"])
+def test_what_a_run_left_behind(tmp_path, mark):
+    run = write_run(tmp_path / "run", "mea", 0.1, 1, noisy(1)[1], finished=False)
+    (run / mark).write_text(json.dumps({"step": 401, "status": 1, "reason": "the loss is nan"}))
+    (found,) = find_runs([str(run)])
+    (verdict,) = judge([found])
+    assert (found.diverged or found.failed) == "the loss is nan"
+    assert verdict.kind == {"DIVERGED": "diverged", "FAILED": "stable"}[mark]
+
+
+def test_why_a_job_ended_is_read_where_slurm_ran_it(tmp_path):
+    run = write_run(tmp_path / "run", "mea", 0.1, 1, noisy(1)[1], finished=False)
+    (run / "slurm").mkdir()
+    (run / "slurm/ended-mea-1").write_text("1\n3 attempts in a row began at step 0\n")
+    assert find_runs([str(run)])[0].failed == "3 attempts in a row began at step 0"
+    (run / "slurm/ended-mea-1").write_text("0\nstopped as asked\n")
+    assert find_runs([str(run)])[0].failed == ""
