@@ -112,7 +112,8 @@ def plain_training(
     named = named_specs(model)
     decayed = [p for n, p in named.items() if n.endswith(("proj.weight", "embed_tokens.weight", "lm_head.weight"))]
     exempt = [p for p in named.values() if not any(p is other for other in decayed)]
-    assert len(exempt) == sum("hlc" in name or "norm" in name or name.endswith("bias") for name in named)
+    others = ("hlc_", "norm", ".bias", "lambda_", "_mix.")
+    assert len(exempt) == sum(any(mark in name for mark in others) for name in named)
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": exempt, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=settings.optimizer.eps)
 
