@@ -140,6 +140,6 @@ def _layer_of(name: str) -> int:
 
 def _png(figure: Figure) -> bytes:
     stream: Any = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=160, metadata={"Software": None})
+    figure.savefig(stream, format="png", dpi=120, metadata={"Software": None})
     plt.close(figure)
     return stream.getvalue()

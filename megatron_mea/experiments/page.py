@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Iterable, Sequence
 from html import escape
 
 from megatron_mea.experiments.results import Difference, Result, best_rate
 from megatron_mea.experiments.stability import RULES
+from megatron_mea.model.decoder import parameter_shapes
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -72,12 +74,19 @@ def render(
 
 
 def _size(results: Sequence[Result]) -> str:
-    """The smallest and the largest model and number of tokens."""
-    models = {(m.num_hidden_layers, m.hidden_size) for m in (each.run.config.model for each in results)}
-    tokens = sorted({each.run.config.steps * each.run.config.tokens_per_step for each in results})
-    shapes = ", ".join(f"{layers} layers of {hidden}" for layers, hidden in sorted(models))
-    span = f"{tokens[0]:,}" if len(tokens) == 1 else f"{tokens[0]:,} to {tokens[-1]:,}"
-    return f"{shapes}; {span} tokens a run"
+    """Parameters of the models, and tokens of the runs."""
+    counts = []
+    for model in {each.run.variant: each.run.config.model for each in results}.values():
+        shapes = parameter_shapes(model)
+        ends = sum(math.prod(shape) for name, shape in shapes.items() if "embed_tokens" in name or "lm_head" in name)
+        counts.append(sum(map(math.prod, shapes.values())) - ends)
+    tokens = [each.run.config.steps * each.run.config.tokens_per_step for each in results]
+    return f"{_span(counts)} parameters beside embedding and head; {_span(tokens)} tokens a run"
+
+
+def _span(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def _variants(results: Sequence[Result]) -> str:
