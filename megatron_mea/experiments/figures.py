@@ -8,9 +8,6 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from megatron_mea.experiments.heads import Heads
@@ -32,10 +29,9 @@ def curves(results: Sequence[Result], variant: str) -> bytes:
     """Smoothed loss of one variant at every rate, with the fits, and gradient norms below."""
     own = [each for each in results if each.run.variant == variant and len(each.run.loss)]
     rates = sorted({each.run.lr for each in own})
-    shades = plt.get_cmap("viridis")(np.linspace(0.9, 0.0, len(rates)))
-    figure, (upper, lower) = plt.subplots(
-        2, 1, figsize=(5, 5.6), height_ratios=(3, 1.2), sharex=True, layout="constrained"
-    )
+    shades = matplotlib.colormaps["viridis"](np.linspace(0.9, 0.0, len(rates)))
+    figure = Figure((5, 5.6), layout="constrained")
+    upper, lower = figure.subplots(2, 1, height_ratios=(3, 1.2), sharex=True)
     for each in own:
         color, run = shades[rates.index(each.run.lr)], each.run
         seen = [line.get_label() for line in upper.get_lines()]
@@ -56,7 +52,8 @@ def curves(results: Sequence[Result], variant: str) -> bytes:
 
 def rates(results: Sequence[Result]) -> bytes:
     """Final loss of whole runs over the learning rate, a line a variant: the mean of the seeds, and each of them."""
-    figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
+    figure = Figure((5, 4), layout="constrained")
+    axes = figure.subplots()
     results = [each for each in results if each.run.is_whole]
     for variant in dict.fromkeys(each.run.variant for each in results):
         own = [each for each in results if each.run.variant == variant]
@@ -82,9 +79,8 @@ def combinations(heads: Heads) -> dict[str, bytes]:
     for kind, names in kinds.items():
         names = _some(names)
         times = sorted({0, (len(heads.matrices[names[0]][0]) - 1) // 2, len(heads.matrices[names[0]][0]) - 1})
-        figure, grid = plt.subplots(
-            len(names), len(times), figsize=(5, 1.7 * len(names)), layout="constrained", squeeze=False
-        )
+        figure = Figure((5, 1.7 * len(names)), layout="constrained")
+        grid = figure.subplots(len(names), len(times), squeeze=False)
         largest = max(np.abs(matrix).max() for name in names for matrix in heads.matrices[name][1])
         for row, name in zip(grid, names, strict=True):
             steps, matrices = heads.matrices[name]
@@ -104,9 +100,8 @@ def outputs(heads: Heads) -> bytes | None:
     names = _some(sorted(heads.outputs, key=_layer_of))
     if not names:
         return None
-    figure, grid = plt.subplots(
-        len(names), 1, figsize=(5, 1.5 * len(names) + 0.6), layout="constrained", sharex=True, squeeze=False
-    )
+    figure = Figure((5, 1.5 * len(names) + 0.6), layout="constrained")
+    grid = figure.subplots(len(names), 1, sharex=True, squeeze=False)
     for axes, name in zip(grid[:, 0], names, strict=True):
         axes.plot(*heads.outputs[name], lw=1, marker=".", ms=3)
         axes.set(yscale="log")
@@ -141,5 +136,4 @@ def _layer_of(name: str) -> int:
 def _png(figure: Figure) -> bytes:
     stream: Any = io.BytesIO()
     figure.savefig(stream, format="png", dpi=120, metadata={"Software": None})
-    plt.close(figure)
     return stream.getvalue()
