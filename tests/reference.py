@@ -117,23 +117,80 @@ def combine_heads(weight: Tensor, heads: list[Tensor]) -> list[Tensor]:
     return [sum(weight[c, j] * heads[c] for c in range(sources)) for j in range(destinations)]
 
 
-def rope_theta(config: dict) -> float:
-    """The base of RoPE, also where an exported config.json holds it in `rope_parameters`."""
-    rope = config.get("rope_parameters") or {}
-    if config.get("rope_scaling") or rope.get("rope_type", "default") != "default":
-        raise NotImplementedError("the reference has no rope_scaling")
-    return float(rope.get("rope_theta", setting(config, "rope_theta")))
+def rope_settings(config: dict) -> dict:
+    """RoPE's base and scaling, also where an exported config.json holds them in `rope_parameters`."""
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return {"rope_type": "default", "rope_theta": setting(config, "rope_theta")} | dict(given)
 
 
-def rotate(head: Tensor, positions: Tensor, theta: float) -> Tensor:
-    """RoPE, half-split: features j and j + d/2 form a plane turned by position * theta^(-2 j / d)."""
+def frequencies(config: dict, positions: Tensor) -> tuple[list[float], float]:
+    """Turns per position of each plane j, in radians, and the factor on cosine and sine.
+
+    theta^(-2 j / d), scaled as published: linear (position interpolation, arXiv 2306.15595), dynamic (NTK-aware, whose
+    base grows with the sequence), yarn (arXiv 2309.00071, section 3.2 and 3.4), llama3 (Llama 3.1's own).
+    """
+    rope, d = rope_settings(config), config["head_dim"]
+    kind, theta, factor = rope["rope_type"], float(rope["rope_theta"]), rope.get("factor")
+    trained = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
+    if kind == "dynamic":
+        length = max(float(positions.max()) + 1, config["max_position_embeddings"])
+        growth = factor * length / config["max_position_embeddings"] - (factor - 1)
+        theta = theta * growth ** (d / (d - 2))
+    plain = [theta ** (-2.0 * j / d) for j in range(d // 2)]
+    if kind in ("default", "dynamic"):
+        return plain, 1.0
+    if kind == "linear":
+        return [f / factor for f in plain], 1.0
+    if kind == "llama3":
+        scaled = []
+        for f in plain:
+            wavelength = 2 * math.pi / f
+            if wavelength < trained / rope["high_freq_factor"]:
+                scaled.append(f)
+            elif wavelength > trained / rope["low_freq_factor"]:
+                scaled.append(f / factor)
+            else:
+                smooth = trained / wavelength - rope["low_freq_factor"]
+                smooth /= rope["high_freq_factor"] - rope["low_freq_factor"]
+                scaled.append((1 - smooth) * f / factor + smooth * f)
+        return scaled, 1.0
+    assert kind == "yarn", kind
+
+    def plane_of(rotations: float) -> float:
+        """The j whose plane turns so often over the trained context."""
+        return d * math.log(trained / (2 * math.pi * rotations)) / (2 * math.log(theta))
+
+    first, last = plane_of(rope.get("beta_fast") or 32), plane_of(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, d - 1)
+    if first == last:
+        last += 0.001
+    scaled = []
+    for j, f in enumerate(plain):
+        interpolated = min(max((j - first) / (last - first), 0.0), 1.0)
+        scaled.append(interpolated * f / factor + (1 - interpolated) * f)
+
+    def temperature(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
+
+    if rope.get("attention_factor") is not None:
+        return scaled, rope["attention_factor"]
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return scaled, temperature(rope["mscale"]) / temperature(rope["mscale_all_dim"])
+    return scaled, temperature(1.0)
+
+
+def rotate(head: Tensor, positions: Tensor, config: dict) -> Tensor:
+    """RoPE, half-split: features j and j + d/2 form a plane turned by position * frequency j."""
     half = head.shape[-1] // 2
+    turns, magnitude = frequencies(config, positions)
     first, second = [], []
     for j in range(half):
-        angle = positions * theta ** (-2.0 * j / head.shape[-1])
+        angle = positions * turns[j]
         a, b = head[..., j], head[..., j + half]
-        first.append(a * torch.cos(angle) - b * torch.sin(angle))
-        second.append(b * torch.cos(angle) + a * torch.sin(angle))
+        first.append(magnitude * (a * torch.cos(angle) - b * torch.sin(angle)))
+        second.append(magnitude * (b * torch.cos(angle) + a * torch.sin(angle)))
     return torch.stack(first + second, dim=-1)
 
 
@@ -160,7 +217,7 @@ def attention(x: Tensor, own: dict[str, Tensor], config: dict, layer: int, posit
     variant, d = setting(config, "attention_variant"), config["head_dim"]
     num_heads, num_kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     group_size = num_heads // num_kv_heads
-    eps, theta = setting(config, "rms_norm_eps"), rope_theta(config)
+    eps = setting(config, "rms_norm_eps")
 
     # Eq. 11: queries are not mixed; component keys and values are combined to composite ones.
     q = split_heads(x, own["q_proj.weight"], own.get("q_proj.bias"), d)
@@ -175,8 +232,8 @@ def attention(x: Tensor, own: dict[str, Tensor], config: dict, layer: int, posit
     if setting(config, "qk_norm"):  # not linear, so on the composite keys; before RoPE
         q = [rms_norm(head, own["q_norm.weight"], eps) for head in q]
         k = [rms_norm(head, own["k_norm.weight"], eps) for head in k]
-    q = [rotate(head, positions, theta) for head in q]
-    k = [rotate(head, positions, theta) for head in k]
+    q = [rotate(head, positions, config) for head in q]
+    k = [rotate(head, positions, config) for head in k]
 
     outputs = []
     if variant == "differential":

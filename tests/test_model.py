@@ -46,6 +46,40 @@ def test_loss_and_gradients_equal_the_reference(case):
         assert (parameter.grad - tensors[name].grad).norm() <= 1e-12 * whole, name
 
 
+LONG = {"max_position_embeddings": 16}
+ROPES = [
+    {"rope_type": "linear", "factor": 3.0},
+    {"rope_type": "dynamic", "factor": 2.0},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4, "beta_fast": 0.5, "beta_slow": 0.1},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "mscale": 0.7, "mscale_all_dim": 1.3},
+    {
+        "rope_type": "yarn",
+        "factor": 2.0,
+        "original_max_position_embeddings": 8,
+        "attention_factor": 1.4,
+        "truncate": False,
+    },
+    {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+]
+
+
+@pytest.mark.parametrize("rope", ROPES, ids=lambda rope: rope["rope_type"])
+@pytest.mark.parametrize("variant", ["mea", "differential", "talking_heads"])
+def test_scaled_rotary_angles_equal_the_reference(rope, variant):
+    """On a sequence beyond the trained context, with a base low enough for planes on both sides of every edge."""
+    model = small_model(attention_variant=variant, rope_scaling=rope, rope_theta=20.0, head_dim=12, **LONG)
+    decoder, tensors = decoder_and_tensors(model)
+    ids = tokens(model.vocab_size, 2, 24)
+    expected = reference_logits(tensors, model.model_dump(exclude_none=True), ids)
+    torch.testing.assert_close(decoder.run(ids, positions_of(ids)), expected, rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("case", [case for case in variants() if small_model(**case).has_hlc], ids=name_of)
 def test_both_forms_of_the_combination_give_the_same(case, monkeypatch):
     model = small_model(**case)

@@ -173,8 +173,19 @@ def test_a_later_rank_gives_the_first_one_time_to_say_it(work, monkeypatch, capf
     assert len(waited) == int(rank)
 
 
+OTHER = "train tiny.yaml model.num_component_heads=null model.attention_variant="
 COMMANDS = [  # command, where, found, allowed, mend; tiny.yaml is a file, `tokenizer` a folder and `run` a run
     ("train no.yaml", "no.yaml", "No such file or directory", "a readable YAML file"),
+    (f"{OTHER}plain optimizer.decay_hlc=true", "optimizer.decay_hlc", "True", "false: `plain` has no matrices that..."),
+    (f"{OTHER}differential optimizer.decay_hlc=true", "optimizer.decay_hlc", "True", "false: `differential` has no..."),
+    (f"{OTHER}differential model.hlc_init=normal", "model.hlc_init", "normal", "block: `differential` has no head..."),
+    (
+        f"{OTHER}talking_heads model.head_norm_eps=1",
+        "model.head_norm_eps",
+        "1.0",
+        "1e-05: `talking_heads` has no head...",
+    ),
+    (f"{OTHER}differential model.num_key_value_heads=1", "model.num_key_value_heads", "1", "an even number: ..."),
     ("train tiny.yaml training.steps=1 schedule.warmup_steps=0", "training.steps", "1", "at least 2, which the run..."),
     ("train tokenizer", "tokenizer", "Is a directory", "a readable YAML file"),
     (f"{PREPARE} no.jsonl", "no.jsonl", "no such file or folder", f"a {KINDS} file, a folder, or a hub name"),
