@@ -42,12 +42,13 @@ def render(
         figures: PNG by name, with what it shows.
         notes: what is missing, and why.
     """
-    first = results[0].run
+    schedules = {(each.run.config.schedule.kind, each.run.config.schedule.warmup_steps) for each in results}
+    schedule = ", ".join(f"{kind} after {steps:,} steps of warm-up" for kind, steps in sorted(schedules))
     title = f"{len(results)} runs of {len({each.run.variant for each in results})} variants"
     parts = [
         f"<h1>{title}</h1>",
-        f"<p>{_size(results)}; schedule {first.config.schedule.kind}, {first.config.schedule.warmup_steps} steps of "
-        f"warm-up. In brackets are 95&nbsp;% intervals; losses are in nats a token.</p>",
+        f"<p>{_size(results)}; schedule: {schedule}. In brackets are 95&nbsp;% intervals; losses are in nats a "
+        "token.</p>",
         "<h2>Variants</h2>",
         _variants(results),
         "<h2>Stability</h2>",

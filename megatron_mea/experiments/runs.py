@@ -14,6 +14,8 @@ from megatron_mea.config.load import load_config
 from megatron_mea.errors import UserError
 
 CONFIG, METRICS = "config.yaml", "metrics.jsonl"
+SUBMITTED = "slurm/config.yaml"
+"""Of a run that a sweep or `submit` made, before it has begun."""
 
 
 @dataclass(frozen=True)
@@ -73,25 +75,25 @@ def find_runs(paths: Sequence[str]) -> list[Run]:
         found = [path] if _is_run(path) else sorted(filter(_is_run, path.iterdir())) if path.is_dir() else []
         if not found:
             what = "no such folder" if not path.exists() else "a file" if path.is_file() else "no run in it"
-            raise UserError(str(path), what, f"a run folder ({CONFIG}, {METRICS}), or a folder of run folders")
+            raise UserError(str(path), what, f"a run folder (with {CONFIG}), or a folder of run folders")
         folders |= dict.fromkeys(each.resolve() for each in found)
     return sorted(map(read_run, folders), key=lambda run: (run.variant, run.lr, run.seed))
 
 
 def _is_run(path: Path) -> bool:
-    return (path / CONFIG).is_file() and (path / METRICS).is_file()
+    return any((path / name).is_file() for name in (CONFIG, SUBMITTED))
 
 
 def read_run(path: Path) -> Run:
-    """One folder; a last line that is being written is left out."""
-    rows = list(_rows(path / METRICS))
+    """One folder; a last line that is being written is left out, and a run that has not begun has no rows."""
+    rows = list(_rows(path / METRICS)) if (path / METRICS).exists() else []
     trained = [row for row in rows if row.get("loss") is not None]
 
     def column(name: str) -> np.ndarray:
         return np.array([row.get(name, np.nan) for row in trained], dtype=float)
 
     validation = [(row["tokens"], row["validation_loss"]) for row in rows if row.get("validation_loss") is not None]
-    config = load_config(path / CONFIG)
+    config = load_config(path / (CONFIG if (path / CONFIG).is_file() else SUBMITTED))
     columns = (column(name) for name in ("step", "tokens", "loss", "grad_norm"))
     measured = np.array(validation, dtype=float).reshape(-1, 2)
     return Run(path, config, *columns, measured, _reason(path / "DIVERGED"), _failure(path))

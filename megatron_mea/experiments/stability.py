@@ -28,7 +28,7 @@ RULES = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """`kind`: stable, spiked, diverged or collapsed; `detail` says where."""
+    """`kind`: stable, spiked, diverged, collapsed, or unknown where there is no loss; `detail` says where."""
 
     kind: str
     detail: str = ""
@@ -69,6 +69,8 @@ def spikes(loss: np.ndarray) -> list[int]:
 def _judge_alone(run: Run) -> Verdict:
     if run.diverged:
         return Verdict("diverged", run.diverged)
+    if not len(run.loss):
+        return Verdict("unknown")
     if not np.isfinite(run.loss).all():
         return Verdict("diverged", "a loss that is not finite")
     tenth = max(1, len(run.loss) // 10)

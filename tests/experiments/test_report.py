@@ -121,6 +121,25 @@ def test_runs_that_go_on_are_reported(tmp_path, capsys):
     assert "no records of heads" in text
 
 
+def test_runs_that_failed_or_diverged_before_they_had_a_loss_are_reported(tmp_path):
+    for name, mark in (("failed", "FAILED"), ("diverged", "DIVERGED")):
+        run = write_run(tmp_path / "sweep" / name, "mea", 1e-3, 1, noisy(1)[1][:30])
+        (run / "FINISHED").unlink()
+        (run / mark).write_text('{"step": 1, "status": 1, "reason": "no <luck> at all"}')
+        (run / "metrics.jsonl").unlink()
+    # Nothing but what the sweep wrote before it began.
+    (tmp_path / "sweep/failed/slurm").mkdir()
+    (tmp_path / "sweep/failed/config.yaml").rename(tmp_path / "sweep/failed/slurm/config.yaml")
+    write_run(tmp_path / "sweep/whole", "mea", 1e-2, 2, noisy(2)[1])
+    assert main(["report", str(tmp_path / "sweep"), "--out", str(tmp_path / "r.html")]) == 0
+    rows = list(csv.DictReader((tmp_path / "r.csv").open()))
+    assert [(row["stable"], row["best"]) for row in rows] == [("false", "false"), ("false", "false"), ("true", "true")]
+    text = (tmp_path / "r.html").read_text()
+    assert "no &lt;luck&gt; at all" in text
+    assert "no <luck>" not in text
+    assert "unknown</span> (failed)" in text
+
+
 def test_a_falling_rate_is_said(tmp_path):
     write_run(tmp_path / "run", "mea", 1e-3, 1, noisy(1)[1], schedule={"kind": "cosine"})
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "r.html")]) == 0
