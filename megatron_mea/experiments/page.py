@@ -54,7 +54,7 @@ def render(
         "<h2>Stability</h2>",
         _verdicts(results),
         *(f'<p class="note">{escape(rule)}</p>' for rule in RULES),
-        "<h2>Differences to plain attention</h2>",
+        "<h2>Differences, paired by seed</h2>",
         _differences(differences),
         "<h2>Runs</h2>",
         _runs(results, tokens),
@@ -142,6 +142,7 @@ def _differences(differences: Sequence[Difference]) -> str:
         rows.append(
             [
                 each.variant,
+                each.baseline,
                 each.rates,
                 each.what,
                 f"{each.mean:+.4f}",
@@ -151,9 +152,9 @@ def _differences(differences: Sequence[Difference]) -> str:
         )
     if not rows:
         return "<p>No run of plain attention shares a seed with one of another variant.</p>"
-    names = ["variant", "learning rate", "of the", "mean difference", "95 % (t)", "seeds"]
+    names = ["variant", "less", "learning rate", "of the", "mean difference", "95 % (t)", "seeds"]
     return _table(names, rows) + (
-        '<p class="note">Below zero the variant is better. Pairs share a seed: the same batches, and the same start of '
+        '<p class="note">Below zero the first is better. Pairs share a seed: the same batches, and the same start of '
         "what both have.</p>"
     )
 

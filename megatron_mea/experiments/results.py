@@ -13,7 +13,8 @@ from megatron_mea.experiments.runs import Run
 from megatron_mea.experiments.stability import Verdict, judge
 from megatron_mea.training.schedule import learning_rate
 
-BASELINE = "plain"
+BASELINES = {"mea": ("plain", "plain_norm", "mea_no_norm"), "plain": ()}
+"""What a variant is compared with, where that is not plain attention alone: MEA also with what is but a part of it."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,10 @@ class Result:
 
 @dataclass(frozen=True)
 class Difference:
-    """A variant against plain over the same seeds: mean of the differences (nats) and its 95 % t interval."""
+    """A variant less a baseline over the same seeds: mean of the differences (nats) and its 95 % t interval."""
 
     variant: str
+    baseline: str
     what: str
     rates: str
     values: np.ndarray
@@ -65,26 +67,27 @@ def evaluate_runs(runs: Sequence[Run]) -> list[Result]:
 
 
 def differences(results: Sequence[Result]) -> list[Difference]:
-    """Of every variant to plain: at each one's best rate, and at every rate that both have."""
-    by_variant = {each.run.variant: best_rate(results, each.run.variant) for each in results}
-    plain = by_variant.get(BASELINE)
+    """Of every variant to its baselines: at each one's best rate, and to plain at every rate that both have."""
+    best = {each.run.variant: best_rate(results, each.run.variant) for each in results}
     found = []
-    for variant, rate in by_variant.items():
-        if variant == BASELINE or plain is None:
-            continue
-        shared = {each.run.lr for each in results if each.run.variant == variant}
-        shared &= {each.run.lr for each in results if each.run.variant == BASELINE}
-        pairs = [("best", rate, plain)] if rate is not None else []
-        pairs += [("same", each, each) for each in sorted(shared) if not each == rate == plain]
-        for kind, mine, theirs in pairs:
-            rates = f"best of each: {mine:g}, plain {theirs:g}" if kind == "best" else f"{mine:g}"
-            for what in ("validation loss", "loss of the last tenth"):
-                own, other = (_finals(results, *one, what) for one in ((variant, mine), (BASELINE, theirs)))
-                seeds = sorted(own.keys() & other.keys())
-                if seeds:
-                    values = np.array([own[seed] - other[seed] for seed in seeds])
-                    found.append(Difference(variant, what, rates, values))
+    for variant, rate in best.items():
+        for baseline in BASELINES.get(variant, ("plain",)):
+            theirs = best.get(baseline)
+            pairs = [(f"best of each: {rate:g}, {theirs:g}", rate, theirs)] if rate and theirs else []
+            if baseline == "plain":
+                shared = sorted(_rates(results, variant) & _rates(results, baseline))
+                pairs += [(f"{each:g}", each, each) for each in shared if not each == rate == theirs]
+            for rates, mine, other in pairs if variant != baseline else []:
+                for what in ("validation loss", "loss of the last tenth"):
+                    own, control = _finals(results, variant, mine, what), _finals(results, baseline, other, what)
+                    if seeds := sorted(own.keys() & control.keys()):
+                        values = np.array([own[seed] - control[seed] for seed in seeds])
+                        found.append(Difference(variant, baseline, what, rates, values))
     return found
+
+
+def _rates(results: Sequence[Result], variant: str) -> set[float]:
+    return {each.run.lr for each in results if each.run.variant == variant}
 
 
 def best_rate(results: Sequence[Result], variant: str) -> float | None:

@@ -87,13 +87,24 @@ def test_files_beside_the_page(page):
 def test_pairs_of_seeds(sweep):
     results = evaluate_runs(find_runs([str(sweep)]))
     found = {(each.rates, each.what): each for each in differences(results)}
-    best = found["best of each: 0.003, plain 0.003", "validation loss"]
+    assert {(each.variant, each.baseline) for each in found.values()} == {("mea", "plain")}
+    best = found["best of each: 0.003, 0.003", "validation loss"]
     # The same noise in both: what is left is the difference of the asymptotes.
     assert best.values == pytest.approx([-0.1, -0.1], abs=1e-6)
     assert best.interval == pytest.approx((-0.1, -0.1), abs=1e-5)
     one = found["0.01", "validation loss"]
     assert (len(one.values), one.interval) == (1, None)
     assert ("0.003", "validation loss") not in found
+
+
+def test_mea_is_compared_with_its_parts_too(tmp_path):
+    for variant, asymptote in (("plain", 3.1), ("plain_norm", 3.06), ("mea_no_norm", 3.12), ("mea", 3.0)):
+        write_run(tmp_path / variant, variant, 1e-3, 1, noisy(1, asymptote)[1])
+    results = evaluate_runs(find_runs([str(tmp_path)]))
+    found = {(d.variant, d.baseline): d.mean for d in differences(results) if d.what == "validation loss"}
+    expected = {("mea", "plain"): -0.1, ("mea", "plain_norm"): -0.06, ("mea", "mea_no_norm"): -0.12}
+    expected |= {("plain_norm", "plain"): -0.04, ("mea_no_norm", "plain"): 0.02}
+    assert found == pytest.approx(expected)
 
 
 def test_a_t_interval_is_scipys():
@@ -103,7 +114,7 @@ def test_a_t_interval_is_scipys():
 
     values = np.array([0.1, -0.2, 0.05, 0.3])
     expected = ttest_1samp(values, 0).confidence_interval(0.95)
-    assert Difference("mea", "", "", values).interval == pytest.approx((expected.low, expected.high))
+    assert Difference("mea", "plain", "", "", values).interval == pytest.approx((expected.low, expected.high))
 
 
 def test_runs_that_go_on_are_reported(tmp_path, capsys):
