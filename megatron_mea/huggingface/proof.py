@@ -81,9 +81,8 @@ def _run_trained(model: Model, masters: Callable[[str], torch.Tensor], tokens: t
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     x = tokens
     for index in range(model.num_hidden_layers + 2):
-        layer = one_layer(model, index, masters, torch.float64)
-        x = layer.run(x, positions)
-    return layer.logits(x)
+        x = one_layer(model, index, masters, torch.float64).run(x, positions)
+    return x
 
 
 def _run_exported(
