@@ -92,12 +92,16 @@ def _rates(results: Sequence[Result], variant: str) -> set[float]:
 
 def best_rate(results: Sequence[Result], variant: str) -> float | None:
     """The rate, stable with every seed, whose mean final loss is the lowest; None where no run is whole and stable."""
-    means, whole = {}, [each for each in results if each.run.variant == variant and each.run.is_whole]
-    for rate in {each.run.lr for each in whole}:
-        own = [each for each in whole if each.run.lr == rate]
-        if all(each.verdict.stable for each in own):
-            finals = [each.run.final_validation for each in own]
-            losses = [each.run.final_loss for each in own] if None in finals else finals
+    means = {}
+    for rate in _rates(results, variant):
+        own = [each for each in results if (each.run.variant, each.run.lr) == (variant, rate)]
+        whole = [each.run for each in own if each.run.is_whole]
+        # A seed that diverged counts, though its run is not whole.
+        if whole and not any(
+            each.verdict.kind == "diverged" or each.run.is_whole > each.verdict.stable for each in own
+        ):
+            finals = [run.final_validation for run in whole]
+            losses = [run.final_loss for run in whole] if None in finals else finals
             means[rate] = float(np.mean(losses))
     return min(means, key=means.get) if means else None
 

@@ -13,7 +13,7 @@ from curves import noisy, write_run
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_mea.cli import main
-from megatron_mea.experiments.results import differences, evaluate_runs
+from megatron_mea.experiments.results import best_rate, differences, evaluate_runs
 from megatron_mea.experiments.runs import find_runs
 
 BROWSER = shutil.which("chromium-headless-shell") or shutil.which("chromium")
@@ -105,6 +105,15 @@ def test_mea_is_compared_with_its_parts_too(tmp_path):
     expected = {("mea", "plain"): -0.1, ("mea", "plain_norm"): -0.06, ("mea", "mea_no_norm"): -0.12}
     expected |= {("plain_norm", "plain"): -0.04, ("mea_no_norm", "plain"): 0.02}
     assert found == pytest.approx(expected)
+
+
+def test_a_rate_at_which_one_seed_diverged_is_no_best_rate(tmp_path):
+    for name, lr, asymptote in (("low", 1e-3, 3.1), ("high", 1e-2, 3.0)):
+        write_run(tmp_path / name, "mea", lr, 1, noisy(1, asymptote)[1])
+    assert best_rate(evaluate_runs(find_runs([str(tmp_path)])), "mea") == 1e-2
+    other = write_run(tmp_path / "diverged", "mea", 1e-2, 2, noisy(2)[1][:100], finished=False)
+    (other / "DIVERGED").write_text('{"step": 101, "reason": "the loss is nan"}')
+    assert best_rate(evaluate_runs(find_runs([str(tmp_path)])), "mea") == 1e-3
 
 
 def test_a_t_interval_is_scipys():
