@@ -97,9 +97,8 @@ def best_rate(results: Sequence[Result], variant: str) -> float | None:
         own = [each for each in results if (each.run.variant, each.run.lr) == (variant, rate)]
         whole = [each.run for each in own if each.run.is_whole]
         # A seed that diverged counts, though its run is not whole.
-        if whole and not any(
-            each.verdict.kind == "diverged" or each.run.is_whole > each.verdict.stable for each in own
-        ):
+        ended = [each.verdict for each in own if each.run.is_whole or each.verdict.kind == "diverged"]
+        if whole and all(verdict.stable for verdict in ended):
             finals = [run.final_validation for run in whole]
             losses = [run.final_loss for run in whole] if None in finals else finals
             means[rate] = float(np.mean(losses))
