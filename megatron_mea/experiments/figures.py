@@ -46,7 +46,8 @@ def curves(results: Sequence[Result], variant: str) -> bytes:
             upper.plot(*run.validation[-1], marker=_MARKS[each.verdict.kind], color=color, ms=6, mec="white")
     upper.set(xscale="log", ylabel="loss (nats)", title=variant)
     lower.set(xscale="log", yscale="log", xlabel="tokens", ylabel="gradient norm")
-    upper.legend(title="learning rate", fontsize=8, title_fontsize=8)
+    if own:
+        upper.legend(title="learning rate", fontsize=8, title_fontsize=8)
     return _png(figure)
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from megatron_mea.experiments.results import Difference, Result, best_rate
+from megatron_mea.experiments.results import Difference, Result, best_rate, cautions
 from megatron_mea.experiments.stability import RULES
 from megatron_mea.model.decoder import parameter_shapes
 
@@ -18,7 +18,7 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid #8884; text-align: left; white-space: nowrap; }
-td.number { text-align: right; } tr.best td { font-weight: 600; }
+tr.best td { font-weight: 600; }
 .stable { color: #1b7f3b; } .spiked { color: #b36b00; } .diverged, .collapsed { color: #c0262d; }
 figure { margin: 1rem 0; display: inline-block; max-width: 100%; }
 img { max-width: 100%; height: auto; background: #fff; }
@@ -49,6 +49,7 @@ def render(
         f"<h1>{title}</h1>",
         f"<p>{_size(results)}; schedule: {schedule}. In brackets are 95&nbsp;% intervals; losses are in nats a "
         "token.</p>",
+        *(f"<p>{escape(caution)}</p>" for caution in cautions([each.run for each in results])),
         "<h2>Variants</h2>",
         _variants(results),
         "<h2>Stability</h2>",
@@ -151,7 +152,7 @@ def _differences(differences: Sequence[Difference]) -> str:
             ]
         )
     if not rows:
-        return "<p>No run of plain attention shares a seed with one of another variant.</p>"
+        return "<p>None: no whole run of plain attention, at a stable rate, shares a seed with another variant's.</p>"
     names = ["variant", "less", "learning rate", "of the", "mean difference", "95 % (t)", "seeds"]
     return _table(names, rows) + (
         '<p class="note">Below zero the first is better. Pairs share a seed: the same batches, and the same start of '

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from scipy.stats import t as student
@@ -15,6 +17,7 @@ from megatron_mea.training.schedule import learning_rate
 
 BASELINES = {"mea": ("plain", "plain_norm", "mea_no_norm"), "plain": ()}
 """What a variant is compared with, where that is not plain attention alone: MEA also with what is but a part of it."""
+_SWEPT = ("model.attention_variant", "optimizer.lr", "training.seed", "run.dir")
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,24 @@ def evaluate_runs(runs: Sequence[Run]) -> list[Result]:
     results = [Result(run, verdict, *_fit(run, verdict)) for run, verdict in zip(runs, verdicts, strict=True)]
     best = [_best(results, variant) for variant in {run.variant for run in runs}]
     return [replace(each, best=any(each is one for one in best)) for each in results]
+
+
+def cautions(runs: Sequence[Run]) -> list[str]:
+    """What makes runs hard to compare: settings that differ beside variant, rate and seed, and runs that are one."""
+
+    def settings(run: Run) -> dict[str, Any]:
+        model = run.config.model
+        sections = run.config.model_copy(
+            update={"model": model.model_copy(update={"num_component_heads": model.component_heads})}
+        ).model_dump()
+        return {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
+
+    each = [settings(run) for run in runs]
+    differ = [key for key in each[0] if key not in _SWEPT and any(one[key] != each[0][key] for one in each)]
+    found = [f"Not the same in all runs, so that differences may be theirs: {', '.join(differ)}."] if differ else []
+    counts = Counter((run.variant, run.lr, run.seed) for run in runs)
+    twice = [f"{variant} {lr:g} seed {seed}" for (variant, lr, seed), count in counts.items() if count > 1]
+    return found + ([f"More than one run, of which differences take the last: {', '.join(twice)}."] if twice else [])
 
 
 def differences(results: Sequence[Result]) -> list[Difference]:

@@ -16,6 +16,7 @@ from megatron_mea.errors import UserError
 CONFIG, METRICS = "config.yaml", "metrics.jsonl"
 SUBMITTED = "slurm/config.yaml"
 """Of a run that a sweep or `submit` made, before it has begun."""
+_MEASURED = ("loss", "grad_norm", "validation_loss")
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Run:
 
 
 def find_runs(paths: Sequence[str]) -> list[Run]:
-    """The runs in folders, each a run or a sweep's `--out`; by variant, rate and seed.
+    """The runs in folders, each a run or a sweep's `--out`, also those that have not begun; by variant, rate and seed.
 
     Raises:
         UserError: there is no run, or one is not readable.
@@ -100,15 +101,15 @@ def read_run(path: Path) -> Run:
 
 
 def _rows(path: Path) -> Iterable[dict]:
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            row["step"], row["tokens"]
+            sum(float(value) for value in (row["step"], row["tokens"], *(row.get(name) or 0 for name in _MEASURED)))
         except (ValueError, KeyError, TypeError):
             if number == len(lines):
                 return
-            raise UserError(f"{path}:{number}", "no row of metrics", "a JSON object with step and tokens") from None
+            raise UserError(f"{path}:{number}", "no row of metrics", "a JSON object of numbers: step, tokens") from None
         yield row
 
 

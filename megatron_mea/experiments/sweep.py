@@ -30,6 +30,7 @@ from megatron_mea.cluster.submit import (
 from megatron_mea.config import Config, dump_config
 from megatron_mea.config.load import load_config
 from megatron_mea.errors import RunError, UserError
+from megatron_mea.outputs import written
 from megatron_mea.training import records
 from megatron_mea.training.run import look_at
 
@@ -105,8 +106,8 @@ def run_here(configs: Sequence[Config], at_once: int = 1) -> str:
                 if slots[slot] is None and waiting:
                     slots[slot] = _Run(waiting.popleft(), slot, len(slots))
             time.sleep(_POLL)
-    except SystemExit:
-        # Asked to stop: the runs in hand save.
+    except BaseException:
+        # Asked to stop, or the disk refused something: the runs in hand save.
         for run in filter(None, slots):
             run.process.send_signal(signal.SIGTERM)
         for run in filter(None, slots):
@@ -124,11 +125,13 @@ class _Run:
         self.dir = Path(config.run.dir)
         self._note, self._failed = self.dir / "slurm" / "failed-sweep", self.dir / FAILED
         path = config_of_jobs(config)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(dump_config(config), encoding="utf-8")
-        for left in (self._note, self._failed):
-            left.unlink(missing_ok=True)
-        with (self.dir / "train.log").open("ab") as log:
+        with written(self.dir):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(dump_config(config), encoding="utf-8")
+            for left in (self._note, self._failed):
+                left.unlink(missing_ok=True)
+            log = (self.dir / "train.log").open("ab")
+        with log:
             command = [sys.executable, "-m", "megatron_mea", "train", str(path)]
             environment = os.environ | _share(slot, slots) | {failures.NOTE: str(self._note)}
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)

@@ -13,7 +13,7 @@ from curves import noisy, write_run
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_mea.cli import main
-from megatron_mea.experiments.results import best_rate, differences, evaluate_runs
+from megatron_mea.experiments.results import best_rate, cautions, differences, evaluate_runs
 from megatron_mea.experiments.runs import find_runs
 
 BROWSER = shutil.which("chromium-headless-shell") or shutil.which("chromium")
@@ -160,6 +160,17 @@ def test_runs_that_failed_or_diverged_before_they_had_a_loss_are_reported(tmp_pa
     assert "unknown</span> (failed)" in text
 
 
+def test_what_makes_runs_hard_to_compare_is_said(tmp_path):
+    loss = noisy(1)[1]
+    write_run(tmp_path / "a", "mea", 1e-3, 1, loss, model={"num_component_heads": 4})
+    write_run(tmp_path / "b", "plain", 2e-3, 2, loss)
+    assert cautions(find_runs([str(tmp_path)])) == []
+    write_run(tmp_path / "c", "mea", 1e-3, 1, loss, model={"hlc_mixes": "keys"})
+    differ, twice = cautions(find_runs([str(tmp_path)]))
+    assert differ.endswith(": model.hlc_mixes.")
+    assert twice.endswith(": mea 0.001 seed 1.")
+
+
 def test_a_falling_rate_is_said(tmp_path):
     write_run(tmp_path / "run", "mea", 1e-3, 1, noisy(1)[1], schedule={"kind": "cosine"})
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "r.html")]) == 0
@@ -176,6 +187,7 @@ def test_a_falling_rate_is_said(tmp_path):
         (["run", "--out", "folder.html"], "folder.html", "a folder"),
         (["run", "--out", "r.html", "--tokens", "-1"], "--tokens", "[-1.0]"),
         (["broken", "--out", "r.html"], "metrics.jsonl:2", "no row of metrics"),
+        (["words", "--out", "r.html"], "metrics.jsonl:2", "no row of metrics"),
     ],
 )
 def test_what_cannot_be_reported(arguments, where, found, tmp_path, monkeypatch, capsys):
@@ -184,6 +196,8 @@ def test_what_cannot_be_reported(arguments, where, found, tmp_path, monkeypatch,
     write_run(tmp_path / "broken", "mea", 1e-3, 1, noisy(1)[1][:40])
     lines = (tmp_path / "broken/metrics.jsonl").read_text().splitlines()
     (tmp_path / "broken/metrics.jsonl").write_text("\n".join([lines[0], "{", *lines[2:]]))
+    write_run(tmp_path / "words", "mea", 1e-3, 1, noisy(1)[1][:40])
+    (tmp_path / "words/metrics.jsonl").write_text("\n".join([lines[0], lines[1].replace(" 1,", ' "one",'), *lines[2:]]))
     for name in ("empty", "folder.html"):
         (tmp_path / name).mkdir()
     before = sorted(tmp_path.rglob("*"))

@@ -70,3 +70,26 @@ def test_why_a_job_ended_is_read_where_slurm_ran_it(tmp_path):
     assert find_runs([str(run)])[0].failed == "3 attempts in a row began at step 0"
     (run / "slurm/ended-mea-1").write_text("0\nstopped as asked\n")
     assert find_runs([str(run)])[0].failed == ""
+
+
+def test_a_run_without_a_row_is_neither_stable_nor_not(tmp_path):
+    run = write_run(tmp_path / "run", "mea", 0.1, 1, noisy(1)[1], finished=False)
+    (run / "metrics.jsonl").write_text("")
+    write_run(tmp_path / "other", "mea", 0.01, 1, noisy(1)[1])
+    assert [verdict.kind for verdict in judge(find_runs([str(tmp_path)]))] == ["stable", "unknown"]
+
+
+def test_a_collapse_does_not_depend_on_how_often_rows_are_logged(tmp_path):
+    """A rate that learns faster has its first row, late as it is, where the other one still falls."""
+    fast = noisy(1, rows=2000)[1]
+    slow = fast + 2 * np.exp(-np.arange(2000) / 100)
+    for name, lr, loss in (("best", 1e-3, slow), ("high", 3e-3, fast + 0.01)):
+        metrics = write_run(tmp_path / name, "mea", lr, 1, loss) / "metrics.jsonl"
+        metrics.write_text("\n".join(metrics.read_text().splitlines()[::100]))
+    assert [verdict.kind for verdict in judge(find_runs([str(tmp_path)]))] == ["stable", "stable"]
+
+
+def test_a_spike_among_few_rows_is_found():
+    loss = np.linspace(4, 3, 45)
+    loss[30] += 1
+    assert spikes(loss) == [30]
