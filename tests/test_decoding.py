@@ -291,6 +291,16 @@ def test_flash_attention_is_given_one_wide_head(monkeypatch, qk_norm):
     assert shapes[-1] == composed
 
 
+@pytest.mark.parametrize("variant", ["differential", "talking_heads"])
+def test_what_a_kernel_cannot_compute_is_refused(variant, monkeypatch):
+    """vLLM's layers cache what a call brings, and would keep half of a differential pair's values."""
+    _, _, hf = exported({"attention_variant": variant})
+    monkeypatch.setattr(type(modeling_mea.ALL_ATTENTION_FUNCTIONS), "get_interface", lambda *_: None)
+    monkeypatch.setattr(hf.config, "_attn_implementation_internal", "vllm")
+    with pytest.raises(ValueError, match="attn_implementation is 'vllm'"):
+        hf(torch.ones(1, 4, dtype=torch.long))
+
+
 def test_the_rule_by_shapes_alone():
     """One token absorbs at every usual shape and length, a prompt never; a GPU, where products are cheap, more."""
     for heads, composites, components in product((8, 16, 32), (4, 8), (1, 2, 4)):

@@ -9,6 +9,7 @@ from reference import reference_logits
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM, StaticCache
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from megatron_mea.huggingface.configuration_mea import MEAConfig
 from megatron_mea.huggingface.convert import to_hf_config
 from megatron_mea.huggingface.modeling_mea import CACHE, MEAForCausalLM, rotary_cos_sin
 
@@ -191,3 +192,16 @@ def test_a_scaled_model_equals_llama_beyond_its_context():
     ids = torch.randint(0, model.vocab_size, (1, 40), generator=torch.Generator().manual_seed(5))
     expected = stock.eval()(ids).logits
     assert (hf(ids).logits - expected).norm() <= 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"attention_variant": "talking_heads", "num_component_heads": 2},
+        {"attention_variant": "mea", "hlc_mixes": "keys", "num_component_heads": 2},
+        {"attention_variant": "differential", "num_attention_heads": 3, "num_key_value_heads": 1},
+    ],
+)
+def test_a_configuration_made_by_hand_that_no_variant_computes(given):
+    with pytest.raises(ValueError, match=r"allowed where|needs pairs"):
+        MEAConfig(**given)

@@ -30,7 +30,7 @@ from megatron_mea.cluster.submit import (
 from megatron_mea.config import Config, dump_config
 from megatron_mea.config.load import load_config
 from megatron_mea.errors import RunError, UserError
-from megatron_mea.outputs import written
+from megatron_mea.outputs import output_place, written
 from megatron_mea.training import records
 from megatron_mea.training.run import look_at
 
@@ -90,6 +90,8 @@ def run_here(configs: Sequence[Config], at_once: int = 1) -> str:
         raise UserError("--at-once", at_once, "at least 1")
     # All of them before the first is trained, which may take days.
     ended = {config.run.dir: _has_ended(config) for config in configs}
+    with output_place(Path(configs[0].run.dir).parent, folder=True):
+        pass
     waiting = deque(config for config in configs if not ended[config.run.dir])
     slots: list[_Run | None] = [None] * min(at_once, len(waiting))
     failed, done, begin = [], 0, time.monotonic()

@@ -56,6 +56,13 @@ class MEAConfig(PreTrainedConfig):
                 f"num_component_heads has {len(heads)} entries (allowed: one number, or one for each of the "
                 f"{self.num_hidden_layers} layers)"
             )
+        if set(heads) != {self.num_key_value_heads} and not (self.mixes_keys and self.mixes_values):
+            raise ValueError(
+                f"num_component_heads is {heads} (allowed where keys or values are not combined: num_key_value_heads = "
+                f"{self.num_key_value_heads})"
+            )
+        if self.attention_variant == "differential" and (self.num_attention_heads % 2 or self.num_key_value_heads % 2):
+            raise ValueError("num_attention_heads and num_key_value_heads are not both even (differential needs pairs)")
         self.num_component_heads = heads
         super().__post_init__(**kwargs)
 

@@ -351,13 +351,14 @@ class MEAAttention(nn.Module):
 
     def _attend_differentially(self, attend, module, query, key, value, *args, **kwargs):
         """First minus lambda times second heads of pairs, on both their values: (batch, q, H / 2, 2 d)."""
+        if self.config._attn_implementation == "vllm":
+            # Its layers cache what a call brings, and there are two.
+            raise ValueError("attn_implementation is 'vllm' (allowed for differential: those of transformers)")
         # shape: (batch, h, all, d) -> (batch, h / 2, all, d) twice over -> (batch, h, all, d)
         halves = [half.repeat(1, 2, 1, 1) for half in (value[:, 0::2], value[:, 1::2])]
         query, key = (torch.cat((heads[:, 0::2], heads[:, 1::2]), dim=1) for heads in (query, key))
         outputs = [attend(module, query, key, half, *args, **kwargs) for half in halves]
-        output = torch.cat(
-            [half.unflatten(2, (-1, self.head_dim)) if half.dim() == 3 else half for half, _ in outputs], -1
-        )
+        output = torch.cat([half for half, _ in outputs], dim=-1)
         accurate = at_least_float32(output.dtype)
         q1, k1, q2, k2 = (getattr(self, name).to(accurate) for name in LAMBDAS)
         weight = ((q1 * k1).sum().exp() - (q2 * k2).sum().exp() + self.lambda_init).to(output.dtype)

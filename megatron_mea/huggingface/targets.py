@@ -107,8 +107,8 @@ def _stock(model: Model, fields: dict[str, Any]) -> Target:
         raise UserError(
             "--target",
             f"stock, for the variant {model.attention_variant}",
-            "transformers, or vllm: no stock architecture norms the outputs of its heads, and the norm cannot be "
-            "folded into weights",
+            f"transformers{', or vllm' if model.has_hlc else ''}: no stock architecture norms the outputs of its "
+            "heads, and the norm cannot be folded into weights",
         )
     composites = model.num_key_value_heads
     config_class, model_class, own = _stock_classes(model)
@@ -172,6 +172,8 @@ def _vllm(model: Model, fields: dict[str, Any]) -> Target:
     """The weights as trained; a configuration that says what the cache holds."""
     composites, dim = model.num_key_value_heads, model.head_dim
     found = f"vllm, for the variant {model.attention_variant}"
+    if model.attention_variant in ("differential", "talking_heads"):
+        raise UserError("--target", found, "transformers: vLLM attends once a layer, and hands out no scores")
     if not model.has_hlc:
         one = "stock" if model.attention_variant == "plain" else "transformers"
         raise UserError("--target", found, f"{one}: this variant caches its heads as they are, and vLLM loads that")

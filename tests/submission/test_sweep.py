@@ -150,6 +150,22 @@ def test_a_folder_that_is_none_is_told_before_anything_is_trained(python, ask):
     assert not (python.parent / "trained").exists()
 
 
+def test_what_the_disk_refuses_is_one_message_and_stops_the_runs_in_hand(python, ask):
+    (python.parent / "afile").write_text("")
+    status, _, err = ask("sweep", "tiny.yaml", "--out", "afile/out")
+    assert (status, err.splitlines()[0]) == (2, "megatron-mea: error: afile/out")
+    (python.parent / "out/mea-lr1e-2/train.log").mkdir(parents=True)
+    python.write_text(f"""#!{BASH}
+pause() {{ read -rt "$1" _ <> <(:); }}
+case $4 in *lr1e-3*) pause 1; exit 0 ;; esac
+trap 'echo saved > saved; exit 0' TERM
+while :; do pause 0.1; done
+""")
+    status, _, err = ask(*SWEEP, "--at-once", "2")
+    assert (status, err) == (1, "megatron-mea: out/mea-lr1e-2 cannot be written: Is a directory\n")
+    assert (python.parent / "saved").exists()
+
+
 def test_an_array_for_what_is_left(desk, ask):
     desk.slurm()
     (desk.folder / "out/mea-lr1e-3").mkdir(parents=True)
