@@ -82,6 +82,8 @@ def _heads(config: Config) -> Iterator[Problem]:
     if config.optimizer.decay_hlc and not model.mixes_heads:
         allowed = f"false: `{model.attention_variant}` has no matrices that combine heads"
         yield Problem("optimizer.decay_hlc", True, allowed)
+    if config.optimizer.decay_hlc and config.optimizer.weight_decay == 0:
+        yield Problem("optimizer.decay_hlc", True, "false where optimizer.weight_decay is 0")
     if model.head_dim % 2:
         yield Problem("model.head_dim", model.head_dim, "an even number: RoPE rotates pairs of features")
 
