@@ -39,7 +39,8 @@ def report(paths: Sequence[str], out: str, tokens: Sequence[float] = ()) -> str:
     files[page.with_suffix(".csv")] = _table(results).encode()
     files[page] = render(results, differences(results), tokens, drawn, notes).encode()
     with ExitStack() as places:
-        for path in files:
+        # The page first: it is what the user named.
+        for path in reversed(files):
             places.enter_context(output_place(path, folder=False))
         for path, content in files.items():
             with written(path):

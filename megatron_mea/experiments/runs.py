@@ -94,10 +94,18 @@ def read_run(path: Path) -> Run:
         return np.array([row.get(name, np.nan) for row in trained], dtype=float)
 
     validation = [(row["tokens"], row["validation_loss"]) for row in rows if row.get("validation_loss") is not None]
-    config = load_config(path / (CONFIG if (path / CONFIG).is_file() else SUBMITTED))
+    config = _config(path / (CONFIG if (path / CONFIG).is_file() else SUBMITTED))
     columns = (column(name) for name in ("step", "tokens", "loss", "grad_norm"))
     measured = np.array(validation, dtype=float).reshape(-1, 2)
     return Run(path, config, *columns, measured, _reason(path / "DIVERGED"), _failure(path))
+
+
+def _config(path: Path) -> Config:
+    try:
+        return load_config(path)
+    except UserError as error:
+        # One of many files: the key alone does not say which.
+        raise UserError.of(error.problems, f"in {path}") from None
 
 
 def _rows(path: Path) -> Iterable[dict]:

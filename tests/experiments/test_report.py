@@ -188,6 +188,8 @@ def test_a_falling_rate_is_said(tmp_path):
         (["run", "--out", "r.html", "--tokens", "-1"], "--tokens", "[-1.0]"),
         (["broken", "--out", "r.html"], "metrics.jsonl:2", "no row of metrics"),
         (["words", "--out", "r.html"], "metrics.jsonl:2", "no row of metrics"),
+        (["strange", "--out", "r.html"], "strange/config.yaml", "an unknown key"),
+        (["run", "--out", "run/config.yaml/r.html"], "error: run/config.yaml/r.html", "exists"),
     ],
 )
 def test_what_cannot_be_reported(arguments, where, found, tmp_path, monkeypatch, capsys):
@@ -198,6 +200,7 @@ def test_what_cannot_be_reported(arguments, where, found, tmp_path, monkeypatch,
     (tmp_path / "broken/metrics.jsonl").write_text("\n".join([lines[0], "{", *lines[2:]]))
     write_run(tmp_path / "words", "mea", 1e-3, 1, noisy(1)[1][:40])
     (tmp_path / "words/metrics.jsonl").write_text("\n".join([lines[0], lines[1].replace(" 1,", ' "one",'), *lines[2:]]))
+    write_run(tmp_path / "strange", "mea", 1e-3, 1, noisy(1)[1][:40], model={"hiden_size": 3})
     for name in ("empty", "folder.html"):
         (tmp_path / name).mkdir()
     before = sorted(tmp_path.rglob("*"))

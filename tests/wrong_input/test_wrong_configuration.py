@@ -177,7 +177,7 @@ OTHER = "train tiny.yaml model.num_component_heads=null model.attention_variant=
 COMMANDS = [  # command, where, found, allowed, mend; tiny.yaml is a file, `tokenizer` a folder and `run` a run
     ("train no.yaml", "no.yaml", "No such file or directory", "a readable YAML file"),
     (f"{OTHER}plain optimizer.decay_hlc=true", "optimizer.decay_hlc", "True", "false: `plain` has no matrices that..."),
-    ("train tiny.yaml optimizer.decay_hlc=true optimizer.weight_decay=0", "optimizer.decay_hlc", "True", "false where..."),
+    (f"{OTHER}mea optimizer.decay_hlc=true optimizer.weight_decay=0", "optimizer.decay_hlc", "True", "false where..."),
     (f"{OTHER}differential optimizer.decay_hlc=true", "optimizer.decay_hlc", "True", "false: `differential` has no..."),
     (f"{OTHER}differential model.hlc_init=normal", "model.hlc_init", "normal", "block: `differential` has no head..."),
     (
