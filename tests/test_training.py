@@ -323,6 +323,8 @@ def test_a_rate_that_diverges_is_a_result_of_a_sweep(config):
     diverged = json.loads((run / "DIVERGED").read_text())
     assert diverged["step"] == len([row for row in rows(config, "sweep/mea-lr1e25") if "loss" in row]) + 1
     assert diverged["reason"].startswith(f"step {diverged['step']} stopped before its update: the loss is ")
+    (run / "FAILED").write_text('{"status": 1, "reason": "of an earlier sweep"}')
     train(config, "sweep/mea-lr1e25", "optimizer.lr=1e-3")
     assert not (run / "DIVERGED").exists()
+    assert not (run / "FAILED").exists()
     assert (run / "FINISHED").exists()

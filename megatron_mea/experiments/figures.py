@@ -22,6 +22,7 @@ COLORS = {
     "talking_heads": "#b8860b",
 }
 _MARKS = {"stable": "o", "spiked": "^", "collapsed": "v", "diverged": "X"}
+MARKS = "Circle: stable, triangle up: spiked, triangle down: collapsed, cross: diverged."
 _MOST_LAYERS = 4
 
 

@@ -57,7 +57,7 @@ def report(paths: Sequence[str], out: str, tokens: Sequence[float] = ()) -> str:
 
 def _figures(results: Sequence[Result]) -> tuple[dict[str, tuple[str, bytes]], list[str]]:
     """PNG by name, with what it shows; and what is missing."""
-    drawn, notes = {"rates": ("Final loss over the learning rate.", figures.rates(results))}, []
+    drawn, notes = {"rates": ("Final loss over the learning rate. " + figures.MARKS, figures.rates(results))}, []
     for variant in dict.fromkeys(each.run.variant for each in results):
         caption = f"{variant}: loss, smoothed; dotted the fit; marks: validation loss at the end. Below: gradient norm."
         drawn[f"curves-{variant}"] = (caption, figures.curves(results, variant))

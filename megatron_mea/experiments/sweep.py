@@ -35,8 +35,6 @@ from megatron_mea.training import records
 from megatron_mea.training.run import look_at
 
 MIXING = ("mea", "mea_no_norm")
-FAILED = "FAILED"
-"""In a run folder: status and reason of a run of a sweep on this machine that ended by itself."""
 _POLL = 0.2
 
 
@@ -125,7 +123,7 @@ class _Run:
 
     def __init__(self, config: Config, slot: int, slots: int) -> None:
         self.dir = Path(config.run.dir)
-        self._note, self._failed = self.dir / "slurm" / "failed-sweep", self.dir / FAILED
+        self._note, self._failed = self.dir / "slurm" / "failed-sweep", self.dir / records.FAILED
         path = config_of_jobs(config)
         with written(self.dir):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -148,7 +146,7 @@ class _Run:
         return reason
 
     def result(self) -> str:
-        for mark in (records.DIVERGED, FAILED):
+        for mark in (records.DIVERGED, records.FAILED):
             if (self.dir / mark).exists():
                 return mark.lower()
         try:

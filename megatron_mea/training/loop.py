@@ -95,7 +95,7 @@ class _Run:
         self._check_lease()
         if self.rank == 0:
             folder.remove_leftovers(self.dir)
-            for mark in (records.FINISHED, records.DIVERGED):
+            for mark in (records.FINISHED, records.DIVERGED, records.FAILED):
                 (self.dir / mark).unlink(missing_ok=True)
             for one, why in choice.aside:
                 # A job that was started at the same time may have renamed it.

@@ -15,7 +15,7 @@ import torch
 from megatron_mea.checkpoint.folder import flush
 from megatron_mea.config import Config, dump_config
 
-FINISHED, DIVERGED = "FINISHED", "DIVERGED"
+FINISHED, DIVERGED, FAILED = "FINISHED", "DIVERGED", "FAILED"
 HEARTBEAT = "heartbeat.json"
 _BEAT = 5.0
 """Seconds between two heartbeats at least."""
