@@ -81,8 +81,9 @@ def _run_trained(model: Model, masters: Callable[[str], torch.Tensor], tokens: t
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     x = tokens
     for index in range(model.num_hidden_layers + 2):
-        x = one_layer(model, index, masters, torch.float64).run(x, positions)
-    return x
+        layer = one_layer(model, index, masters, torch.float64)
+        x = layer.run(x, positions)
+    return layer.logits(x)
 
 
 def _run_exported(
