@@ -126,7 +126,8 @@ def plain_training(
             return loss, loss
         how = settings.training.distillation
         ours, theirs = (
-            logits[counted] / how.temperature for logits in (model.run(ids, positions), teacher(ids, positions))
+            logits[counted] / how.temperature
+            for logits in (model.logits(model.run(ids, positions)), teacher(ids, positions))
         )
         divergence = F.kl_div(ours.log_softmax(-1), theirs.log_softmax(-1), reduction="batchmean", log_target=True)
         return (1 - how.weight) * loss + how.weight * how.temperature**2 * divergence, loss, divergence

@@ -173,7 +173,7 @@ def run_ours(model: Model, tp: TensorGroup, tensors: dict[str, torch.Tensor], dt
     parameters = named_specs(decoder)
     for name, parameter in parameters.items():
         parameter.data.copy_(parameter.spec.local(tensors[name]))
-    logits = decoder.run(ids, positions).detach()
+    logits = decoder.logits(decoder.run(ids, positions)).detach()
     loss = decoder(ids, positions, targets)
     loss.backward()
     gradients = {name: parameter.spec.whole(parameter.grad) for name, parameter in parameters.items()}

@@ -77,7 +77,7 @@ def test_scaled_rotary_angles_equal_the_reference(rope, variant):
     decoder, tensors = decoder_and_tensors(model)
     ids = tokens(model.vocab_size, 2, 24)
     expected = reference_logits(tensors, model.model_dump(exclude_none=True), ids)
-    torch.testing.assert_close(decoder.run(ids, positions_of(ids)), expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(decoder.logits(decoder.run(ids, positions_of(ids))), expected, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("case", [case for case in variants() if small_model(**case).has_hlc], ids=name_of)
@@ -161,7 +161,7 @@ def test_logits_are_causal_and_ignored_targets_leave_the_loss():
     ids = tokens(model.vocab_size, 2, 12)
     changed = ids.clone()
     changed[:, 7:] = (changed[:, 7:] + 1) % model.vocab_size
-    logits, other = (decoder.run(one, positions_of(one)) for one in (ids, changed))
+    logits, other = (decoder.logits(decoder.run(one, positions_of(one))) for one in (ids, changed))
     assert torch.equal(logits[:, :7], other[:, :7])
     assert not torch.allclose(logits[:, 7:], other[:, 7:])
     expected = reference_logits(tensors, model.model_dump(), ids)

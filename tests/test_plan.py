@@ -134,7 +134,7 @@ def kept_for_backward(settings: Config, tp: TensorGroup) -> int:
     shape = (settings.training.micro_batch_size, settings.data.seq_length)
     ids, positions = torch.zeros(shape, dtype=torch.long), torch.arange(shape[1]).expand(shape)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        decoder.run(ids, positions)
+        decoder.logits(decoder.run(ids, positions))
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 

@@ -113,7 +113,8 @@ def _tensor(setting: Setting, stage: Stage) -> Iterator[Call]:
         if setting.sequence_parts > 1:
             yield Call("tensor", "all_reduce", setting.model.hidden_size * size)
         # Largest logit, sum of exponentials and target logit of each token.
-        yield Call("tensor", "all_reduce", 3 * tokens * 4, 3)
+        chunks = -(-tokens // setting.chunk)
+        yield Call("tensor", "all_reduce", 3 * tokens * 4, 3 if chunks == 1 else 2 * chunks)
 
 
 def block_calls(setting: Setting, layer: int) -> Iterator[Call]:

@@ -61,7 +61,7 @@ def stage_memory(setting: Setting, stage: Stage) -> Memory:
     if setting.recomputes:
         again = max((block_activations(setting, layer) for layer in stage.blocks), default=0)
     loss, (buffers, reduction) = logits(setting, stage), _buffers(setting, stage)
-    reduction += _held_logits(setting, stage)
+    reduction += _held_outputs(setting, stage)
     # A bucket comes with the first gradient of a backward pass, after the loss. ZeRO 2 gives it back after each.
     stays = setting.zero_stage == 3 or (setting.zero_stage == 1 and setting.layout.micro_batches > 1)
     passes = kept + (max(loss, again) + buffers if stays else max(loss, again + buffers))
@@ -72,25 +72,32 @@ def stage_memory(setting: Setting, stage: Stage) -> Memory:
 def logits(setting: Setting, stage: Stage) -> int:
     """Of the loss of a micro-batch, in float32: log-probabilities, their gradient and that of the logits.
 
-    Over a tensor group, which computes the loss itself: logits, shifted logits and exponentials. With a teacher the
-    divergence takes most: both models' log-probabilities and the teacher's probabilities, while both models' logits are
-    there, in bfloat16 a float32 copy of the model's own, and what cross-entropy keeps: one piece, or two of a group.
+    Over a tensor group, which computes the loss itself: logits, shifted logits and exponentials. In chunks: the logits
+    of one, in bfloat16 their working copy too, and the gradients of the matrix and of the hidden states. With a teacher
+    the divergence takes most: both models' log-probabilities and the teacher's probabilities, while both models' logits
+    are there, in bfloat16 a float32 copy of the model's own, and what cross-entropy keeps: one piece, or two of a
+    group.
     """
     if not stage.has_head:
         return 0
-    piece, held = setting.tokens * setting.vocabulary, _held_logits(setting, stage)
-    if setting.teacher is None:
+    size, held = setting.number_bytes, _held_outputs(setting, stage)
+    piece = setting.tokens * setting.vocabulary
+    if setting.teacher is not None:
+        kept = (2 if setting.layout.tensor > 1 else 1) + (size < FLOAT32)
+        return (3 + kept) * piece * FLOAT32 + 2 * piece * size + held
+    if setting.chunk == setting.tokens:
         return 3 * piece * FLOAT32 + held
-    kept = (2 if setting.layout.tensor > 1 else 1) + (setting.number_bytes < FLOAT32)
-    return (3 + kept) * piece * FLOAT32 + (held or 2 * piece * setting.number_bytes)
+    hidden = setting.model.hidden_size
+    one = setting.chunk * setting.vocabulary * (FLOAT32 + (size if size < FLOAT32 else 0))
+    return one + setting.vocabulary * hidden * (FLOAT32 + size) + setting.tokens * hidden * size + held
 
 
-def _held_logits(setting: Setting, stage: Stage) -> int:
-    """Outputs of the last stage, which DeepSpeed's pipeline keeps in each of its two or more places."""
+def _held_outputs(setting: Setting, stage: Stage) -> int:
+    """Hidden states of the last stage, which DeepSpeed's pipeline keeps in each of its two or more places."""
     if setting.layout.pipeline == 1 or not stage.has_head:
         return 0
-    models = 2 if setting.teacher else 1
-    return 2 * models * setting.tokens * setting.vocabulary * setting.number_bytes
+    widths = setting.model.hidden_size + (setting.teacher.model.hidden_size if setting.teacher else 0)
+    return 2 * setting.tokens * widths * setting.number_bytes
 
 
 def _states(setting: Setting, stage: Stage) -> tuple[int, int, int]:

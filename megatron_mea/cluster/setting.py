@@ -13,6 +13,7 @@ from megatron_mea.config.layout import Layout
 from megatron_mea.config.schema import Config, Model
 from megatron_mea.model.decoder import Decoder
 from megatron_mea.model.stages import pipeline_stages
+from megatron_mea.parallel.cross_entropy import chunk_size
 from megatron_mea.parallel.grid import TensorGroup
 from megatron_mea.parallel.parameter import named_specs
 
@@ -114,6 +115,11 @@ class Setting:
     def vocabulary(self) -> int:
         """Rows of the vocabulary that a rank holds: the largest part."""
         return -(-self.model.vocab_size // self.layout.tensor)
+
+    @property
+    def chunk(self) -> int:
+        """Tokens whose logits are made at a time; all of a micro-batch where a teacher needs them."""
+        return self.tokens if self.teacher else chunk_size(self.tokens, self.vocabulary)
 
     @property
     def heads(self) -> int:

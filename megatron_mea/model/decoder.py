@@ -16,6 +16,7 @@ from megatron_mea.config.schema import Model
 from megatron_mea.huggingface.convert import to_hf_config
 from megatron_mea.huggingface.modeling_mea import rotary_cos_sin
 from megatron_mea.parallel.collectives import enter, leave
+from megatron_mea.parallel.cross_entropy import chunk_size, linear_cross_entropy_sum
 from megatron_mea.parallel.grid import ALONE, TensorGroup
 from megatron_mea.parallel.layers import Embedding, Linear, RMSNorm, cross_entropy_sum
 from megatron_mea.parallel.parameter import declare, named_specs, normal
@@ -59,8 +60,8 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Head(nn.Module):
-    """Final norm and language-model head, its rows cut over the tensor group.
+class Projection(nn.Module):
+    """The language-model head, its rows cut over the tensor group.
 
     Args:
         weight: (vocab_size, hidden_size), this rank's rows; a tied embedding's, or its own.
@@ -68,15 +69,40 @@ class Head(nn.Module):
 
     def __init__(self, config: Model, weight: nn.Parameter, tp: TensorGroup = ALONE) -> None:
         super().__init__()
-        self.tp, rows = tp, tp.span(config.vocab_size)
-        self.rows = rows.stop - rows.start
-        self.norm = RMSNorm("model.norm", config.hidden_size, config.rms_norm_eps, tp=tp, partial=tp.sequence_parallel)
+        self.tp, self.vocab_size, self.rows = tp, config.vocab_size, tp.span(config.vocab_size)
         self.weight = weight
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(batch, seq, hidden) -> logits (batch, seq, this rank's part of the vocabulary)"""
+    def forward(self, x: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        """(batch, seq, hidden) -> logits (batch, seq, this rank's part of the vocabulary).
+
+        With targets (batch, seq) -> the sum of the cross-entropies, a float32 scalar, of logits that are made in chunks
+        where there are many.
+        """
         # The last ranks' parts may be longer than their share of the vocabulary.
-        return F.linear(enter(self.norm(x), self.tp), self.weight[: self.rows])
+        weight = self.weight[: self.rows.stop - self.rows.start]
+        if targets is None:
+            return F.linear(x, weight)
+        x, targets = x.flatten(0, 1), targets.flatten()
+        chunk = chunk_size(len(x), len(weight))
+        if chunk < len(x):
+            return linear_cross_entropy_sum(x, weight, targets, self.rows.start, self.tp, chunk)
+        logits = F.linear(x, weight)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return cross_entropy_sum(logits, targets, self.vocab_size, self.tp)
+
+
+class Head(nn.Module):
+    """Final norm and language-model head; the latter takes targets instead of making logits."""
+
+    def __init__(self, config: Model, weight: nn.Parameter, tp: TensorGroup = ALONE) -> None:
+        super().__init__()
+        self.tp = tp
+        self.norm = RMSNorm("model.norm", config.hidden_size, config.rms_norm_eps, tp=tp, partial=tp.sequence_parallel)
+        self.project = Projection(config, weight, tp)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, seq, hidden) -> what is projected, (batch, seq, hidden), whole on every rank"""
+        return enter(self.norm(x), self.tp)
 
 
 class Decoder(nn.Module):
@@ -123,13 +149,16 @@ class Decoder(nn.Module):
         """
         return self.loss(self.run(input_ids, position_ids), targets)
 
-    def loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """(batch, seq, this rank's part of the vocabulary), (batch, seq) -> sum of the cross-entropies"""
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return cross_entropy_sum(logits.flatten(0, 1), targets.flatten(), self.vocab_size, self.tp)
+    def loss(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """What `run` returns on the last stage, and targets (batch, seq) -> the sum of the cross-entropies"""
+        return self.layers[-1].project(x, targets)
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """What `run` returns on the last stage -> (batch, seq, this rank's part of the vocabulary)"""
+        return self.layers[-1].project(x)
 
     def run(self, x: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """Through the layers of this stage.
+        """Through the layers of this stage, but for the projection to logits.
 
         Args:
             x: (batch, seq) token ids on the first stage, hidden states (batch, seq, hidden) on the others, with
@@ -137,7 +166,7 @@ class Decoder(nn.Module):
             position_ids: (batch, seq)
 
         Returns:
-            logits (batch, seq, this rank's part of the vocabulary) on the last stage, hidden states on the others.
+            hidden states; on the last stage those behind the final norm, whole on every rank.
         """
         angles: tuple[torch.Tensor, ...] | None = None
         attend: Attend = causal

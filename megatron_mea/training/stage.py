@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from megatron_mea.model.decoder import Decoder
-from megatron_mea.parallel.layers import divergence_sum
+from megatron_mea.parallel.layers import cross_entropy_sum, divergence_sum
 from megatron_mea.training.teacher import Teacher
 
 Tensors = tuple[torch.Tensor, ...]
@@ -15,8 +15,8 @@ Tensors = tuple[torch.Tensor, ...]
 class Stage(nn.Module):
     """One stage of a pipeline, or all of it: one argument and one result, as DeepSpeed wants them between stages.
 
-    In comes (token ids or hidden states, position ids), out goes (hidden states, position ids), or (logits,) of the
-    last stage. In training a teacher's hidden states, at last its logits, are behind them. Its hidden states travel as
+    In comes (token ids or hidden states, position ids), out goes (hidden states, position ids), or (hidden states,) of
+    the last stage. In training a teacher's are behind them. Its hidden states travel as
     bytes, since DeepSpeed would send a gradient back for every tensor of floating point.
     """
 
@@ -44,13 +44,16 @@ class Stage(nn.Module):
             the sum over all targets that are not `IGNORE`.
             (2,) float64: the sums of cross-entropy and divergence (zero without a teacher), in nats.
         """
-        logits, *theirs = outputs
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        loss = self.decoder.loss(logits, targets)
+        x, *theirs = outputs
         if self.teacher is None or not theirs:
+            loss = self.decoder.loss(x, targets)
             return loss, torch.stack([loss.detach(), torch.zeros_like(loss)]).double()
+        # The divergence needs all logits of both.
+        logits = self.decoder.logits(x)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        loss = cross_entropy_sum(logits.flatten(0, 1), targets.flatten(), self.decoder.vocab_size, self.decoder.tp)
         weight, temperature = self.teacher.settings.weight, self.teacher.settings.temperature
-        flat = (logits.flatten(0, 1), theirs[0].flatten(0, 1), targets.flatten())
+        flat = (logits.flatten(0, 1), self.teacher.logits(theirs[0]).flatten(0, 1), targets.flatten())
         divergence = divergence_sum(*flat, temperature, self.decoder.tp)
         minimised = (1 - weight) * loss + weight * temperature**2 * divergence
         return minimised, torch.stack([loss.detach(), divergence.detach()]).double()

@@ -67,6 +67,11 @@ class Teacher:
         """As `Decoder.run`."""
         return self.decoder.run(x, position_ids)
 
+    @torch.no_grad()
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """As `Decoder.logits`."""
+        return self.decoder.logits(x)
+
 
 def make_teacher(stored: StoredModel, config: Config, grid: Grid, device: torch.device) -> Teacher:
     """This rank's part of the teacher, with its weights; collective.
