@@ -61,7 +61,6 @@ def stage_memory(setting: Setting, stage: Stage) -> Memory:
     if setting.recomputes:
         again = max((block_activations(setting, layer) for layer in stage.blocks), default=0)
     loss, (buffers, reduction) = logits(setting, stage), _buffers(setting, stage)
-    reduction += _held_outputs(setting, stage)
     # A bucket comes with the first gradient of a backward pass, after the loss. ZeRO 2 gives it back after each.
     stays = setting.zero_stage == 3 or (setting.zero_stage == 1 and setting.layout.micro_batches > 1)
     passes = kept + (max(loss, again) + buffers if stays else max(loss, again + buffers))
@@ -80,24 +79,16 @@ def logits(setting: Setting, stage: Stage) -> int:
     """
     if not stage.has_head:
         return 0
-    size, held = setting.number_bytes, _held_outputs(setting, stage)
+    size = setting.number_bytes
     piece = setting.tokens * setting.vocabulary
     if setting.teacher is not None:
         kept = (2 if setting.layout.tensor > 1 else 1) + (size < FLOAT32)
-        return (3 + kept) * piece * FLOAT32 + 2 * piece * size + held
+        return (3 + kept) * piece * FLOAT32 + 2 * piece * size
     if setting.chunk == setting.tokens:
-        return 3 * piece * FLOAT32 + held
+        return 3 * piece * FLOAT32
     hidden = setting.model.hidden_size
     one = setting.chunk * setting.vocabulary * (FLOAT32 + (size if size < FLOAT32 else 0))
-    return one + setting.vocabulary * hidden * (FLOAT32 + size) + setting.tokens * hidden * size + held
-
-
-def _held_outputs(setting: Setting, stage: Stage) -> int:
-    """Hidden states of the last stage, which DeepSpeed's pipeline keeps in each of its two or more places."""
-    if setting.layout.pipeline == 1 or not stage.has_head:
-        return 0
-    widths = setting.model.hidden_size + (setting.teacher.model.hidden_size if setting.teacher else 0)
-    return 2 * setting.tokens * widths * setting.number_bytes
+    return one + setting.vocabulary * hidden * (FLOAT32 + size) + setting.tokens * hidden * size
 
 
 def _states(setting: Setting, stage: Stage) -> tuple[int, int, int]:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron_mea.data.corpora import Batch
 from megatron_mea.parallel.parameter import named_specs
 from megatron_mea.training.engine import Engine
-from megatron_mea.training.stage import Tensors
+from megatron_mea.training.stage import Last
 
 
 class PipelineEngine(Engine):
@@ -26,7 +26,8 @@ class PipelineEngine(Engine):
         self._scale = 1.0
         # DeepSpeed takes the layers of all stages and keeps its own: ours are made stage by stage, so all but one of
         # these places are never looked at.
-        stages = [self.stage] * self.grid.pipeline_size
+        self._last = Last(self.stage) if self.grid.is_last_stage else None
+        stages = [self._last or self.stage] * self.grid.pipeline_size
         module = PipelineModule(
             stages, topology=self.grid.mpu.topology(), loss_fn=self._loss, partition_method="uniform"
         )
@@ -40,8 +41,8 @@ class PipelineEngine(Engine):
         module.get_tied_weights_and_groups = lambda: tied
         return {"model": module}
 
-    def _loss(self, outputs: Tensors, targets: torch.Tensor) -> torch.Tensor:
-        loss, sums = self.stage.objective(outputs, targets)
+    def _loss(self, outputs: tuple[torch.Tensor, torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
+        loss, sums = outputs
         self._sums += sums
         return loss * self._scale
 
@@ -76,9 +77,11 @@ class PipelineEngine(Engine):
         yield
         self.engine.reset_activation_shape()
 
-    def _micro_batches(self, batches: Iterator[Batch]) -> Iterator[tuple[Tensors, torch.Tensor]]:
+    def _micro_batches(self, batches: Iterator[Batch]) -> Iterator[tuple[tuple[torch.Tensor, ...], torch.Tensor]]:
         for batch in batches:
             input_ids, position_ids, targets = self._to_device(batch)
+            if self._last is not None:
+                self._last.targets.append(targets)
             yield (input_ids, position_ids), targets
 
     def _not_finite(self, batches: Sequence[Batch]) -> dict[int, str | None]:

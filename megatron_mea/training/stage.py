@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import torch
 from torch import nn
 
@@ -57,6 +59,24 @@ class Stage(nn.Module):
         divergence = divergence_sum(*flat, temperature, self.decoder.tp)
         minimised = (1 - weight) * loss + weight * temperature**2 * divergence
         return minimised, torch.stack([loss.detach(), divergence.detach()]).double()
+
+
+class Last(nn.Module):
+    """The last stage of a pipeline, down to what is minimised.
+
+    The loss uses a parameter, the head's matrix, and in bfloat16 DeepSpeed drops every gradient that is there before
+    the backward pass reaches what the stage's forward pass returned. So that must be the loss, not what a loss function
+    takes, and the targets reach it by a way of their own: `targets`, in the order of the micro-batches.
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        super().__init__()
+        self.stage = stage
+        self.targets: deque[torch.Tensor] = deque()
+
+    def forward(self, inputs: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `Stage.objective`"""
+        return self.stage.objective(self.stage(inputs), self.targets.popleft())
 
 
 class Whole(nn.Module):
