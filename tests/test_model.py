@@ -85,11 +85,9 @@ def test_both_forms_of_the_combination_give_the_same(case, monkeypatch):
     model = small_model(**case)
     ids = tokens(model.vocab_size, 2, 17)
     results = []
-    for form in (HeadProjection.project_combined, HeadProjection.project_folded):
+    for form in ("combined", "folded"):
         monkeypatch.setattr(
-            HeadProjection,
-            "forward",
-            lambda self, x, form=form: (form if self.hlc is not None else HeadProjection.project_plain)(self, x),
+            HeadProjection, "form", lambda self, tokens, form=form: "plain" if self.hlc is None else form
         )
         decoder, _ = decoder_and_tensors(model)
         loss = decoder(ids, positions_of(ids), ids)
@@ -130,8 +128,10 @@ def test_combination_and_fold_equal_the_formula(components, composites, dim, bat
     projection.weight.data, projection.hlc.data = weight, matrix
     if bias:
         projection.bias.data = offset
-    for form in (projection, projection.project_combined, projection.project_folded):
-        torch.testing.assert_close(form(x), expected, rtol=1e-11, atol=1e-11)
+    for form in (projection.form(batch * seq), "combined", "folded"):
+        projection.form = lambda tokens, form=form: form
+        torch.testing.assert_close(projection(x), expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(projection(x, projection.fold()), expected, rtol=1e-11, atol=1e-11)
 
 
 def test_fold_rounds_once():
@@ -174,17 +174,28 @@ def test_logits_are_causal_and_ignored_targets_leave_the_loss():
     torch.testing.assert_close(decoder(ids, positions_of(ids), targets), nll[kept].sum())
 
 
-def test_activation_checkpointing_changes_nothing():
-    model = small_model(attention_variant="mea", num_component_heads=2, qk_norm=True)
-    ids = tokens(model.vocab_size, 2, 12)
-    gradients = []
-    for checkpointed in (False, True):
-        decoder, _ = decoder_and_tensors(model)
-        decoder.checkpoint_activations = checkpointed
-        decoder(ids, positions_of(ids), ids).backward()
-        gradients.append({name: p.grad for name, p in named_specs(decoder).items()})
-    for name, gradient in gradients[0].items():
-        assert torch.equal(gradient, gradients[1][name]), name
+@pytest.mark.parametrize("case", variants(), ids=name_of)
+def test_activation_checkpointing_changes_nothing(case):
+    """Folding inside of what is recomputed or outside neither."""
+    model = small_model(**case)
+    # 2 x 17 tokens fold where h' = h, 2 x 12 do not.
+    for length in (12, 17):
+        ids = tokens(model.vocab_size, 2, length)
+        gradients = []
+        for recompute, outside in (
+            ("none", True),
+            ("none", False),
+            ("full", True),
+            ("full", False),
+            ("selective", True),
+        ):
+            decoder = Decoder(model, recompute, fold_outside=outside).double()
+            decoder.load_state_dict(decoder_and_tensors(model)[0].state_dict())
+            decoder(ids, positions_of(ids), ids).backward()
+            gradients.append({name: p.grad for name, p in named_specs(decoder).items()})
+        for other in gradients[1:]:
+            for name, gradient in gradients[0].items():
+                assert torch.equal(gradient, other[name]), name
 
 
 class TestInitialization:

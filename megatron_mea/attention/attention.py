@@ -9,13 +9,14 @@ from torch import nn
 
 from megatron_mea.attention.differential import DifferentialHeads
 from megatron_mea.attention.documents import Attend, causal
-from megatron_mea.attention.hlc import HeadProjection
+from megatron_mea.attention.hlc import Folded, HeadProjection
 from megatron_mea.attention.talking_heads import TalkingHeads
 from megatron_mea.config.schema import Model
 from megatron_mea.huggingface.modeling_mea import apply_rotary
 from megatron_mea.parallel.collectives import enter, leave
 from megatron_mea.parallel.grid import ALONE, TensorGroup
 from megatron_mea.parallel.layers import Linear, RMSNorm
+from megatron_mea.parallel.recompute import recomputed
 
 
 class Attention(nn.Module):
@@ -29,10 +30,14 @@ class Attention(nn.Module):
 
     `qk_norm` (Qwen3) acts on the queries and on the composite keys, before RoPE. Over a tensor group every rank
     has its part of the query heads and makes the composite heads that these attend to.
+
+    Args:
+        recompute: keep queries, keys and values as they are projected, and make the rest anew in the backward pass.
     """
 
-    def __init__(self, config: Model, layer: int, tp: TensorGroup = ALONE) -> None:
+    def __init__(self, config: Model, layer: int, tp: TensorGroup = ALONE, recompute: bool = False) -> None:
         super().__init__()
+        self.recompute = recompute
         name = f"model.layers.{layer}.self_attn"
         hidden, dim, heads = config.hidden_size, config.head_dim, config.num_attention_heads
         std, bias = config.initializer_range, config.attention_bias
@@ -63,14 +68,35 @@ class Attention(nn.Module):
             self.heads = TalkingHeads(name, heads)
 
     def forward(
-        self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend = causal
+        self,
+        hidden_states: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        attend: Attend = causal,
+        folded: tuple[Folded | None, Folded | None] = (None, None),
     ) -> torch.Tensor:
-        """(batch, seq, hidden), with cos and sin (batch, 1, seq, d), -> (batch, seq, hidden)"""
+        """(batch, seq, hidden), with cos and sin (batch, 1, seq, d), -> (batch, seq, hidden)
+
+        Args:
+            folded: projections of keys and of values that are folded already (attention/folds.py).
+        """
         hidden_states = enter(hidden_states, self.tp)
         batch, seq, _ = hidden_states.shape
         # shape: (batch, seq, H d) -> (batch, H, seq, d)
         query = self.q_proj(hidden_states).view(batch, seq, self.num_heads, self.head_dim).transpose(1, 2)
-        key, value = self.key(hidden_states), self.value(hidden_states)
+        key, value = self.key(hidden_states, folded[0]), self.value(hidden_states, folded[1])
+        return leave(recomputed(self._attend, query, key, value, cos, sin, attend, when=self.recompute), self.tp)
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        attend: Attend,
+    ) -> torch.Tensor:
+        """From projected heads to this rank's part of a sum, (batch, seq, hidden)."""
         if self.q_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
@@ -80,4 +106,4 @@ class Attention(nn.Module):
         if isinstance(self.heads, DifferentialHeads):
             output = output * self.heads.scale
         # shape: (batch, H, seq, d), of differential heads (batch, H / 2, seq, 2d) -> (batch, seq, H d)
-        return leave(self.o_proj(output.transpose(1, 2).flatten(2)), self.tp)
+        return self.o_proj(output.transpose(1, 2).flatten(2))

@@ -1,16 +1,19 @@
 """Head-level linear combination, HLC (paper section 4.1): composite heads out of component heads.
 
 Two forms, equal by associativity (eq. 18): on activations, `combine_heads`, or on the projection weights,
-`fold_weight`. `HeadProjection` projects a hidden state to the composite heads of its rank in the cheaper of the two.
+`fold_weight`. `HeadProjection` projects a hidden state to the composite heads of its rank in the cheaper of the two. A
+folded weight can serve more than one pass: attention/folds.py.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from megatron_mea.parallel.collectives import gather, shared
 from megatron_mea.parallel.grid import ALONE, TensorGroup
@@ -39,7 +42,7 @@ def fold_weight(projection: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Eq. 18, on a projection's weight or bias: the rows of composite head j are sum_c weight[c, j] rows_c.
 
     Computed in float32 at least and rounded once: in bfloat16 this has one rounding fewer than combining
-    activations.
+    activations. Keeps nothing for the backward pass but its arguments.
 
     Args:
         projection: (h' d, hidden) or (h' d,)
@@ -48,11 +51,29 @@ def fold_weight(projection: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     Returns:
         (h d, hidden) or (h d,)
     """
-    accurate = torch.promote_types(projection.dtype, torch.float32)
-    with torch.autocast(projection.device.type, enabled=False):
-        rows = projection.to(accurate).reshape(weight.shape[0], -1)
-        folded = (weight.to(accurate).t() @ rows).to(projection.dtype)
-    return folded.view(-1, *projection.shape[1:])
+    return _Fold.apply(projection, weight)
+
+
+class _Fold(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, projection: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(projection, weight)
+        folded = _accurate(weight).t() @ _accurate(projection).reshape(weight.shape[0], -1)
+        return folded.to(projection.dtype).view(-1, *projection.shape[1:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        projection, weight = ctx.saved_tensors
+        # shape: (h d, hidden) -> (h, d hidden)
+        gradient = _accurate(gradients[0]).reshape(weight.shape[1], -1)
+        d_projection = (_accurate(weight) @ gradient).view(projection.shape).to(projection.dtype)
+        d_weight = _accurate(projection).reshape(weight.shape[0], -1) @ gradient.t()
+        return d_projection, d_weight.to(weight.dtype)
+
+
+def _accurate(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def folding_is_cheaper(
@@ -70,6 +91,32 @@ def folding_is_cheaper(
     fold = num_composites * hidden_size * (num_components + tokens)
     combine = tokens * num_components * (hidden_size + num_composites)
     return fold < combine
+
+
+def folding_serves_a_step(
+    micro_batches: int, tokens: int, hidden_size: int, tensor: int, pipeline: int, zero_stage: int
+) -> bool:
+    """Whether one fold for all micro-batches of a step pays (attention/folds.py).
+
+    Over a tensor group it gathers hidden h' d numbers a step, where combining activations gathers tokens h' d for each
+    micro-batch. Not where gradients are partitioned as they appear (ZeRO 2 and 3), so that they cannot wait for the
+    last micro-batch, nor in a pipeline, whose micro-batches overlap.
+
+    Args:
+        tokens: of a micro-batch.
+    """
+    possible = tensor > 1 and pipeline == 1 and zero_stage <= 1 and micro_batches > 1
+    return possible and micro_batches * tokens > hidden_size
+
+
+class Folded(NamedTuple):
+    """A projection that makes this rank's composite heads at once: (h d, hidden), and (h d,) or None."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+Form = Literal["plain", "folded", "combined"]
 
 
 class HeadProjection(nn.Module):
@@ -112,16 +159,32 @@ class HeadProjection(nn.Module):
             shape, cut = (num_components, num_composites), 1 if self.own_columns else None
             self.hlc = declare(f"{layer}.hlc_{which}.weight", shape, "hlc", STARTS[hlc], tp, cut)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(batch, seq, hidden), whole on every rank, -> (batch, this rank's heads, seq, d)"""
-        batch, seq, hidden = hidden_states.shape
-        if self.hlc is None:
-            return self.project_plain(hidden_states)
-        if folding_is_cheaper(batch * seq, hidden, self.num_components, self.num_composites, self.tp.size):
-            return self.project_folded(hidden_states)
-        return self.project_combined(hidden_states)
+    def forward(self, hidden_states: torch.Tensor, folded: Folded | None = None) -> torch.Tensor:
+        """(batch, seq, hidden), whole on every rank, -> (batch, this rank's heads, seq, d)
 
-    def project_combined(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        Args:
+            folded: what `fold` has returned; None for whichever form is the cheapest.
+        """
+        batch, seq, _ = hidden_states.shape
+        form = "folded" if folded else self.form(batch * seq)
+        if form == "folded":
+            return self._heads(hidden_states, *(folded or self.fold()))
+        return self._plain(hidden_states) if form == "plain" else self._combined(hidden_states)
+
+    def form(self, tokens: int) -> Form:
+        """The cheapest for this many tokens."""
+        if self.hlc is None:
+            return "plain"
+        sizes = (tokens, self.weight.spec.shape[1], self.num_components, self.num_composites, self.tp.size)
+        return "folded" if folding_is_cheaper(*sizes) else "combined"
+
+    def fold(self) -> Folded:
+        """The combination on weights: component projections are gathered."""
+        columns = self._columns()
+        weight, bias = self._whole()
+        return Folded(fold_weight(weight, columns), None if bias is None else fold_weight(bias, columns))
+
+    def _combined(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The combination on activations: component heads are gathered."""
         batch, seq, _ = hidden_states.shape
         if self._is_cut:
@@ -130,15 +193,7 @@ class HeadProjection(nn.Module):
             heads = F.linear(hidden_states, *self._whole())
         return combine_heads(heads.view(batch, seq, self.num_components, self.head_dim), self._columns())
 
-    def project_folded(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The combination on weights: component projections are gathered."""
-        columns = self._columns()
-        weight, bias = self._whole()
-        return self._heads(
-            hidden_states, fold_weight(weight, columns), None if bias is None else fold_weight(bias, columns)
-        )
-
-    def project_plain(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def _plain(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Without a combination: the projection's own heads."""
         if self.own_columns:
             return self._heads(hidden_states, self.weight, self.bias)

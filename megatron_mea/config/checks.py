@@ -55,10 +55,8 @@ def _small_embeddings(config: Config) -> Iterator[str]:
 
 def _not_yet(config: Config) -> Iterator[Problem]:
     """Keys of the public contract whose feature does not exist yet: refused, never ignored."""
-    training, logging = config.training, config.logging
+    logging = config.logging
     gates = [
-        ("training.activation_checkpointing", training.activation_checkpointing, ("none", "full")),
-        ("training.compile", training.compile, (False,)),
         ("logging.profile", logging.profile, (None,)),
     ]
     for key, value, available in gates:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from megatron_mea.attention.attention import Attention
 from megatron_mea.attention.documents import Attend, causal, visible_tokens, within_documents
+from megatron_mea.attention.folds import Folds, fold
 from megatron_mea.attention.talking_heads import talking
 from megatron_mea.config.schema import Model
 from megatron_mea.huggingface.convert import to_hf_config
@@ -20,14 +22,21 @@ from megatron_mea.parallel.cross_entropy import chunk_size, linear_cross_entropy
 from megatron_mea.parallel.grid import ALONE, TensorGroup
 from megatron_mea.parallel.layers import Embedding, Linear, RMSNorm, cross_entropy_sum
 from megatron_mea.parallel.parameter import declare, named_specs, normal
+from megatron_mea.parallel.recompute import recomputed
+
+Recompute = Literal["none", "selective", "full"]
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    """SwiGLU: down(silu(gate(x)) * up(x)).
 
-    def __init__(self, config: Model, layer: int, tp: TensorGroup = ALONE) -> None:
+    Args:
+        recompute: keep gate and up as they are projected, and make the rest anew in the backward pass.
+    """
+
+    def __init__(self, config: Model, layer: int, tp: TensorGroup = ALONE, recompute: bool = False) -> None:
         super().__init__()
-        self.tp = tp
+        self.tp, self.recompute = tp, recompute
         name = f"model.layers.{layer}.mlp"
         hidden, inner, std = config.hidden_size, config.intermediate_size, config.initializer_range
         self.gate_proj = Linear(f"{name}.gate_proj", hidden, inner, std, tp=tp, shard_dim=0)
@@ -37,13 +46,16 @@ class FeedForward(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = enter(x, self.tp)
-        return leave(self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)), self.tp)
+        return leave(recomputed(self._down, self.gate_proj(x), self.up_proj(x), when=self.recompute), self.tp)
+
+    def _down(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x))."""
 
-    def __init__(self, config: Model, layer: int, tp: TensorGroup = ALONE) -> None:
+    def __init__(self, config: Model, layer: int, tp: TensorGroup = ALONE, recompute: bool = False) -> None:
         super().__init__()
 
         def norm(which: str) -> RMSNorm:
@@ -51,12 +63,14 @@ class Block(nn.Module):
             return RMSNorm(name, config.hidden_size, config.rms_norm_eps, tp=tp, partial=tp.sequence_parallel)
 
         self.input_layernorm = norm("input_layernorm")
-        self.self_attn = Attention(config, layer, tp)
+        self.self_attn = Attention(config, layer, tp, recompute)
         self.post_attention_layernorm = norm("post_attention_layernorm")
-        self.mlp = FeedForward(config, layer, tp)
+        self.mlp = FeedForward(config, layer, tp, recompute)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend, folded: Folds
+    ) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend, folded)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -110,7 +124,11 @@ class Decoder(nn.Module):
 
     Args:
         config: the `model` section.
-        checkpoint_activations: recompute each block in the backward pass instead of keeping its activations.
+        recompute: what is made anew in the backward pass instead of being kept: `full`, each block; `selective`, what
+            follows from its projections without a matrix of parameters: attention, its norms and the gate.
+        compiled: blocks are compiled, where they are trained.
+        fold_outside: fold a block's keys and values outside of what is recomputed and compiled. Not where parameters
+            are partitioned (ZeRO 3): there they exist inside their module's forward pass alone.
         tp: the tensor group of this rank.
         stage: which layers to make: 0 is the embedding, then the blocks, the last one the head; None: all.
             Where embeddings are tied and the two ends lie on different stages, each has a copy of the matrix.
@@ -120,15 +138,18 @@ class Decoder(nn.Module):
     def __init__(
         self,
         config: Model,
-        checkpoint_activations: bool = False,
+        recompute: Recompute = "none",
         tp: TensorGroup = ALONE,
         stage: range | None = None,
         document_mask: bool = False,
+        compiled: bool = False,
+        fold_outside: bool = True,
     ) -> None:
         super().__init__()
         self.tp, self.vocab_size = tp, config.vocab_size
         self.hf_config = to_hf_config(config)
-        self.checkpoint_activations, self.document_mask = checkpoint_activations, document_mask
+        self.recompute, self.document_mask, self.fold_outside = recompute, document_mask, fold_outside
+        self._trained = torch.compile(run_block, dynamic=False) if compiled else run_block
         self.heads_talk = config.attention_variant == "talking_heads"
         stage = range(config.num_hidden_layers + 2) if stage is None else stage
         self.layers = nn.ModuleList()
@@ -138,7 +159,7 @@ class Decoder(nn.Module):
                 embed = _embedding(config, tp)
                 self.layers.append(embed)
             elif index <= config.num_hidden_layers:
-                self.layers.append(Block(config, index - 1, tp))
+                self.layers.append(Block(config, index - 1, tp, recompute == "selective"))
             else:
                 self.layers.append(Head(config, _head_weight(config, embed, tp), tp))
 
@@ -157,19 +178,26 @@ class Decoder(nn.Module):
         """What `run` returns on the last stage -> (batch, seq, this rank's part of the vocabulary)"""
         return self.layers[-1].project(x)
 
-    def run(self, x: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    @property
+    def blocks(self) -> list[Block]:
+        """Of this stage."""
+        return [layer for layer in self.layers if isinstance(layer, Block)]
+
+    def run(self, x: torch.Tensor, position_ids: torch.Tensor, folded: Sequence[Folds] | None = None) -> torch.Tensor:
         """Through the layers of this stage, but for the projection to logits.
 
         Args:
             x: (batch, seq) token ids on the first stage, hidden states (batch, seq, hidden) on the others, with
                 sequence parallelism this rank's part of the sequence.
             position_ids: (batch, seq)
+            folded: of every block, what is folded already.
 
         Returns:
             hidden states; on the last stage those behind the final norm, whole on every rank.
         """
         angles: tuple[torch.Tensor, ...] | None = None
         attend: Attend = causal
+        given = iter(folded) if folded is not None else None
         for layer in self.layers:
             if not isinstance(layer, Block):
                 x = layer(x)
@@ -178,10 +206,13 @@ class Decoder(nn.Module):
                 # shape: (batch, seq, d) -> (batch, 1, seq, d), the same for all heads
                 angles = tuple(angle.unsqueeze(1) for angle in rotary_cos_sin(self.hf_config, position_ids, x.dtype))
                 attend = self._attend(position_ids)
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(layer, x, *angles, attend, use_reentrant=False)
+            if given is not None:
+                folds = next(given)
             else:
-                x = layer(x, *angles, attend)
+                folds = fold(layer.self_attn, position_ids.numel()) if self.fold_outside else (None, None)
+            # Hooks that watch a validation are not seen by what is compiled.
+            run = self._trained if torch.is_grad_enabled() else run_block
+            x = recomputed(run, layer, x, *angles, attend, folds, when=self.recompute == "full")
         return x
 
     def _attend(self, position_ids: torch.Tensor) -> Attend:
@@ -189,6 +220,13 @@ class Decoder(nn.Module):
         if self.heads_talk:
             return talking(visible_tokens(position_ids, self.document_mask))
         return within_documents(position_ids) if self.document_mask else causal
+
+
+def run_block(
+    block: Block, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend, folded: Folds
+) -> torch.Tensor:
+    """What is compiled: one function, so that blocks of one shape share their code."""
+    return block(x, cos, sin, attend, folded)
 
 
 def _embedding(config: Model, tp: TensorGroup) -> Embedding:

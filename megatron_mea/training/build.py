@@ -26,8 +26,15 @@ def build_engine(
     """
     grid = build_grid(config)
     stage = pipeline_stages(config.model, grid.pipeline_size)[grid.pipeline_rank]
-    recompute = config.training.activation_checkpointing == "full"
-    model = Decoder(config.model, recompute, grid.tensor, stage, config.data.document_mask)
+    model = Decoder(
+        config.model,
+        config.training.activation_checkpointing,
+        grid.tensor,
+        stage,
+        config.data.document_mask,
+        config.training.compile,
+        fold_outside=config.parallel.zero_stage < 3,
+    )
     if initialized:
         initialize(model, config.training.seed)
     make = PipelineEngine if grid.pipeline_size > 1 else Engine

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_mea.attention.folds import StepFolds
+from megatron_mea.attention.hlc import folding_serves_a_step
 from megatron_mea.checkpoint.tensors import MOMENTS, Fragment
 from megatron_mea.config.schema import Config
 from megatron_mea.data.corpora import IGNORE, Batch
@@ -146,12 +148,21 @@ class Engine:
     def _run(self, batches: Sequence[Batch], scale: float) -> torch.Tensor:
         """Forward, backward of what is minimised times `scale`, and update; this rank's sums of `Stage.objective`."""
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for batch in batches:
-            loss, sums = self.engine(*self._to_device(batch))
+        folds = self._step_folds(batches)
+        for index, batch in enumerate(batches):
+            loss, sums = self.engine(*self._to_device(batch), folds and folds.of(index))
             total += sums
             self.engine.backward(loss * scale)
             self.engine.step()
         return total
+
+    def _step_folds(self, batches: Sequence[Batch]) -> StepFolds | None:
+        """Where one fold for the whole step pays."""
+        grid, zero_stage = self.grid, self.config.parallel.zero_stage
+        sizes = (len(batches), batches[0].input_ids.size, self.config.model.hidden_size)
+        if not folding_serves_a_step(*sizes, grid.tensor.size, grid.pipeline_size, zero_stage):
+            return None
+        return StepFolds([block.self_attn for block in self.model.blocks], len(batches))
 
     def _evaluate(self, batches: Iterator[Batch], count: int) -> torch.Tensor:
         """The sum of this rank's cross-entropies, float64."""

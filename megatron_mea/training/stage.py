@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
+from megatron_mea.attention.folds import Folds
 from megatron_mea.model.decoder import Decoder
 from megatron_mea.parallel.layers import cross_entropy_sum, divergence_sum
 from megatron_mea.training.teacher import Teacher
@@ -26,13 +28,13 @@ class Stage(nn.Module):
         super().__init__()
         self.decoder, self.is_last, self.teacher = decoder, is_last, teacher
 
-    def forward(self, inputs: Tensors) -> Tensors:
+    def forward(self, inputs: Tensors, folded: Sequence[Folds] | None = None) -> Tensors:
         x, position_ids, *theirs = inputs
         if self.teacher is not None and self.training:
             seen = theirs[0].view(self.teacher.dtype) if theirs else x
             seen = self.teacher.run(seen, position_ids)
             theirs = [seen if self.is_last else seen.contiguous().view(torch.uint8)]
-        x = self.decoder.run(x, position_ids)
+        x = self.decoder.run(x, position_ids, folded)
         # What is sent must be contiguous, which a part of the sequence is not.
         return (x, *theirs) if self.is_last else (x.contiguous(), position_ids, *theirs)
 
@@ -87,7 +89,11 @@ class Whole(nn.Module):
         self.stage = stage
 
     def forward(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, targets: torch.Tensor
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        targets: torch.Tensor,
+        folded: Sequence[Folds] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(batch, seq) each -> as `Stage.objective`"""
-        return self.stage.objective(self.stage((input_ids, position_ids)), targets)
+        """(batch, seq) each, and what is folded already -> as `Stage.objective`"""
+        return self.stage.objective(self.stage((input_ids, position_ids), folded), targets)

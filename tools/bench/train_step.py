@@ -89,7 +89,7 @@ class Bench:
         initialize(model, 0)
         for module in model.modules():
             if form and isinstance(module, HeadProjection):
-                module.forward = getattr(module, f"project_{form}")
+                module.form = lambda tokens: form
         return model, lambda: model(self.inputs, self.positions, self.targets) / self.targets.numel()
 
     def transformers(self) -> tuple[nn.Module, Loss]:
