@@ -14,7 +14,6 @@ def cross_checks(config: Config, needs_data: bool = True) -> Iterator[Problem]:
     """The contradictions inside one configuration; `needs_data`: it is one to train with."""
     if needs_data and not config.data.train:
         yield Problem("data.train", "a list of 0", "at least 1")
-    yield from _not_yet(config)
     yield from _heads(config)
     yield from _rope(config)
     yield from _components(config)
@@ -51,18 +50,6 @@ def _small_embeddings(config: Config) -> Iterator[str]:
             f"only {embedding:.3g}: that start was measured to cost 0.2 to 0.4 nats early on (docs/initialisation.md). "
             f"Raise model.embedding_initializer_range to about {branch:.2g} or lower model.head_norm_init."
         )
-
-
-def _not_yet(config: Config) -> Iterator[Problem]:
-    """Keys of the public contract whose feature does not exist yet: refused, never ignored."""
-    logging = config.logging
-    gates = [
-        ("logging.profile", logging.profile, (None,)),
-    ]
-    for key, value, available in gates:
-        if value not in available:
-            names = ", ".join("null" if one is None else str(one).lower() for one in available)
-            yield Problem(key, value, f"{names} (the rest is not in this release yet)")
 
 
 def _heads(config: Config) -> Iterator[Problem]:
@@ -164,6 +151,10 @@ def _lengths(config: Config) -> Iterator[Problem]:
             config.data.seq_length,
             f"at most model.max_position_embeddings = {config.model.max_position_embeddings}",
         )
+    profile = config.logging.profile
+    if profile is not None and profile.start + profile.steps - 1 > steps:
+        found = f"start {profile.start}, steps {profile.steps}"
+        yield Problem("logging.profile", found, f"steps that end with training.steps = {steps} at the latest")
     if config.training.global_batch_size % config.training.micro_batch_size:
         yield Problem(
             "training.global_batch_size",

@@ -274,8 +274,11 @@ class Engine:
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _to_device(self, batch: Batch) -> tuple[torch.Tensor, ...]:
-        arrays = (batch.input_ids, batch.position_ids, batch.targets)
-        return tuple(torch.tensor(array).to(self.device, non_blocking=True) for array in arrays)
+        tensors = [torch.tensor(array) for array in (batch.input_ids, batch.position_ids, batch.targets)]
+        if self.device.type == "cuda":
+            # From pinned memory the copy waits for nothing and nothing waits for it.
+            tensors = [each.pin_memory() for each in tensors]
+        return tuple(each.to(self.device, non_blocking=True) for each in tensors)
 
 
 def _parameter_groups(config: Config, model: Decoder) -> list[dict]:
@@ -299,7 +302,13 @@ def _deepspeed_config(config: Config, accumulation: int, numbers: int) -> dict:
         "gradient_clipping": config.optimizer.grad_clip,
         # Stage 0 loses the gradient norm and is no cheaper than stage 1, so it runs as stage 1.
         # Its bucket of gradients is allocated whole: 2 GB, were it not for the bound.
-        "zero_optimization": {"stage": max(config.parallel.zero_stage, 1), "reduce_bucket_size": min(BUCKET, numbers)},
+        "zero_optimization": {
+            "stage": max(config.parallel.zero_stage, 1),
+            "reduce_bucket_size": min(BUCKET, numbers),
+            # Gradients are averaged while the backward pass goes on. ZeRO 1 averages after the last backward pass of a
+            # step, which DeepSpeed's bfloat16 optimizer and its pipeline do not overlap.
+            "overlap_comm": config.parallel.zero_stage >= 2,
+        },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
         # Between stages every tensor rank hands on what it has, which sequence parallelism has cut already.

@@ -31,6 +31,7 @@ from megatron_mea.training.engine import NonFiniteError
 from megatron_mea.training.heads import HeadOutputs, head_tensors, hlc_statistics
 from megatron_mea.training.loader import ReadAhead, StepData, Waiting, training_steps, validation_batches
 from megatron_mea.training.pace import Pace
+from megatron_mea.training.profile import Profiler
 from megatron_mea.training.ranks import Ranks
 from megatron_mea.training.replicas import check_replicas
 from megatron_mea.training.schedule import learning_rate
@@ -117,6 +118,7 @@ class _Run:
         self.metrics, self.heartbeat = None, None
         self.outputs = HeadOutputs(self.engine.model) if config.logging.tensorboard else None
         self.pace = Pace(self.engine.model, self.grid, device, watchdog.mark)
+        self.profiler = Profiler(config.logging.profile, self.dir, None if self.grid.stage_rank else self.rank)
         # Making and loading the model took a while, and what follows cuts the metrics of whoever has the folder now.
         self._check_lease()
         if self.rank == 0:
@@ -134,6 +136,7 @@ class _Run:
         self.progress.start()
         for data in loader:
             step, lr = data.step, learning_rate(config, data.step)
+            self.profiler.before(step)
             try:
                 result = self.engine.train_step(data.batches, data.targets, lr, partial(self._wants_to_stop, stop))
             except NonFiniteError as error:
@@ -148,6 +151,8 @@ class _Run:
                 self.watchdog.minutes = config.parallel.timeout_minutes
                 processes.shorten_timeouts(config.parallel.timeout_minutes, but=self.saver.group)
             self.step, last = step, step == config.steps
+            if trace := self.profiler.after(step, last or result.stop):
+                self.progress.say(f"wrote a trace: {trace}")
             row = {
                 "step": step,
                 "tokens": step * config.tokens_per_step,

@@ -14,7 +14,6 @@ from megatron_mea.cli import main
 from megatron_mea.config import load_config
 from megatron_mea.data.order import PERIOD
 
-LATER = " (the rest is not in this release yet)"
 VALUES = [  # override, found, allowed, mend: the message names the key of the override
     ("model.hiden_size=16", "an unknown key", "keys of the configuration", "did you mean model.hidden_size?"),
     ("data.tokenizer=null", "None", "a valid string..."),
@@ -43,12 +42,15 @@ VALUES = [  # override, found, allowed, mend: the message names the key of the o
     ("schedule.decay_steps=2", "2", "null: `cosine` has no decay phase"),
     ("data.seq_length=65", "65", "at most model.max_position_embeddings = 64"),
     ("parallel.sequence_parallel=true", "True", "false where parallel.tensor_model_parallel_size is 1"),
-    ("training.activation_checkpointing=selective", "selective", "none, full" + LATER),
-    ("training.compile=true", "True", "false" + LATER),
+    ("training.activation_checkpointing=some", "'some'", "'none', 'selective' or 'full'"),
     ("run.resume_from=abc", "'abc'", "newest, or the step of a checkpoint"),
     ("run.resume_from=0", "0", "newest, or the step of a checkpoint"),
     ("run.resume_from=3", "3", "newest, or a step with a checkpoint: none"),
-    ("logging.profile={start: 1, steps: 2}", "start=1 steps=2", "null" + LATER),
+    (
+        "logging.profile={start: 2, steps: 4}",
+        "start 2, steps 4",
+        "steps that end with training.steps = 4 at the latest",
+    ),
     ("optimizer.lr", "no `=`", "KEY=VALUE, for example optimizer.lr=1e-3"),
     ("optimizer.lr.peak=3", "'lr' is not a section", "a dotted key of a section"),
     ("data.train.0.path=a", "'train' is not a section", "a dotted key of a section"),
