@@ -9,6 +9,7 @@ from torch import nn
 
 from megatron_mea.attention.differential import DifferentialHeads
 from megatron_mea.attention.documents import Attend, causal
+from megatron_mea.attention.head_norm import HeadNorm
 from megatron_mea.attention.hlc import Folded, HeadProjection
 from megatron_mea.attention.talking_heads import TalkingHeads
 from megatron_mea.config.schema import Model
@@ -47,8 +48,8 @@ class Attention(nn.Module):
             sizes = (config.component_heads[layer], config.num_key_value_heads, dim)
             return HeadProjection(name, which, hidden, *sizes, std, bias, config.hlc_init if mixed else None, tp)
 
-        def norm(which: str, eps: float, gain: float = 1.0, affine: bool = True, width: int = dim) -> RMSNorm:
-            return RMSNorm(f"{name}.{which}", width, eps, gain, affine, tp, partial=True)
+        def norm(which: str) -> RMSNorm:
+            return RMSNorm(f"{name}.{which}", dim, config.rms_norm_eps, tp=tp, partial=True)
 
         self.q_proj = Linear(f"{name}.q_proj", hidden, heads * dim, std, bias, tp, shard_dim=0)
         self.key = projection("k", config.mixes_keys)
@@ -57,10 +58,10 @@ class Attention(nn.Module):
         self.o_proj = Linear(f"{name}.o_proj", heads * dim, hidden, output_std, tp=tp, shard_dim=1)
         self.q_norm = self.k_norm = self.head_norm = None
         if config.qk_norm:
-            self.q_norm, self.k_norm = norm("q_norm", config.rms_norm_eps), norm("k_norm", config.rms_norm_eps)
+            self.q_norm, self.k_norm = norm("q_norm"), norm("k_norm")
         if config.has_head_norm:
-            gain, affine = config.head_norm_init, config.head_norm_affine
-            self.head_norm = norm("head_norm", config.head_norm_eps, gain, affine, config.output_dim)
+            sizes = config.output_dim, config.head_norm_eps, config.head_norm_init, config.head_norm_affine
+            self.head_norm = HeadNorm(f"{name}.head_norm", *sizes, tp, partial=True)
         self.heads: DifferentialHeads | TalkingHeads | None = None
         if config.attention_variant == "differential":
             self.heads = DifferentialHeads(name, layer, dim, tp)
@@ -101,9 +102,8 @@ class Attention(nn.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
         output = attend(query, key, value) if self.heads is None else self.heads(query, key, value, attend)
-        if self.head_norm is not None:
-            output = self.head_norm(output)
+        # shape: (batch, H, seq, d), of differential heads (batch, H / 2, seq, 2d) -> (batch, seq, H d)
+        output = output.transpose(1, 2).flatten(2) if self.head_norm is None else self.head_norm(output)
         if isinstance(self.heads, DifferentialHeads):
             output = output * self.heads.scale
-        # shape: (batch, H, seq, d), of differential heads (batch, H / 2, seq, 2d) -> (batch, seq, H d)
-        return self.o_proj(output.transpose(1, 2).flatten(2))
+        return self.o_proj(output)

@@ -1,7 +1,8 @@
 """Bytes that a micro-batch keeps for its backward pass, counted from the code of model/ and attention/.
 
-On a GPU torch's RMSNorm is one kernel, which keeps its input in the working precision and a number a row; on a CPU
-it is composed and keeps a float32 input, its normalised values and that number.
+On a GPU torch's RMSNorm is one kernel, which keeps its input in the working precision and a number a row; the
+head norm's keeps its input alone. On a CPU both are composed and keep a float32 input, its normalised values and that
+number.
 """
 
 from __future__ import annotations
@@ -70,13 +71,13 @@ def attention_activations(setting: Setting) -> int:
         kept += norm_activations(setting, tokens * setting.heads, model.head_dim)
         kept += norm_activations(setting, tokens * setting.composites, model.head_dim)
     if model.has_head_norm:
-        # The kernel's output, kept already, is the norm's input; its own output is what o_proj reads.
-        shared = tokens * width * size if size == FLOAT32 or setting.device == "cuda" else 0
-        if model.attention_variant == "differential":
-            shared = tokens * width * size
-        rows = tokens * width // model.output_dim
-        kept += norm_activations(setting, rows, model.output_dim, model.head_norm_affine) - shared
+        # Its own output is what o_proj reads. Its input is kept already, and on a GPU it keeps nothing else.
         kept += tokens * width * size
+        if setting.device == "cpu":
+            is_same = size == FLOAT32 or model.attention_variant == "differential"
+            shared = tokens * width * size if is_same else 0
+            rows = tokens * width // model.output_dim
+            kept += norm_activations(setting, rows, model.output_dim, model.head_norm_affine) - shared
     return kept
 
 

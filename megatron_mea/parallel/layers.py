@@ -82,10 +82,11 @@ class RMSNorm(nn.Module):
         self.weight = declare(f"{name}.weight", (size,), "vector", constant(gain), tp) if affine else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.weight
-        if weight is not None and self.partial:
-            weight = shared(weight, self.tp)
-        return F.rms_norm(x, (self.size,), weight, self.eps)
+        return F.rms_norm(x, (self.size,), self.gain(), self.eps)
+
+    def gain(self) -> torch.Tensor | None:
+        """(size,), whose gradient is complete on every rank."""
+        return shared(self.weight, self.tp) if self.weight is not None and self.partial else self.weight
 
 
 def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor, vocab_size: int, tp: TensorGroup) -> torch.Tensor:
