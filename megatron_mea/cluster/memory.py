@@ -72,7 +72,7 @@ def logits(setting: Setting, stage: Stage) -> int:
     """Of the loss of a micro-batch, in float32: log-probabilities, their gradient and that of the logits.
 
     Over a tensor group, which computes the loss itself: logits, shifted logits and exponentials. In chunks: the logits
-    of one, in bfloat16 their working copy too, and the gradients of the matrix and of the hidden states. With a teacher
+    of one and their log-probabilities, and the gradients of the matrix and of the hidden states. With a teacher
     the divergence takes most: both models' log-probabilities and the teacher's probabilities, while both models' logits
     are there, in bfloat16 a float32 copy of the model's own, and what cross-entropy keeps: one piece, or two of a
     group.
@@ -87,7 +87,7 @@ def logits(setting: Setting, stage: Stage) -> int:
     if setting.chunk == setting.tokens:
         return 3 * piece * FLOAT32
     hidden = setting.model.hidden_size
-    one = setting.chunk * setting.vocabulary * (FLOAT32 + (size if size < FLOAT32 else 0))
+    one = setting.chunk * setting.vocabulary * (FLOAT32 + size)
     return one + setting.vocabulary * hidden * (FLOAT32 + size) + setting.tokens * hidden * size
 
 

@@ -69,21 +69,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for x, wanted, place in zip(
             hidden.split(chunk), targets.split(chunk), range(0, len(hidden), chunk), strict=True
         ):
-            # shape: (chunk, this rank's part of the vocabulary), in whose place come exponentials and the gradient
-            logits = F.linear(x, weight).to(accurate)
-            logits.sub_(all_reduce(logits.amax(-1), tp, dist.ReduceOp.MAX).unsqueeze(-1))
+            # shape: (chunk, this rank's part of the vocabulary)
+            logits = F.linear(x, weight)
+            # One pass, which reads 16 bits and writes 32.
+            log_p = torch.log_softmax(logits, -1, dtype=accurate)
             column, counted = wanted - offset, wanted != IGNORE
             mine = (column >= 0) & (column < len(weight)) & counted
             column = (column * mine).unsqueeze(-1)
-            target = logits.gather(-1, column).squeeze(-1) * mine
-            sums, target = all_reduce(torch.stack([logits.exp_().sum(-1), target]), tp)
-            total += ((sums.log() - target) * counted).sum()
+            target = log_p.gather(-1, column).squeeze(-1)
+            loss = -target
+            if tp.size > 1:
+                # The logarithm of this rank's sum of exponentials, then that of all.
+                own = logits[:, 0].to(accurate) - log_p[:, 0]
+                largest = all_reduce(own, tp, dist.ReduceOp.MAX)
+                sums, logit = all_reduce(torch.stack([(own - largest).exp(), (target + own) * mine]), tp)
+                whole = largest + sums.log()
+                loss, target = whole - logit, target + own - whole
+                log_p.add_((own - whole).unsqueeze(-1))
+            total += (loss * counted).sum()
             if learns:
-                gradient = logits.mul_((counted / sums).unsqueeze(-1))
-                gradient.scatter_add_(-1, column, -mine.to(accurate).unsqueeze(-1))
-                gradient = gradient.to(weight.dtype)
-                torch.mm(gradient, weight, out=d_hidden[place : place + chunk])
-                d_weight += gradient.t() @ x
+                gradient = torch.exp(log_p, out=logits)
+                gradient.scatter_(-1, column, (target.exp() - mine.to(accurate)).to(gradient.dtype).unsqueeze(-1))
+                torch.mm(gradient, weight, out=d_hidden[place : place + chunk]).mul_(counted.unsqueeze(-1))
+                _add_product(d_weight, gradient.t(), x * counted.unsqueeze(-1))
         if learns:
             ctx.save_for_backward(d_hidden, d_weight)
         return total
@@ -92,12 +100,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,), (d_hidden, d_weight) = gradients, ctx.saved_tensors
-        rounded = torch.empty_like(d_weight, dtype=d_hidden.dtype)
-        return (
-            d_hidden * gradient.to(d_hidden.dtype),
-            torch.mul(d_weight, gradient, out=rounded),
-            None,
-            None,
-            None,
-            None,
-        )
+        # In place: autograd refuses to use the graph again.
+        return d_hidden.mul_(gradient), d_weight.mul_(gradient).to(d_hidden.dtype), None, None, None, None
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a b, where `total` may be float32 and the factors of 16 bits."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda:
+        # Adds where the product is in float32 still.
+        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
+    else:
+        total += a @ b

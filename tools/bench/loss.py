@@ -101,7 +101,7 @@ def main() -> None:
         given.append(torch.randint(0, vocabulary, (tokens,), generator=generator).to(arguments.device))
         chosen = chunk_size(tokens, vocabulary)
         losses: dict[str, Loss] = {"one piece": in_one_piece}
-        losses |= {f"chunks of {size}": partial(in_chunks, size) for size in (tokens // 4, chosen, max(chosen // 2, 1))}
+        losses |= {f"chunks of {size}": partial(in_chunks, size) for size in (4 * chosen, chosen)}
         if hasattr(torch.nn, "LinearCrossEntropyOptions"):
             losses["torch, chunked"] = torchs
         for loss in losses.values():
