@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import nn
 
@@ -25,8 +23,10 @@ class DifferentialHeads(nn.Module):
 
     def __init__(self, name: str, layer: int, head_dim: int, tp: TensorGroup = ALONE) -> None:
         super().__init__()
-        self.tp, self.lambda_init = tp, 0.8 - 0.6 * math.exp(-0.3 * layer)
-        self.scale = 1 - self.lambda_init
+        self.tp = tp
+        # A tensor, as a number would be compiled into each layer's code; not of floating point, as that is rounded with
+        # the parameters.
+        self.register_buffer("layer", torch.tensor(layer, device="cpu"), persistent=False)
         for which in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
             self.register_parameter(which, declare(f"{name}.{which}", (head_dim,), "vector", normal(0.1), tp))
 
@@ -40,6 +40,16 @@ class DifferentialHeads(nn.Module):
         outputs = [attend(query, key, half).chunk(2, dim=1) for half in halves]
         # shape: (batch, H / 2, seq, d) twice -> (batch, H / 2, seq, 2d)
         return torch.cat([first - weight * second for first, second in outputs], dim=-1)
+
+    @property
+    def lambda_init(self) -> torch.Tensor:
+        """0.8 - 0.6 exp(-0.3 layer), a float64 scalar."""
+        return 0.8 - 0.6 * torch.exp(-0.3 * self.layer.double())
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """What the normalised output of a pair is multiplied by, a float64 scalar."""
+        return 1 - self.lambda_init
 
     def weight(self) -> torch.Tensor:
         """lambda, a scalar; in float32 at least."""

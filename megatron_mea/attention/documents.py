@@ -35,33 +35,34 @@ def visible_tokens(position_ids: torch.Tensor, document_mask: bool) -> torch.Ten
 
 def within_documents(position_ids: torch.Tensor) -> Attend:
     """Attention for windows whose documents begin where `position_ids` (batch, seq) are zero."""
-    if position_ids.is_cuda:
-        return _blocks(position_ids, compiled=True)
-    return _one_by_one(position_ids)
+    return _blocks(position_ids, compiled=True) if position_ids.is_cuda else OneByOne(position_ids)
 
 
-def _one_by_one(position_ids: torch.Tensor) -> Attend:
-    seq = position_ids.shape[1]
-    spans = []
-    for row in position_ids:
-        starts = (row == 0).nonzero().flatten().tolist()
-        # A window may begin inside a document.
-        starts = starts if starts[:1] == [0] else [0, *starts]
-        spans.append(list(zip(starts, [*starts[1:], seq], strict=True)))
+class OneByOne:
+    """An `Attend`, a document after the other."""
 
-    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def __init__(self, position_ids: torch.Tensor) -> None:
+        seq = position_ids.shape[1]
+        self._spans = []
+        for row in position_ids:
+            starts = (row == 0).nonzero().flatten().tolist()
+            # A window may begin inside a document.
+            starts = starts if starts[:1] == [0] else [0, *starts]
+            self._spans.append(list(zip(starts, [*starts[1:], seq], strict=True)))
+
+    # Documents of other lengths would be another graph.
+    @torch.compiler.disable
+    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         rows = []
-        for row, documents in enumerate(spans):
+        for row, documents in enumerate(self._spans):
             one = slice(row, row + 1)
             parts = [causal(*(x[one, :, start:stop] for x in (query, key, value))) for start, stop in documents]
             rows.append(torch.cat(parts, dim=2))
         return torch.cat(rows)
 
-    return attend
-
 
 def _blocks(position_ids: torch.Tensor, compiled: bool) -> Attend:
-    """As `_one_by_one`, by FlexAttention; not compiled it is for tests alone."""
+    """As `OneByOne`, by FlexAttention; not compiled it is for tests alone."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     batch, seq = position_ids.shape

@@ -88,7 +88,9 @@ def logits(setting: Setting, stage: Stage) -> int:
         return 3 * piece * FLOAT32
     hidden = setting.model.hidden_size
     one = setting.chunk * setting.vocabulary * (FLOAT32 + size)
-    return one + setting.vocabulary * hidden * (FLOAT32 + size) + setting.tokens * hidden * size
+    # A float32 gradient of the matrix is that sum itself.
+    matrix = setting.vocabulary * hidden * (FLOAT32 + (size if size < FLOAT32 else 0))
+    return one + matrix + setting.tokens * hidden * size
 
 
 def _states(setting: Setting, stage: Stage) -> tuple[int, int, int]:

@@ -18,6 +18,9 @@ def cross_checks(config: Config, needs_data: bool = True) -> Iterator[Problem]:
     yield from _rope(config)
     yield from _components(config)
     yield from _lengths(config)
+    if config.training.compile and config.parallel.zero_stage == 3:
+        reason = "DeepSpeed fetches the parameters of every module in hooks, each of which ends a graph"
+        yield Problem("training.compile", True, f"false where parallel.zero_stage is 3: {reason}")
 
 
 def handicaps(config: Config, layout: Layout) -> list[str]:

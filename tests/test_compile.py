@@ -1,0 +1,59 @@
+"""`training.compile`: one graph a block, the numbers of the uncompiled path, in every layout that allows it."""
+
+from __future__ import annotations
+
+import numpy as np
+from distributed import run_distributed
+from engines import config, layout, new_engine, plain_training, train
+
+STEPS = 3
+MEA = {"attention_variant": "mea", "num_component_heads": 4}
+CASES = {
+    "one rank": (1, {}, MEA, "none", False),
+    "one rank, documents": (1, {}, MEA, "selective", True),
+    "one rank, differential": (1, {}, {"attention_variant": "differential", "num_hidden_layers": 10}, "none", False),
+    "tp 2, sequence parallel": (2, layout(2, sequence=True), MEA | {"qk_norm": True}, "selective", False),
+    "pp 2": (2, layout(pipeline=2), MEA, "full", False),
+    "dp 2, ZeRO 2": (2, layout(zero=2), MEA | {"num_component_heads": 2}, "none", False),
+}
+
+
+def curves(names: list[str]) -> list[tuple[list, dict[str, int]]]:
+    """Of this rank: loss and gradient norm of every step, and how many graphs there are and where they break."""
+    import torch
+    from torch._dynamo.utils import counters
+
+    from megatron_mea.training.processes import start_distributed, stop_distributed
+    from megatron_mea.training.ranks import Ranks
+
+    torch.set_num_threads(1)
+    start_distributed(Ranks.from_environment())
+    results = []
+    for name in names:
+        torch._dynamo.reset()
+        counters.clear()
+        curve = train(new_engine(settings(name, compile=True)), 1, STEPS)
+        breaks = sum(counters["graph_break"].values())
+        results.append((curve, {"graphs": counters["stats"]["unique_graphs"], "breaks": breaks}))
+    stop_distributed()
+    return results
+
+
+def settings(name: str, **training):
+    _, parallel, model, recompute, documents = CASES[name]
+    training |= {"activation_checkpointing": recompute}
+    return config(parallel, model, document_mask=documents, training=training)
+
+
+def test_compiled_blocks_train_alike():
+    for size in (1, 2):
+        names = [name for name, case in CASES.items() if case[0] == size]
+        for rank_results in run_distributed(curves, size, names, timeout=1500):
+            for name, (curve, graphs) in zip(names, rank_results, strict=True):
+                expected = plain_training(settings(name))[0][:STEPS]
+                np.testing.assert_allclose(curve, expected, rtol=2e-4, err_msg=name)
+                if "documents" not in name:
+                    # Layers share a graph, whatever their number.
+                    assert graphs == {"graphs": 1, "breaks": 0}, name
+                else:
+                    assert graphs["breaks"] > 0
