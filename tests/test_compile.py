@@ -8,10 +8,11 @@ from engines import config, layout, new_engine, plain_training, train
 
 STEPS = 3
 MEA = {"attention_variant": "mea", "num_component_heads": 4}
+DIFFERENTIAL = {"attention_variant": "differential", "num_component_heads": 4, "num_hidden_layers": 10}
 CASES = {
     "one rank": (1, {}, MEA, "none", False),
     "one rank, documents": (1, {}, MEA, "selective", True),
-    "one rank, differential": (1, {}, {"attention_variant": "differential", "num_hidden_layers": 10}, "none", False),
+    "one rank, differential": (1, {}, DIFFERENTIAL, "none", False),
     "tp 2, sequence parallel": (2, layout(2, sequence=True), MEA | {"qk_norm": True}, "selective", False),
     "pp 2": (2, layout(pipeline=2), MEA, "full", False),
     "dp 2, ZeRO 2": (2, layout(zero=2), MEA | {"num_component_heads": 2}, "none", False),
