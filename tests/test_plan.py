@@ -15,8 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_mea.attention.folds import StepFolds
 from megatron_mea.cli import main
-from megatron_mea.cluster.activations import stage_activations
+from megatron_mea.cluster.activations import stage_activations, step_folds
 from megatron_mea.cluster.plan import Plan, as_json, make_plan
 from megatron_mea.cluster.setting import Setting
 from megatron_mea.config import Config, dump_config, load_config
@@ -112,15 +113,18 @@ def test_flops_equal_those_that_torch_counts(name, seq):
             loss.backward()
     assert forward.get_total_flops() / (2 * seq) == pytest.approx(found.forward)
     assert backward.get_total_flops() / (2 * seq) == pytest.approx(found.backward)
-    recomputed = make_plan(config(MODELS[name], seq=seq, activation_checkpointing="full")).flops
-    head = 2 * settings.model.hidden_size * settings.model.vocab_size
-    assert recomputed.recomputation == pytest.approx(found.forward - head)
-    assert recomputed.total == pytest.approx(found.total + recomputed.recomputation)
+    for kind in ("selective", "full"):
+        recomputed = make_plan(config(MODELS[name], seq=seq, activation_checkpointing=kind)).flops
+        decoder = Decoder(settings.model, kind)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as both:
+            decoder(ids, positions, ids).backward()
+        assert both.get_total_flops() / (2 * seq) == pytest.approx(recomputed.total), kind
+        assert recomputed.recomputation > 0
 
 
-def kept_for_backward(settings: Config, tp: TensorGroup) -> int:
+def kept_for_backward(settings: Config, tp: TensorGroup, folded_before: bool = False) -> int:
     """Bytes of the storages that autograd holds between the passes, parameters and the loss excluded."""
-    decoder = Decoder(settings.model, settings.training.activation_checkpointing == "full", tp)
+    decoder = Decoder(settings.model, settings.training.activation_checkpointing, tp)
     if settings.training.precision == "bf16":
         decoder.to(torch.bfloat16)
     own = {parameter.untyped_storage().data_ptr() for parameter in decoder.parameters()}
@@ -134,7 +138,8 @@ def kept_for_backward(settings: Config, tp: TensorGroup) -> int:
     shape = (settings.training.micro_batch_size, settings.data.seq_length)
     ids, positions = torch.zeros(shape, dtype=torch.long), torch.arange(shape[1]).expand(shape)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        decoder.logits(decoder.run(ids, positions))
+        folds = StepFolds([block.self_attn for block in decoder.blocks], 2) if folded_before else None
+        decoder.logits(decoder.run(ids, positions, folds and folds.of(0)))
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
@@ -160,24 +165,34 @@ def group_of_two():
 def test_activations_are_those_that_autograd_keeps(name, seq, tensor, sequence, group_of_two):
     settings = config(MODELS[name], layout(tensor, sequence=sequence), seq)
     tp = TensorGroup(2, 0, group_of_two, sequence) if tensor == 2 else ALONE
-    setting = Setting(settings, Layout(tensor, 1, 1, 4), "cpu")
+    setting = Setting(settings, Layout(tensor, 1, 1, 1), "cpu")
     assert stage_activations(setting, setting.stages[0]) == pytest.approx(kept_for_backward(settings, tp), rel=0.03)
+    # Several micro-batches may share a fold.
+    setting = Setting(settings, Layout(tensor, 1, 1, 4), "cpu")
+    stage, once = setting.stages[0], setting.folds_once_a_step
+    assert once == (tensor == 2 and settings.model.has_hlc)
+    # Sums of gradients are no part of the graph.
+    rows = setting.composites * settings.model.head_dim * settings.model.hidden_size
+    sides = settings.model.mixes_keys + settings.model.mixes_values
+    sums = 4 * rows * sides * len(stage.blocks) * once
+    planned = stage_activations(setting, stage) + step_folds(setting, stage) - sums
+    assert planned == pytest.approx(kept_for_backward(settings, tp, once), rel=0.03)
 
 
 @pytest.mark.parametrize("training", [{"precision": "bf16"}, {"micro_batch_size": 1}])
 def test_activations_in_half_precision_and_of_one_sample(training, group_of_two):
     for tensor, tp in ((1, ALONE), (2, TensorGroup(2, 0, group_of_two, True))):
         settings = config({}, layout(tensor, sequence=tensor > 1), 256, **training)
-        setting = Setting(settings, Layout(tensor, 1, 1, 4), "cpu")
+        setting = Setting(settings, Layout(tensor, 1, 1, 1), "cpu")
         assert stage_activations(setting, setting.stages[0]) == pytest.approx(kept_for_backward(settings, tp), rel=0.03)
 
 
 def test_activation_checkpointing_keeps_the_inputs_of_blocks():
-    kept, once = (
+    kept, some, once = (
         make_plan(config(seq=256, activation_checkpointing=kind), device="cpu").memory[0].activations
-        for kind in ("none", "full")
+        for kind in ("none", "selective", "full")
     )
-    assert once < kept / 2
+    assert once < kept / 2 < some < 0.9 * kept
 
 
 CASES = {name: bench.CASES[2][name] for name in ("dp2, ZeRO 1", "dp2, ZeRO 2", "dp2, ZeRO 3", "pp2, tied")} | {
@@ -214,7 +229,8 @@ def teacher(tmp_path_factory) -> dict:
 
 def test_a_teacher_adds_its_weights_and_a_forward_pass(teacher, tmp_path, capsys):
     alone, taught = (make_plan(bench.case(layout(2), **more)) for more in ({}, {"distillation": teacher}))
-    by_itself = make_plan(bench.case(layout(2), TEACHER))
+    # ZeRO 2 does not let micro-batches share a fold, and a teacher does not either.
+    by_itself = make_plan(bench.case(bench.layout(2, zero=2), TEACHER))
     assert taught.parameters == alone.parameters
     assert taught.flops.teacher == by_itself.flops.forward > 0
     assert taught.flops.total == alone.flops.total + by_itself.flops.forward

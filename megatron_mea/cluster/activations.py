@@ -26,6 +26,8 @@ def stage_activations(setting: Setting, stage: Stage) -> int:
             kept += tokens * seq if setting.config.data.document_mask else seq * seq
     if setting.recomputes:
         kept += len(stage.blocks) * local * hidden * size
+        if setting.folds_outside:
+            kept += sum(folded_weights(setting, layer) for layer in stage.blocks)
     else:
         kept += sum(block_activations(setting, layer) for layer in stage.blocks)
     if stage.has_head:
@@ -36,6 +38,23 @@ def stage_activations(setting: Setting, stage: Stage) -> int:
     return kept
 
 
+def recomputed_activations(setting: Setting, layer: int) -> int:
+    """What is there for a block's backward pass alone, beside what is kept until then."""
+    if setting.recomputes:
+        given = folded_weights(setting, layer) if setting.folds_outside else 0
+        return block_activations(setting, layer) - given
+    if setting.recomputes_parts:
+        inner = setting.tokens * (setting.model.intermediate_size // setting.layout.tensor) * setting.number_bytes
+        return max(2 * inner, attention_activations(setting) - _projected(setting))
+    return 0
+
+
+def _projected(setting: Setting) -> int:
+    """Queries, keys and values."""
+    width = (setting.heads + 2 * setting.composites) * setting.model.head_dim
+    return setting.tokens * width * setting.number_bytes
+
+
 def block_activations(setting: Setting, layer: int) -> int:
     """Of one block and micro-batch on one rank: two norms, attention, feed-forward."""
     model, size, tokens = setting.model, setting.number_bytes, setting.tokens
@@ -44,10 +63,12 @@ def block_activations(setting: Setting, layer: int) -> int:
     # What q, k, v and gate, up read.
     into_attention, into_feed_forward = _copies(setting, 3), _copies(setting, 2)
     inputs = (into_attention + into_feed_forward) * tokens * model.hidden_size * size
-    # gate, silu(gate), up, and their product
-    feed_forward = 4 * tokens * (model.intermediate_size // setting.layout.tensor) * size
+    # gate, up, and where they are kept silu(gate) and the product
+    pieces = 2 if setting.recomputes_parts else 4
+    feed_forward = pieces * tokens * (model.intermediate_size // setting.layout.tensor) * size
     projections = projection_activations(setting, layer, "k") + projection_activations(setting, layer, "v")
-    return norms + inputs + feed_forward + projections + attention_activations(setting)
+    attention = _projected(setting) if setting.recomputes_parts else attention_activations(setting)
+    return norms + inputs + feed_forward + projections + attention
 
 
 def attention_activations(setting: Setting) -> int:
@@ -84,8 +105,8 @@ def attention_activations(setting: Setting) -> int:
 def projection_activations(setting: Setting, layer: int, which: str) -> int:
     """Of a head combination, beyond what attention keeps of its result.
 
-    Folded: the folded weight, and the component weight where it is a copy: in float32, or gathered. Combined: the
-    component heads of all tokens.
+    Folded: the folded weight, and the component weight where it is a copy, which is gathered; once a step they are no
+    micro-batch's (`step_folds`). Combined: the component heads of all tokens.
     """
     model, size, how = setting.model, setting.number_bytes, setting.projection(layer, which)
     components = how.components * model.head_dim
@@ -94,9 +115,29 @@ def projection_activations(setting: Setting, layer: int, which: str) -> int:
     if how.form == "plain":
         gathers = how.cut and not how.own_columns
         return components * model.hidden_size * size if gathers else 0
-    folded = setting.composites * model.head_dim * model.hidden_size * size
-    is_copy = how.cut or size < FLOAT32
-    return folded + (components * model.hidden_size * FLOAT32 if is_copy else 0)
+    return 0 if setting.folds_once_a_step else _folded(setting, layer, which)
+
+
+def folded_weights(setting: Setting, layer: int) -> int:
+    """Of a layer and micro-batch, where heads are folded."""
+    names = [which for which in "kv" if setting.projection(layer, which).form == "folded"]
+    return sum(projection_activations(setting, layer, which) for which in names)
+
+
+def step_folds(setting: Setting, stage: Stage) -> int:
+    """Of a whole step: folded weights that all micro-batches use, and the float32 sums of their gradients."""
+    if not setting.folds_once_a_step:
+        return 0
+    rows = setting.composites * setting.model.head_dim * setting.model.hidden_size
+    names = [(layer, which) for layer in stage.blocks for which in "kv"]
+    folded = [each for each in names if setting.projection(*each).form == "folded"]
+    return sum(_folded(setting, *each) + rows * FLOAT32 for each in folded)
+
+
+def _folded(setting: Setting, layer: int, which: str) -> int:
+    how = setting.projection(layer, which)
+    copy = how.components if how.cut else 0
+    return (setting.composites + copy) * setting.model.head_dim * setting.model.hidden_size * setting.number_bytes
 
 
 def norm_activations(setting: Setting, rows: int, width: int, affine: bool = True) -> int:

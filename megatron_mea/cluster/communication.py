@@ -84,6 +84,9 @@ def _micro_batch(setting: Setting, stage: Stage) -> Iterator[Call]:
 
 def _step(setting: Setting, stage: Stage) -> Iterator[Call]:
     layout, size = setting.layout, setting.number_bytes
+    if layout.tensor > 1:
+        for layer in stage.blocks:
+            yield from _head_calls(setting, layer, once_a_step=True)
     if layout.pipeline > 1 and setting.model.tie_word_embeddings and (stage.has_embedding or stage.has_head):
         # Gradients of the two copies, which bfloat16 runs hold in float32; then the one copy becomes the other.
         yield Call("pipeline", "all_reduce", setting.vocabulary * setting.model.hidden_size * 4)
@@ -132,8 +135,7 @@ def block_calls(setting: Setting, layer: int) -> Iterator[Call]:
     gains += [model.head_dim] * (4 * (model.attention_variant == "differential"))
     if gains:
         yield Call("tensor", "all_reduce", sum(gains) * size, len(gains))
-    for which in ("k", "v"):
-        yield from _head_calls(setting, layer, which)
+    yield from _head_calls(setting, layer, once_a_step=False)
     if setting.recomputes:
         # Recomputation ends with the last tensor that is needed, which lies in front of the last `leave`.
         if setting.sequence_parts > 1:
@@ -141,7 +143,7 @@ def block_calls(setting: Setting, layer: int) -> Iterator[Call]:
             yield Call("tensor", "reduce_scatter", _hidden(setting))
         else:
             yield Call("tensor", "all_reduce", _hidden(setting))
-        yield from _gathered_heads(setting, layer)
+        yield from _gathered_heads(setting, layer, again=True)
 
 
 def _teacher(setting: Setting, stage: Stage) -> Iterator[Call]:
@@ -165,13 +167,23 @@ def _teacher(setting: Setting, stage: Stage) -> Iterator[Call]:
         yield Call("pipeline", "send", _hidden(setting) // setting.sequence_parts)
 
 
-def _gathered_heads(setting: Setting, layer: int) -> Iterator[Call]:
-    """What a forward pass of one block gathers of component heads."""
+def _gathered_heads(setting: Setting, layer: int, again: bool = False) -> Iterator[Call]:
+    """What a forward pass of one block gathers of component heads; `again`: to recompute it."""
     for which in ("k", "v"):
-        yield from (call for call in _head_calls(setting, layer, which) if call.collective == "all_gather")
+        if again and setting.folds_outside and setting.projection(layer, which).form == "folded":
+            continue
+        yield from (call for call in _projection_calls(setting, layer, which) if call.collective == "all_gather")
 
 
-def _head_calls(setting: Setting, layer: int, which: str) -> Iterator[Call]:
+def _head_calls(setting: Setting, layer: int, once_a_step: bool) -> Iterator[Call]:
+    """Of a block's forward and backward pass, or of all micro-batches' together."""
+    for which in ("k", "v"):
+        shared = setting.folds_once_a_step and setting.projection(layer, which).form == "folded"
+        if shared == once_a_step:
+            yield from _projection_calls(setting, layer, which)
+
+
+def _projection_calls(setting: Setting, layer: int, which: str) -> Iterator[Call]:
     """Component heads, as weights or activations, and the gradients of what every rank holds whole."""
     model, size, how = setting.model, setting.number_bytes, setting.projection(layer, which)
     rows = how.components * model.head_dim

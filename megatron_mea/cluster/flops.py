@@ -12,7 +12,7 @@ class Flops:
     """FLOPs a token of the whole model, all ranks together.
 
     What ranks of a tensor group compute alike counts once. `recomputation` is a second forward pass of the blocks,
-    with activation checkpointing; `teacher` the forward pass of another model.
+    or of their attention, with activation checkpointing; `teacher` the forward pass of another model.
     """
 
     forward: float
@@ -31,10 +31,22 @@ def flops_per_token(setting: Setting) -> Flops:
     Attention is 4 x seq_length x H d: scores and weighted values for all pairs of tokens. The causal half that a
     kernel may leave out is not taken off, which is the usual convention.
     """
-    blocks = sum(block_flops(setting, layer) for layer in range(setting.model.num_hidden_layers))
+    layers = range(setting.model.num_hidden_layers)
+    blocks = sum(block_flops(setting, layer) for layer in layers)
     forward = blocks + 2 * setting.model.hidden_size * setting.model.vocab_size
     teacher = flops_per_token(setting.teacher).forward if setting.teacher else 0.0
-    return Flops(forward, 2 * forward, blocks if setting.recomputes else 0.0, teacher)
+    return Flops(forward, 2 * forward, sum(_recomputed(setting, layer) for layer in layers), teacher)
+
+
+def _recomputed(setting: Setting, layer: int) -> float:
+    if setting.recomputes_parts:
+        return attention_flops(setting)
+    if not setting.recomputes:
+        return 0.0
+    # Recomputation ends with the last tensor that is needed, the input of down_proj.
+    last = 2 * setting.model.hidden_size * setting.model.intermediate_size
+    folds = sum(fold_flops(setting, layer, which) for which in "kv") if setting.folds_outside else 0.0
+    return block_flops(setting, layer) - folds - last
 
 
 def block_flops(setting: Setting, layer: int) -> float:
@@ -42,22 +54,27 @@ def block_flops(setting: Setting, layer: int) -> float:
     model = setting.model
     width = model.num_attention_heads * model.head_dim
     queries_and_output = 4 * model.hidden_size * width
-    seq = setting.config.data.seq_length
-    attention = 4 * seq * width
+    feed_forward = 6 * model.hidden_size * model.intermediate_size
+    heads = head_flops(setting, layer, "k") + head_flops(setting, layer, "v")
+    return queries_and_output + attention_flops(setting) + feed_forward + heads
+
+
+def attention_flops(setting: Setting) -> float:
+    """FLOPs a token of one layer's scores and weighted values."""
+    model, seq = setting.model, setting.config.data.seq_length
+    attention = 4 * seq * model.num_attention_heads * model.head_dim
     if model.attention_variant == "differential":
         # Each half of the values is attended to by itself.
         attention *= 2
     elif model.attention_variant == "talking_heads":
         attention += 4 * seq * model.num_attention_heads**2
-    feed_forward = 6 * model.hidden_size * model.intermediate_size
-    heads = head_flops(setting, layer, "k") + head_flops(setting, layer, "v")
-    return queries_and_output + attention + feed_forward + heads
+    return attention
 
 
 def head_flops(setting: Setting, layer: int, which: str) -> float:
     """FLOPs a token of one layer's keys or values: a projection, and its head combination in the form that runs.
 
-    Folded (paper eq. 18) h h' d (hidden + bias) multiplications a micro-batch and a projection to h heads;
+    Folded (paper eq. 18) h h' d (hidden + bias) multiplications a micro-batch, or a step, and a projection to h heads;
     combined (eq. 10) a projection to h' heads and h h' d multiplications a token.
     """
     model, how = setting.model, setting.projection(layer, which)
@@ -68,5 +85,14 @@ def head_flops(setting: Setting, layer: int, which: str) -> float:
         return projection
     if how.form == "combined":
         return projection + mixing
+    return projection + fold_flops(setting, layer, which)
+
+
+def fold_flops(setting: Setting, layer: int, which: str) -> float:
+    """FLOPs a token of folding one layer's keys or values."""
+    model, how = setting.model, setting.projection(layer, which)
+    if how.form != "folded":
+        return 0.0
     columns = model.hidden_size + (1 if model.attention_bias else 0)
-    return projection + mixing * columns / setting.tokens
+    tokens = setting.tokens * (setting.layout.micro_batches if setting.folds_once_a_step else 1)
+    return 2 * how.components * how.composites * model.head_dim * columns / tokens

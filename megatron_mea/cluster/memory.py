@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_mea.cluster.activations import FLOAT32, block_activations, stage_activations
+from megatron_mea.cluster.activations import FLOAT32, recomputed_activations, stage_activations, step_folds
 from megatron_mea.cluster.communication import BUCKET, PERSISTENT, REUSE_DISTANCE
 from megatron_mea.cluster.setting import Setting, Stage
 
@@ -57,9 +57,8 @@ def memory(setting: Setting) -> list[Memory]:
 
 def stage_memory(setting: Setting, stage: Stage) -> Memory:
     in_flight = min(setting.layout.pipeline - stage.index, setting.layout.micro_batches)
-    kept, again = in_flight * stage_activations(setting, stage), 0
-    if setting.recomputes:
-        again = max((block_activations(setting, layer) for layer in stage.blocks), default=0)
+    kept = in_flight * stage_activations(setting, stage) + step_folds(setting, stage)
+    again = max((recomputed_activations(setting, layer) for layer in stage.blocks), default=0)
     loss, (buffers, reduction) = logits(setting, stage), _buffers(setting, stage)
     # A bucket comes with the first gradient of a backward pass, after the loss. ZeRO 2 gives it back after each.
     stays = setting.zero_stage == 3 or (setting.zero_stage == 1 and setting.layout.micro_batches > 1)

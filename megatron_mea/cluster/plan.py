@@ -100,7 +100,7 @@ def _teacher(config: Config, layout: Layout, device: Device) -> Setting | None:
         return None
     model = stored_settings(Path(config.training.distillation.teacher), TEACHER)
     check_teacher(config, model)
-    return Setting(config.model_copy(update={"model": model}), layout, device)
+    return Setting(config.model_copy(update={"model": model}), layout, device, learns=False)
 
 
 def count_parameters(setting: Setting) -> Parameters:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from megatron_mea.attention.hlc import folding_is_cheaper
+from megatron_mea.attention.hlc import folding_is_cheaper, folding_serves_a_step
 from megatron_mea.config.layout import Layout
 from megatron_mea.config.schema import Config, Model
 from megatron_mea.model.decoder import Decoder
@@ -75,13 +75,14 @@ class Projection:
 class Setting:
     """A configuration on a layout. `device` decides on kernels: a GPU's keep less for the backward pass.
 
-    `teacher` is the same with the teacher of `training.distillation` in the model's place.
+    `teacher` is the same with the teacher of `training.distillation` in the model's place, which does not learn.
     """
 
     config: Config
     layout: Layout
     device: Device = "cuda"
     teacher: Setting | None = None
+    learns: bool = True
 
     @property
     def model(self) -> Model:
@@ -104,7 +105,24 @@ class Setting:
 
     @property
     def recomputes(self) -> bool:
+        """Whole blocks."""
         return self.config.training.activation_checkpointing == "full"
+
+    @property
+    def recomputes_parts(self) -> bool:
+        """Of each block what needs no matrix of parameters."""
+        return self.config.training.activation_checkpointing == "selective"
+
+    @property
+    def folds_outside(self) -> bool:
+        """Whether heads are folded outside of what is recomputed (training/build.py)."""
+        return self.config.parallel.zero_stage < 3
+
+    @property
+    def folds_once_a_step(self) -> bool:
+        layout = self.layout
+        sizes = (layout.micro_batches, self.tokens, self.model.hidden_size, layout.tensor, layout.pipeline)
+        return self.learns and self.model.has_hlc and folding_serves_a_step(*sizes, self.config.parallel.zero_stage)
 
     @property
     def zero_stage(self) -> int:
@@ -139,7 +157,7 @@ class Setting:
         form: Literal["plain", "folded", "combined"] = "plain"
         if mixed:
             folds = folding_is_cheaper(self.tokens, model.hidden_size, components, composites, size)
-            form = "folded" if folds else "combined"
+            form = "folded" if folds or self.folds_once_a_step else "combined"
         cut = size > 1 and components * model.head_dim % size == 0
         return Projection(form, components, composites, cut, composites % size == 0)
 

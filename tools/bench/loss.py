@@ -26,7 +26,7 @@ from megatron_mea.parallel.grid import ALONE
 
 SHAPES = {
     "cpu": [(512, 256, 16384), (256, 64, 128256), (512, 512, 128256)],
-    "cuda": [(8192, 2048, 128256), (16384, 4096, 128256)],
+    "cuda": [(8192, 2048, 128256), (8192, 4096, 128256)],
 }
 """Tokens, hidden size, vocabulary."""
 
