@@ -111,10 +111,12 @@ class Engine:
         sums = self._run(batches, self.accumulation * self.grid.data_size / targets)
         total = torch.cat([sums, torch.full_like(sums[:1], float(stop()))])
         dist.all_reduce(total)
-        *sums, stops = total.tolist()
+        norm = self.engine.get_global_grad_norm()
+        norm = norm.double() if isinstance(norm, torch.Tensor) else torch.full_like(total[0], norm)
+        # In one piece, since the host waits for the device here.
+        *sums, stops, grad_norm = torch.cat([total, norm.reshape(1)]).tolist()
         # Every rank of a tensor group has the loss of the same samples.
         mean, divergence = (each / (self.grid.tensor.size * targets) for each in sums)
-        grad_norm = float(self.engine.get_global_grad_norm())
         # DeepSpeed skips an update whose gradient is not finite, without a word.
         if self.optimizer.overflow or not all(map(_is_finite, (mean, divergence, grad_norm))):
             also = "gradient is not finite" if _is_finite(divergence) else f"distillation loss is {divergence}"

@@ -84,8 +84,10 @@ class Bench:
             }
         )
 
-    def ours(self, variant: str, form: str | None = None, components: int | None = None) -> tuple[nn.Module, Loss]:
-        model = Decoder(self.config(variant, components).model)
+    def ours(
+        self, variant: str, form: str | None = None, components: int | None = None, compiled: bool = False
+    ) -> tuple[nn.Module, Loss]:
+        model = Decoder(self.config(variant, components).model, compiled=compiled)
         initialize(model, 0)
         for module in model.modules():
             if form and isinstance(module, HeadProjection):
@@ -257,15 +259,16 @@ def main() -> None:
     available = bench.peers()
     for name in [*arguments.peers, *(f"{name}, compiled" for name in arguments.compile)]:
         peer = name.removesuffix(", compiled")
+        make, compiled = available[peer], name != peer
         try:
-            model, loss = available[peer]()
+            model, loss = make(compiled=True) if compiled and isinstance(make, partial) else make()
         except ImportError as error:
             print(f"{name}: left out, {error}", file=sys.stderr)
             continue
         model.to(bench.device)
         if bench.device.type == "cuda":
             model.bfloat16()
-        if name != peer:
+        if compiled and not isinstance(make, partial):
             model.compile()
         steps[name] = step_of(model, loss, bench.device)
         # The first makes moments and compiles.
