@@ -61,8 +61,7 @@ def block_activations(setting: Setting, layer: int) -> int:
     local = tokens // setting.sequence_parts
     norms = 2 * norm_activations(setting, local, model.hidden_size)
     # What q, k, v and gate, up read.
-    into_attention, into_feed_forward = _copies(setting, 3), _copies(setting, 2)
-    inputs = (into_attention + into_feed_forward) * tokens * model.hidden_size * size
+    inputs = 2 * tokens * model.hidden_size * size
     # gate, up, and where they are kept silu(gate) and the product
     pieces = 2 if setting.recomputes_parts else 4
     feed_forward = pieces * tokens * (model.intermediate_size // setting.layout.tensor) * size
@@ -145,12 +144,3 @@ def norm_activations(setting: Setting, rows: int, width: int, affine: bool = Tru
     if setting.device == "cuda":
         return rows * (width * setting.number_bytes + FLOAT32)
     return rows * (width * FLOAT32 * (2 if affine else 1) + FLOAT32)
-
-
-def _copies(setting: Setting, readers: int) -> int:
-    """How many copies of an activation that `readers` projections read are kept.
-
-    With sequence parallelism what is gathered lies sequence first, and several samples then make each reader copy.
-    """
-    several = setting.config.training.micro_batch_size > 1
-    return readers if setting.sequence_parts > 1 and several else 1

@@ -74,7 +74,8 @@ class _ReduceScatter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return all_gather(gradient, ctx.dim, ctx.tp), None, None
+        # Two matrix products read it.
+        return all_gather(gradient, ctx.dim, ctx.tp).contiguous(), None, None
 
 
 class _Scatter(torch.autograd.Function):
@@ -101,7 +102,8 @@ def enter(x: torch.Tensor, tp: TensorGroup) -> torch.Tensor:
     """Into a region: (batch, seq, hidden), whole on every rank; the gradient comes out summed over ranks."""
     if tp.size == 1:
         return x
-    return _Gather.apply(x, SEQUENCE, tp) if tp.sequence_parallel else _Copy.apply(x, tp)
+    # What is gathered lies sequence first: copied once here, where several matrices read it.
+    return _Gather.apply(x, SEQUENCE, tp).contiguous() if tp.sequence_parallel else _Copy.apply(x, tp)
 
 
 def leave(x: torch.Tensor, tp: TensorGroup) -> torch.Tensor:
