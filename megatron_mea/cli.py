@@ -1,4 +1,7 @@
-"""The command line: parses, calls one function a verb, and turns a user's error into one message."""
+"""The command line: calls one function a verb, and turns a user's error into one message.
+
+What can be refused without torch is, before it is imported: that takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -10,36 +13,18 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatron_mea import __version__
+from megatron_mea.arguments import parse
 from megatron_mea.errors import UserError
 from megatron_mea.failures import exit_status
-
-_SUBMITTING = ("submit", "sweep")
-"""Verbs that hand what stands behind -- to sbatch."""
-MODEL_HELP = "a checkpoint folder, a run folder (its newest checkpoint) or a Hugging Face folder"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status: 0 done, 2 the user's input was wrong."""
-    arguments = _parse(sys.argv[1:] if argv is None else list(argv))
+    arguments = parse(sys.argv[1:] if argv is None else list(argv))
     # `train` saves and stops instead. Elsewhere what was begun is taken back.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _leave)
-    return exit_status(lambda: arguments.run(arguments))
-
-
-def _parse(argv: list[str]) -> argparse.Namespace:
-    parser, options = _parser(), []
-    if "--" in argv and argv[0] in _SUBMITTING:
-        argv, options = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
-    arguments, more = parser.parse_known_args(argv)
-    # argparse takes no overrides behind an option.
-    if more and (not hasattr(arguments, "overrides") or any("=" not in one or one[0] == "-" for one in more)):
-        parser.error(f"unrecognized arguments: {' '.join(more)}")
-    if more:
-        arguments.overrides += more
-    arguments.sbatch_options = options
-    return arguments
+    return exit_status(lambda: _VERBS[arguments.verb](arguments))
 
 
 def _leave(number: int, frame: object) -> None:
@@ -47,202 +32,6 @@ def _leave(number: int, frame: object) -> None:
     # end by that signal, also when it is caught.
     print("megatron-mea: interrupted", file=sys.stderr, flush=True)
     sys.exit(128 + number)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="megatron-mea",
-        description="Distributed pre-training of language models with Multi-head Explicit Attention (MEA).",
-    )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-
-    def verb(
-        name: str, run: Callable[[argparse.Namespace], None], summary: str, example: str
-    ) -> argparse.ArgumentParser:
-        added = verbs.add_parser(
-            name,
-            help=summary,
-            description=summary,
-            epilog=f"example:\n  megatron-mea {name} {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        added.set_defaults(run=run)
-        return added
-
-    def configuration(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("config", metavar="CONFIG", help="a YAML file")
-        sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted keys of the YAML and new values")
-
-    def resources(sub: argparse.ArgumentParser, required: bool) -> None:
-        sub.usage = f"megatron-mea {sub.prog.split()[-1]} CONFIG [KEY=VALUE ...] [options] [-- SBATCH_OPTION ...]"
-        default = ("", "", "") if required else (" (default: 1)", " (default: 1)", " (default: 24:00:00)")
-        sub.add_argument("--nodes", type=int, required=required, metavar="N", help=f"nodes of a job{default[0]}")
-        gpus = f"processes a node, one a GPU{default[1]}"
-        sub.add_argument("--gpus-per-node", type=int, required=required, metavar="G", help=gpus)
-        limit = f"limit of a job, H:M:S or D-H:M:S; the run goes on{default[2]}"
-        sub.add_argument("--time", required=required, metavar="T", help=limit)
-        sub.add_argument("--dry-run", action="store_true", help="print the script instead")
-
-    sources = "text: .txt, .jsonl(.gz, .zst), .parquet, a folder of those or of `datasets`, or a hub NAME[:CONFIG]"
-
-    sub = verb(
-        "tokenizer",
-        _tokenizer,
-        "train a sentencepiece BPE with byte fallback",
-        "--input corpus.jsonl.gz --vocab-size 32000 --out tokenizer",
-    )
-    sub.add_argument("--input", nargs="+", action="extend", required=True, metavar="SOURCE", help=sources)
-    sub.add_argument("--vocab-size", type=int, required=True, metavar="N", help="counts every id, special ones too")
-    sub.add_argument("--out", required=True, metavar="DIR", help="the tokenizer folder to write")
-    sub.add_argument("--text-key", default="text", help="field of a document's text (default: text)")
-
-    sub = verb(
-        "prepare",
-        _prepare,
-        "tokenise documents into PREFIX.bin and PREFIX.idx, Megatron's indexed format",
-        "--input corpus.jsonl.gz --tokenizer tokenizer --out data/corpus",
-    )
-    sub.add_argument("--input", nargs="+", action="extend", required=True, metavar="SOURCE", help=sources)
-    sub.add_argument("--tokenizer", required=True, metavar="DIR", help="a Hugging Face tokenizer folder")
-    sub.add_argument("--out", required=True, metavar="PREFIX", help="PREFIX.bin and PREFIX.idx are written")
-    sub.add_argument("--text-key", default="text", help="field of a document's text (default: text)")
-    sub.add_argument("--split", default="train", help="split of a `datasets` source (default: train)")
-    sub.add_argument("--workers", type=int, default=None, help="processes (default: the cores of this machine)")
-    broken = "part of the lines and rows that may be broken and left out (default: 0.01)"
-    sub.add_argument("--max-broken", type=float, default=0.01, metavar="SHARE", help=broken)
-
-    sub = verb(
-        "train",
-        _train,
-        "train, alone or as one rank of many; resumes by itself",
-        "configs/quickstart.yaml optimizer.lr=1e-3",
-    )
-    configuration(sub)
-
-    sub = verb(
-        "plan",
-        _plan,
-        "check a configuration and say what it needs: memory, FLOPs, communication; allocates nothing",
-        "configs/quickstart.yaml parallel.tensor_model_parallel_size=2 --world-size 4",
-    )
-    configuration(sub)
-    sub.add_argument("--world-size", type=int, metavar="N", help="processes (default: one copy of the model)")
-    sub.add_argument("--json", action="store_true", help="for machines: bytes, counts and FLOPs")
-
-    sub = verb(
-        "submit",
-        _submit,
-        "check everything, and submit a SLURM job that trains, requeues and resumes by itself",
-        "my.yaml optimizer.lr=1e-3 --nodes 2 --gpus-per-node 8 --time 24:00:00 -- --qos=high",
-    )
-    configuration(sub)
-    resources(sub, required=True)
-    chain = "jobs in a row, for clusters that forbid to requeue (default: one job that requeues itself)"
-    sub.add_argument("--chain", type=int, default=1, metavar="JOBS", help=chain)
-
-    sub = verb(
-        "sweep",
-        _sweep,
-        "one run a combination of variant, learning rate and seed, here or as a SLURM array; skips what is done",
-        "my.yaml --variants plain,mea --learning-rates 1e-3,3e-3 --seeds 1,2 --out runs/sweep",
-    )
-    configuration(sub)
-    sub.add_argument("--variants", metavar="V,...", help="of model.attention_variant (default: the file's)")
-    sub.add_argument("--learning-rates", metavar="LR,...", help="of optimizer.lr (default: the file's)")
-    sub.add_argument("--seeds", metavar="S,...", help="of training.seed (default: the file's)")
-    sub.add_argument("--out", required=True, metavar="DIR", help="holds a run folder for each")
-    sub.add_argument("--submit", action="store_true", help="as a SLURM array; the options below say on what each runs")
-    resources(sub, required=False)
-    sub.add_argument(
-        "--at-once", type=int, metavar="K", help="runs that may run at the same time (default: all of an array, 1 here)"
-    )
-
-    sub = verb(
-        "report",
-        _report,
-        "what runs say together: curves, fits, stability, the best rates, as a page that needs no network",
-        "runs/sweep --out report.html --tokens 5e11",
-    )
-    sub.add_argument("paths", nargs="+", metavar="DIR", help="a run folder, or a sweep's --out")
-    files = "the page; FILE.csv (a row a run), FILE-curves.csv and a PNG a figure are written beside it"
-    sub.add_argument("--out", required=True, metavar="FILE.html", help=files)
-    counts = "tokens at which the fits are extrapolated"
-    sub.add_argument("--tokens", nargs="+", type=float, default=[], metavar="N", help=counts)
-
-    sub = verb("inspect", _inspect, "show a checkpoint and verify it", "runs/quickstart/run/checkpoints/step_00000500")
-    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint folder, or a run folder (its newest)")
-
-    sub = verb("export", _export, "write a Hugging Face folder, and check its logits", "runs/quickstart/run exported")
-    sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    sub.add_argument("out", metavar="OUT_DIR", help="a folder that does not exist or is empty")
-    sub.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="default fp32: the master weights")
-    targets = "stock: plain Llama or Qwen where that is exact; vllm: its cache holds component heads alone"
-    sub.add_argument("--target", choices=("transformers", "stock", "vllm"), default="transformers", help=targets)
-
-    sub = verb(
-        "import",
-        _import,
-        "write a checkpoint that a run can begin from, out of a Llama, Mistral, Qwen2, Qwen3 or an export",
-        "Llama-3.2-1B imported",
-    )
-    sub.add_argument("source", metavar="HF_DIR", help="a Hugging Face folder with safetensors")
-    sub.add_argument("out", metavar="OUT_CHECKPOINT", help="a folder that does not exist or is empty")
-    variant = "attention variant (default: mea_no_norm, which computes what the source does; an export's own)"
-    sub.add_argument("--variant", metavar="V", help=variant)
-
-    sub = verb(
-        "compress",
-        _compress,
-        "virtual heads: a smaller key-value cache for a trained model",
-        "Llama-3.2-1B compressed --cache-ratio 0.5 --calibration data/train --align",
-    )
-    sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    sub.add_argument("out", metavar="OUT", help="of the same kind as MODEL; does not exist or is empty")
-    size = sub.add_mutually_exclusive_group()
-    numbers = "component heads of the layers: one number, or one for every layer with commas between"
-    size.add_argument("--component-heads", metavar="N", help=numbers)
-    ratio = "size of the cache to that of all composite heads; each layer's number of heads is chosen"
-    size.add_argument("--cache-ratio", type=float, metavar="R", help=ratio)
-    layers = (
-        "full, half or deep as in the paper, auto (all, with --cache-ratio), or from 1 on as 5-12,20 or 5-12:2,20:1"
-    )
-    sub.add_argument("--layers", metavar="LAYERS", help=layers)
-    tokens = "prepared data: lose least of what heads put out there, rather than of the weights"
-    sub.add_argument("--calibration", metavar="PREFIX", help=tokens)
-    align = "turn heads towards one another first, which costs nothing and loses far less; q_proj and o_proj change too"
-    sub.add_argument("--align", action="store_true", help=align)
-
-    sub = verb(
-        "sensitivity",
-        _sensitivity,
-        "compress one layer at a time, and measure the cross-entropy of each",
-        "runs/quickstart/run --component-heads 1 --data runs/quickstart/data/validation --out sensitivity.json",
-    )
-    sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    sub.add_argument("--component-heads", type=int, required=True, metavar="N", help="of the layer in question")
-    sub.add_argument("--data", required=True, metavar="PREFIX", help="prepared data")
-    sub.add_argument("--out", required=True, metavar="FILE.json", help="the result; a plot is written to FILE.png")
-    sub.add_argument("--align", action="store_true", help="as in `compress`")
-
-    sub = verb(
-        "evaluate",
-        _evaluate,
-        "cross-entropy and perplexity of a model on prepared data, and lm-eval's tasks",
-        "runs/quickstart/run --data runs/quickstart/data/validation",
-    )
-    sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    sub.add_argument("--data", metavar="PREFIX", help="prepared data (default: a checkpoint's data.validation)")
-    tasks = "lm-eval tasks, by name or as files; `paper`: the six of the paper"
-    sub.add_argument("--tasks", nargs="+", metavar="NAME_OR_YAML", help=tasks)
-    sub.add_argument("--out", metavar="FILE.json", help="write the result there too")
-
-    sub = verb("generate", _generate, "continue a text", 'exported --prompt "In the beginning"')
-    sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    sub.add_argument("--prompt", required=True, metavar="TEXT")
-    sub.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
-    sub.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest token")
-    return parser
 
 
 def _tokenizer(arguments: argparse.Namespace) -> None:
@@ -294,6 +83,10 @@ def _plan(arguments: argparse.Namespace) -> None:
 
     config = load_config(arguments.config, arguments.overrides)
 
+    from megatron_mea.config.layout import check_layout
+
+    check_layout(config, arguments.world_size)
+
     from megatron_mea.cluster.plan import as_json, as_text, make_plan
 
     plan = make_plan(config, arguments.world_size)
@@ -332,11 +125,17 @@ def _sweep(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from megatron_mea.experiments.report import report
-
     if not all(0 < count < float("inf") for count in arguments.tokens):
         raise UserError("--tokens", arguments.tokens, "numbers above 0")
-    print(report(arguments.paths, arguments.out, arguments.tokens))
+    if Path(arguments.out).suffix != ".html":
+        raise UserError("--out", arguments.out, "a file that ends in .html")
+    from megatron_mea.experiments.runs import find_runs
+
+    runs = find_runs(arguments.paths)
+
+    from megatron_mea.experiments.report import report
+
+    print(report(runs, arguments.out, arguments.tokens))
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -346,18 +145,32 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
+    from megatron_mea.huggingface.place import check_places
+
+    check_places(arguments.model, arguments.out)
+
     from megatron_mea.huggingface.export import export
 
     print(export(arguments.model, arguments.out, arguments.dtype, arguments.target))
 
 
 def _import(arguments: argparse.Namespace) -> None:
+    from megatron_mea.huggingface.place import check_hugging_face
+    from megatron_mea.outputs import check_free_folder
+
+    check_free_folder(Path(arguments.out))
+    check_hugging_face(Path(arguments.source))
+
     from megatron_mea.huggingface.importing import import_model
 
     print(import_model(arguments.source, arguments.out, arguments.variant))
 
 
 def _compress(arguments: argparse.Namespace) -> None:
+    from megatron_mea.huggingface.place import check_places
+
+    check_places(arguments.model, arguments.out, {"--calibration": arguments.calibration})
+
     from megatron_mea.compression.compress import compress
 
     size = arguments.component_heads, arguments.cache_ratio
@@ -365,6 +178,12 @@ def _compress(arguments: argparse.Namespace) -> None:
 
 
 def _sensitivity(arguments: argparse.Namespace) -> None:
+    if Path(arguments.out).suffix != ".json":
+        raise UserError("--out", arguments.out, "a name that ends in .json")
+    from megatron_mea.huggingface.place import check_places
+
+    check_places(arguments.model, data={"--data": arguments.data})
+
     from megatron_mea.compression.sensitivity import sensitivity
 
     given = arguments.model, arguments.component_heads, arguments.data, arguments.out, arguments.align
@@ -372,6 +191,10 @@ def _sensitivity(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    from megatron_mea.huggingface.place import check_places
+
+    check_places(arguments.model, data={"--data": arguments.data})
+
     from megatron_mea.huggingface.use import evaluate
 
     text, table = evaluate(arguments.model, arguments.data, arguments.tasks, arguments.out)
@@ -386,6 +209,28 @@ def _generate(arguments: argparse.Namespace) -> None:
         raise UserError("--max-new-tokens", arguments.max_new_tokens, "at least 1")
     if arguments.temperature != 0 and not 1e-3 <= arguments.temperature < float("inf"):
         raise UserError("--temperature", arguments.temperature, "0 (the likeliest token), or 0.001 and more")
+    from megatron_mea.huggingface.place import check_places
+
+    check_places(arguments.model)
+
     from megatron_mea.huggingface.use import generate
 
     print(generate(arguments.model, arguments.prompt, arguments.max_new_tokens, arguments.temperature))
+
+
+_VERBS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "tokenizer": _tokenizer,
+    "prepare": _prepare,
+    "train": _train,
+    "plan": _plan,
+    "submit": _submit,
+    "sweep": _sweep,
+    "report": _report,
+    "inspect": _inspect,
+    "export": _export,
+    "import": _import,
+    "compress": _compress,
+    "sensitivity": _sensitivity,
+    "evaluate": _evaluate,
+    "generate": _generate,
+}

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from megatron_mea.checkpoint.folder import Meta
 from megatron_mea.cli import main
 from megatron_mea.errors import UserError
-from megatron_mea.huggingface.modeling_mea import MEAForCausalLM, rotary_cos_sin
+from megatron_mea.huggingface.modeling_mea import MEAForCausalLM
+from megatron_mea.huggingface.rotary_mea import rotary_cos_sin
 from megatron_mea.huggingface.targets import make_target
 
 SETTINGS = {

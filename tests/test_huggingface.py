@@ -11,7 +11,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_mea.huggingface.configuration_mea import MEAConfig
 from megatron_mea.huggingface.convert import to_hf_config
-from megatron_mea.huggingface.modeling_mea import CACHE, MEAForCausalLM, rotary_cos_sin
+from megatron_mea.huggingface.modeling_mea import CACHE, MEAForCausalLM
+from megatron_mea.huggingface.rotary_mea import rotary_cos_sin
 
 
 def exported(case: dict, attention: str = "sdpa", dtype=torch.float64):

@@ -54,8 +54,8 @@ def test_an_interruption_while_python_executes_a_string_keeps_its_status(tmp_pat
         import argparse, sys
         from megatron_mea import cli
         text = "import os; os.kill(os.getpid(), {int(signal.SIGINT)})\\nwhile True: pass"
-        arguments = argparse.Namespace(run=lambda arguments: exec(text))
-        cli._parser = lambda: argparse.Namespace(parse_known_args=lambda argv: (arguments, []))
+        cli.parse = lambda argv: argparse.Namespace(verb="train")
+        cli._VERBS["train"] = lambda arguments: exec(text)
         sys.exit(cli.main())
     """)
     command = [sys.executable, "-m", "command"]

@@ -13,7 +13,7 @@ from megatron_mea.attention.head_norm import HeadNorm
 from megatron_mea.attention.hlc import Folded, HeadProjection
 from megatron_mea.attention.talking_heads import TalkingHeads
 from megatron_mea.config.schema import Model
-from megatron_mea.huggingface.modeling_mea import apply_rotary
+from megatron_mea.huggingface.rotary_mea import apply_rotary
 from megatron_mea.parallel.collectives import enter, leave
 from megatron_mea.parallel.grid import ALONE, TensorGroup
 from megatron_mea.parallel.layers import Linear, RMSNorm

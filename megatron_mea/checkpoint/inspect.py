@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 
 from megatron_mea.checkpoint.folder import Meta, checkpoint_folder, damage
-from megatron_mea.checkpoint.tensors import weight_shapes
 from megatron_mea.errors import UserError
 
 
@@ -21,6 +20,10 @@ def inspect(path: str | Path) -> str:
     if problem is not None:
         raise UserError(str(folder), problem, "a whole checkpoint", "use an older one of the run")
     meta = Meta.read(folder)
+
+    # It imports torch.
+    from megatron_mea.checkpoint.tensors import weight_shapes
+
     shapes = weight_shapes(folder)
     counts = {name: math.prod(shape) for name, shape in shapes.items()}
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -76,13 +76,10 @@ def make_plan(config: Config, world_size: int | None = None, device: Device = "c
     Raises:
         UserError: the layout cannot work, or a teacher is missing or cannot teach this model on it.
     """
-    if world_size is None:
-        parallel = config.parallel
-        world_size = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     layout = check_layout(config, world_size)
     setting = Setting(config, layout, device, _teacher(config, layout, device))
     return Plan(
-        world_size,
+        layout.world_size,
         setting.layout,
         config.parallel.zero_stage,
         config.steps,

@@ -15,14 +15,13 @@ from typing import Any
 
 from megatron_mea.checkpoint.lease import holder
 from megatron_mea.cluster import slurm
-from megatron_mea.cluster.plan import make_plan
 from megatron_mea.cluster.script import Site, render
 from megatron_mea.config import Config, dump_config
 from megatron_mea.config.layout import Layout, check_layout
 from megatron_mea.errors import Problem, RunError, UserError
 from megatron_mea.outputs import output_place, written
+from megatron_mea.training.before import look_at, open_data
 from megatron_mea.training.ranks import Ranks
-from megatron_mea.training.run import check_inputs, checkpoint_bytes, look_at
 
 OURS = {
     **{"--nodes": "--nodes", "-N": "--nodes", "--time": "--time", "-t": "--time", "--requeue": "--chain"},
@@ -116,8 +115,12 @@ def check_run(config: Config, resources: Resources) -> tuple[Layout, int, list[s
         raise UserError("run.dir", found, "a run with steps to do", "raise training.steps to go on")
     if other := _who_trains(Path(config.run.dir)):
         raise UserError("run.dir", f"{config.run.dir}, which {other} trains", "a run that nobody trains now")
-    inputs = check_inputs(config, Ranks(0, world, 0, "", 1), layout, before)
-    warnings = list(inputs.warnings)
+    data = open_data(config, layout, before)
+
+    # It imports torch.
+    from megatron_mea.training.inputs import open_inputs
+
+    warnings = open_inputs(config, Ranks(0, world, 0, "", 1), layout, before, data).warnings
     if resources.gpus_per_node % layout.tensor:
         warnings.append(
             f"the {layout.tensor} ranks of a tensor group (parallel.tensor_model_parallel_size) do not share a node of "
@@ -251,6 +254,10 @@ def signal_lead(config: Config, resources: Resources) -> int:
 
     Twice what a step, a validation where there is one, and a save take: of this run's last attempt, else estimated.
     """
+    # They import torch.
+    from megatron_mea.cluster.plan import make_plan
+    from megatron_mea.training.inputs import checkpoint_bytes
+
     beat = _heartbeat(Path(config.run.dir)) or {}
     save = beat.get("save_seconds") or checkpoint_bytes(config.model) / (_DISK * resources.nodes)
     if beat.get("tokens_per_second"):

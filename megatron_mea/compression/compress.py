@@ -24,7 +24,7 @@ from megatron_mea.data.indexed import open_readers
 from megatron_mea.errors import UserError
 from megatron_mea.huggingface.export import export
 from megatron_mea.huggingface.importing import how_to_begin
-from megatron_mea.huggingface.source import is_hugging_face
+from megatron_mea.huggingface.place import is_hugging_face
 from megatron_mea.huggingface.stored import stored_tensors
 from megatron_mea.model.decoder import parameter_shapes
 from megatron_mea.outputs import check_free_folder, output_place, require_space, written

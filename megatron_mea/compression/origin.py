@@ -19,7 +19,8 @@ from megatron_mea.config.load import parse_config
 from megatron_mea.config.schema import Model
 from megatron_mea.errors import UserError
 from megatron_mea.huggingface.importing import import_model, read_settings
-from megatron_mea.huggingface.source import CheckpointSource, is_hugging_face, open_checkpoint
+from megatron_mea.huggingface.place import is_hugging_face
+from megatron_mea.huggingface.source import CheckpointSource, open_checkpoint
 
 SIDES = ("k", "v")
 VARIANTS = {"plain": "mea_no_norm", "plain_norm": "mea", "mea": "mea", "mea_no_norm": "mea_no_norm"}

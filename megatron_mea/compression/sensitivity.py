@@ -44,8 +44,6 @@ def sensitivity(model: str | Path, heads: int, data: str, out: str | Path, align
         UserError: the model or the data cannot be used, or `out` cannot be written.
     """
     out = Path(out)
-    if out.suffix != ".json":
-        raise UserError("--out", str(out), "a name that ends in .json")
     plot, part = out.with_suffix(".png"), Path(f"{out}.part")
     places = output_place(out, folder=False), output_place(plot, folder=False)
     layers = compressible(read_model(model), str(model), heads, "--component-heads")

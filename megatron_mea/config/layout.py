@@ -22,19 +22,25 @@ class Layout:
     micro_batches: int
 
     @property
+    def world_size(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+    @property
     def pipeline_bubble(self) -> float:
         """The part of a step that a stage idles: (p - 1) / (m + p - 1) (Megatron-LM, arXiv 2104.04473)."""
         return (self.pipeline - 1) / (self.micro_batches + self.pipeline - 1)
 
 
-def check_layout(config: Config, world_size: int) -> Layout:
-    """The layout of a run on `world_size` processes.
+def check_layout(config: Config, world_size: int | None = None) -> Layout:
+    """The layout of a run on `world_size` processes; by default one copy of the model.
 
     Raises:
         UserError: it cannot work; the message ends with a table of those that can.
     """
     parallel, training = config.parallel, config.training
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    if world_size is None:
+        world_size = tensor * pipeline
     problems = list(_problems(config, tensor, pipeline, parallel.zero_stage, world_size))
     if problems:
         raise UserError.of(problems, footer="\n".join(_table(config, world_size)))

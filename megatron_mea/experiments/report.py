@@ -8,31 +8,28 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from megatron_mea.errors import UserError
 from megatron_mea.experiments import figures
 from megatron_mea.experiments.heads import read_heads
 from megatron_mea.experiments.page import render
 from megatron_mea.experiments.results import Result, differences, evaluate_runs
-from megatron_mea.experiments.runs import find_runs
+from megatron_mea.experiments.runs import Run
 from megatron_mea.outputs import output_place, written
 
 COLUMNS = ("variant", "lr", "seed", "L0", "L0_low", "L0_high", "alpha", "stable", "best")
 
 
-def report(paths: Sequence[str], out: str, tokens: Sequence[float] = ()) -> str:
+def report(runs: Sequence[Run], out: str, tokens: Sequence[float] = ()) -> str:
     """Writes the page `out`, and beside it OUT.csv, OUT-curves.csv and a PNG a figure; returns what to print.
 
     Args:
-        paths: run folders, or folders of them.
+        out: FILE.html
         tokens: counts at which the fits are extrapolated.
 
     Raises:
-        UserError: there are no runs, or `out` cannot be written; nothing was written.
+        UserError: `out` cannot be written; nothing was written.
     """
     page = Path(out)
-    if page.suffix != ".html":
-        raise UserError("--out", out, "a file that ends in .html")
-    results = evaluate_runs(find_runs(paths))
+    results = evaluate_runs(runs)
     drawn, notes = _figures(results)
     files: dict[Path, bytes] = {page.with_name(f"{page.stem}-{name}.png"): png for name, (_, png) in drawn.items()}
     files[page.with_name(f"{page.stem}-curves.csv")] = _curves(results).encode()

@@ -13,8 +13,6 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from megatron_mea import failures
 from megatron_mea.cluster import slurm
 from megatron_mea.cluster.script import Site, render
@@ -32,7 +30,7 @@ from megatron_mea.config.load import load_config
 from megatron_mea.errors import RunError, UserError
 from megatron_mea.outputs import output_place, written
 from megatron_mea.training import records
-from megatron_mea.training.run import look_at
+from megatron_mea.training.before import look_at
 
 MIXING = ("mea", "mea_no_norm")
 _POLL = 0.2
@@ -168,6 +166,9 @@ def _has_ended(config: Config) -> bool:
 
 def _share(slot: int, slots: int) -> dict[str, str]:
     """Environment of one of several runs on this machine: threads, and a GPU where there are some."""
+    # Not before all runs have been checked: it takes seconds.
+    import torch
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // slots)))}
     gpus = torch.cuda.device_count()

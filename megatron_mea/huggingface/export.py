@@ -20,9 +20,10 @@ from megatron_mea.data.tokenizer import copy_tokenizer, load_tokenizer
 from megatron_mea.errors import UserError
 from megatron_mea.huggingface.card import model_card
 from megatron_mea.huggingface.importing import import_model, read_settings
+from megatron_mea.huggingface.place import is_hugging_face
 from megatron_mea.huggingface.proof import compare
 from megatron_mea.huggingface.shards import SHARD_BYTES, write_safetensors
-from megatron_mea.huggingface.source import CheckpointSource, is_hugging_face, open_checkpoint, token_ids
+from megatron_mea.huggingface.source import CheckpointSource, open_checkpoint, token_ids
 from megatron_mea.huggingface.targets import Target, make_target
 from megatron_mea.outputs import check_free_folder, output_place, require_space, written
 

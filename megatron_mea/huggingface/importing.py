@@ -13,13 +13,14 @@ import torch
 import yaml
 from transformers import GenerationConfig
 
-from megatron_mea.checkpoint.folder import GENERATION, META, TOKENIZER, Meta, publish, seal
+from megatron_mea.checkpoint.folder import GENERATION, TOKENIZER, Meta, publish, seal
 from megatron_mea.checkpoint.tensors import write_tensors
 from megatron_mea.config.load import parse_config, parse_model
 from megatron_mea.config.schema import Model
 from megatron_mea.data.tokenizer import check_tokenizer_folder, copy_tokenizer, load_tokenizer
 from megatron_mea.errors import RunError, UserError
 from megatron_mea.huggingface.description import STOCK, Description, read_description
+from megatron_mea.huggingface.place import check_hugging_face
 from megatron_mea.huggingface.stored import Stored, check_names, read_piece, stored_tensors, without_tied_head
 from megatron_mea.model.decoder import Decoder, parameter_shapes
 from megatron_mea.outputs import check_free_folder, output_place, require_space
@@ -90,18 +91,9 @@ def read_settings(source: Path, variant: str | None = None) -> tuple[Description
     Raises:
         UserError: it is not supported, or has not that variant.
     """
-    _check_kind(source)
+    check_hugging_face(source)
     described = read_description(source, _SOURCE)
     return described, *_with_variant(source, described, variant)
-
-
-def _check_kind(source: Path) -> None:
-    if (source / "config.json").is_file():
-        return
-    found = "no config.json" if source.is_dir() else "a file" if source.exists() else "no such folder"
-    found = "a checkpoint already" if (source / META).is_file() else found
-    mend = "" if source.exists() else "`hf download NAME --local-dir HF_DIR` fetches a model of the hub"
-    raise UserError(str(source), found, "a Hugging Face folder: config.json, safetensors, tokenizer", mend)
 
 
 def _with_variant(source: Path, described: Description, variant: str | None) -> tuple[Model, list[str]]:

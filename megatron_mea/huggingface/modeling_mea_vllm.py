@@ -15,10 +15,9 @@ from .modeling_mea import (
     MEAForCausalLM,
     MEAModel,
     accept_either_cache_name,
-    apply_rotary,
     eager_attention_forward,
-    rotary_cos_sin,
 )
+from .rotary_mea import apply_rotary, rotary_cos_sin
 
 
 class MEAServedConfig(MEAConfig):

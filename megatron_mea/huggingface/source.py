@@ -20,6 +20,7 @@ from megatron_mea.errors import UserError
 from megatron_mea.huggingface.convert import to_hf_config
 from megatron_mea.huggingface.modeling_mea import MEAForCausalLM
 from megatron_mea.huggingface.modeling_mea_vllm import MEAServedForCausalLM
+from megatron_mea.huggingface.place import is_hugging_face
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,6 @@ class CheckpointSource:
     def weights(self) -> dict[str, torch.Tensor]:
         """The float32 master weights by exported name."""
         return read_tensors(self.folder, weight_shapes(self.folder))
-
-
-def is_hugging_face(path: str | Path) -> bool:
-    return Path(path, "config.json").is_file()
 
 
 def open_checkpoint(path: str | Path) -> CheckpointSource:

@@ -24,7 +24,7 @@ from transformers import (
 from megatron_mea.attention.hlc import fold_weight
 from megatron_mea.config.schema import Model
 from megatron_mea.errors import UserError
-from megatron_mea.huggingface import configuration_mea, modeling_mea, modeling_mea_vllm
+from megatron_mea.huggingface import configuration_mea, modeling_mea, modeling_mea_vllm, rotary_mea
 from megatron_mea.huggingface.convert import to_hf_config
 from megatron_mea.huggingface.modeling_mea import MEAForCausalLM
 from megatron_mea.huggingface.modeling_mea_vllm import MEAServedConfig, MEAServedForCausalLM
@@ -94,7 +94,7 @@ def _transformers(model: Model, fields: dict[str, Any]) -> Target:
         "AutoModelForCausalLM": "modeling_mea.MEAForCausalLM",
         "AutoModelForSequenceClassification": "modeling_mea.MEAForSequenceClassification",
     }
-    modules = (configuration_mea, modeling_mea)
+    modules = (configuration_mea, rotary_mea, modeling_mea)
     return Target(to_hf_config(model, **fields), MEAForCausalLM, _as_trained(model), modules, classes)
 
 
@@ -208,7 +208,7 @@ def _vllm(model: Model, fields: dict[str, Any]) -> Target:
         "For vLLM (`vllm serve this/folder --trust-remote-code --model-impl transformers`).",
         f"Its cache holds {gain:.3g} times the tokens that it would hold of composite heads. Kernels: {kernels}.",
     )
-    modules = (configuration_mea, modeling_mea, modeling_mea_vllm)
+    modules = (configuration_mea, rotary_mea, modeling_mea, modeling_mea_vllm)
     return Target(config, MEAServedForCausalLM, _as_trained(model), modules, classes, notes)
 
 

@@ -8,12 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_mea.checkpoint.folder import Meta, checkpoint_folder, damage
+from megatron_mea.checkpoint.folder import Meta, damage
 from megatron_mea.checkpoint.tensors import Fragment, read_fragments, weight_shapes
 from megatron_mea.config.load import parse_config
 from megatron_mea.config.schema import Model
 from megatron_mea.errors import Problem, UserError
 from megatron_mea.huggingface.description import read_description
+from megatron_mea.huggingface.place import INIT_FROM, is_hugging_face, named_checkpoint
 from megatron_mea.huggingface.stored import check_names, read_stored, stored_tensors, without_tied_head
 from megatron_mea.model.decoder import parameter_shapes
 
@@ -24,7 +25,6 @@ _SAME = (
 """Settings that say what the weights mean, which equal shapes do not."""
 _TOLD = ("rope_parameters", "max_position_embeddings", "rms_norm_eps", "head_norm_eps")
 """Settings that somebody may mean to change when training goes on: a warning."""
-_KEY = "run.init_from"
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,12 @@ def open_stored(path: Path, key: str, rank: int = 0, world_size: int = 1) -> Sto
     Raises:
         UserError: nothing of the kind stands there, or it is damaged.
     """
-    if _is_hugging_face(path):
+    if is_hugging_face(path):
         model = stored_settings(path, key)
         found = without_tied_head(path, key, stored_tensors(path, key), model.tie_word_embeddings)
         shapes = {name: one.shape for name, one in found.items()}
         return StoredModel(model, shapes, partial(read_stored, found), path)
-    folder = _checkpoint(path, key)
+    folder = named_checkpoint(path, key)
     if problem := damage(folder, rank, world_size):
         raise UserError(key, f"{folder}: {problem}", "a whole checkpoint", "use an older one of the run")
     return StoredModel(stored_settings(folder, key), weight_shapes(folder), partial(read_fragments, folder), folder)
@@ -86,21 +86,9 @@ def stored_settings(path: Path, key: str) -> Model:
     Raises:
         UserError: nothing of the kind stands there.
     """
-    if _is_hugging_face(path):
+    if is_hugging_face(path):
         return read_description(path, key).model
-    return parse_config(Meta.read(_checkpoint(path, key)).config, needs_data=False).model
-
-
-def _is_hugging_face(path: Path) -> bool:
-    return (path / "config.json").is_file()
-
-
-def _checkpoint(path: Path, key: str) -> Path:
-    try:
-        return checkpoint_folder(path)
-    except UserError as error:
-        allowed = f"{error.problems[0].allowed}, or a Hugging Face folder"
-        raise UserError(key, f"{path}: {error.problems[0].found}", allowed) from None
+    return parse_config(Meta.read(named_checkpoint(path, key)).config, needs_data=False).model
 
 
 def open_weights(path: Path, model: Model, rank: int = 0, world_size: int = 1) -> WeightSource:
@@ -109,13 +97,15 @@ def open_weights(path: Path, model: Model, rank: int = 0, world_size: int = 1) -
     Raises:
         UserError: nothing of the kind stands there, it is damaged, or a name, a shape or a setting does not fit.
     """
-    stored = open_stored(path, _KEY, rank, world_size)
+    stored = open_stored(path, INIT_FROM, rank, world_size)
     ours, settings = _described(model), _described(stored.model)
     other = [key for key in ours if key in settings and settings[key] != ours[key]]
     problems = [
-        Problem(f"model.{key}", ours[key], f"{settings[key]}, as in {_KEY} = {path}") for key in other if key in _SAME
+        Problem(f"model.{key}", ours[key], f"{settings[key]}, as in {INIT_FROM} = {path}")
+        for key in other
+        if key in _SAME
     ]
-    problems += check_names(path, _KEY, stored.shapes, parameter_shapes(model), "the section `model`")
+    problems += check_names(path, INIT_FROM, stored.shapes, parameter_shapes(model), "the section `model`")
     if problems:
         raise UserError.of(problems)
     told = [key for key in other if key in _TOLD]

@@ -16,7 +16,7 @@ from megatron_mea.attention.folds import Folds, fold
 from megatron_mea.attention.talking_heads import talking
 from megatron_mea.config.schema import Model
 from megatron_mea.huggingface.convert import to_hf_config
-from megatron_mea.huggingface.modeling_mea import rotary_cos_sin
+from megatron_mea.huggingface.rotary_mea import rotary_cos_sin
 from megatron_mea.parallel.collectives import enter, leave
 from megatron_mea.parallel.cross_entropy import chunk_size, linear_cross_entropy_sum
 from megatron_mea.parallel.grid import ALONE, TensorGroup

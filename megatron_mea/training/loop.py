@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import closing, nullcontext, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,20 +18,18 @@ from megatron_mea.checkpoint.resume import Choice, choose
 from megatron_mea.checkpoint.saver import Saver
 from megatron_mea.checkpoint.tensors import read_fragments
 from megatron_mea.config import Config
-from megatron_mea.config.layout import Layout
-from megatron_mea.data.corpora import Corpora
 from megatron_mea.errors import RunError, UserError
-from megatron_mea.huggingface.weights import StoredModel, WeightSource, open_weights
+from megatron_mea.huggingface.weights import open_weights
 from megatron_mea.outputs import written
 from megatron_mea.parallel.parameter import named_specs
 from megatron_mea.training import processes, records
 from megatron_mea.training.build import build_engine
 from megatron_mea.training.engine import NonFiniteError
 from megatron_mea.training.heads import HeadOutputs, head_tensors, hlc_statistics
+from megatron_mea.training.inputs import Inputs
 from megatron_mea.training.loader import ReadAhead, StepData, Waiting, training_steps, validation_batches
 from megatron_mea.training.pace import Pace
 from megatron_mea.training.profile import Profiler
-from megatron_mea.training.ranks import Ranks
 from megatron_mea.training.replicas import check_replicas
 from megatron_mea.training.schedule import learning_rate
 from megatron_mea.training.signals import StopSignal
@@ -42,28 +39,6 @@ from megatron_mea.versions import versions
 T = TypeVar("T")
 _SHOWN = 20
 """Changed keys that are printed: every path of thousands of corpora may have changed."""
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What was opened and checked before processes met.
-
-    Args:
-        weights: what a run without a checkpoint begins with; None: initialised from the seed.
-        teacher: of `training.distillation`.
-        back_to: the step that `run.resume_from` asks to go back to; None for the newest checkpoint.
-        warnings, changes: lines to print; changes are those of a configuration that resumes.
-    """
-
-    ranks: Ranks
-    layout: Layout
-    train: Corpora
-    validation: Corpora | None
-    weights: WeightSource | None
-    teacher: StoredModel | None
-    back_to: int | None
-    warnings: list[str]
-    changes: list[str]
 
 
 def run(config: Config, inputs: Inputs, stop: StopSignal) -> None:

@@ -9,6 +9,7 @@ import os
 import socket
 import warnings
 from datetime import timedelta
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ SAVE_MINUTES = 60.0
 """Patience for a checkpoint: a disk may be slow or busy."""
 _LATER = 1.0
 """Minutes by which a collective gives up later than the watchdog, which says more."""
+_NO_COMPILER = "TORCHDYNAMO_DISABLE"
+"""Environment variable with which torch.compile returns functions as they are."""
 
 
 def choose_device(ranks: Ranks) -> torch.device:
@@ -62,6 +65,7 @@ def start_distributed(ranks: Ranks) -> torch.device:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
+    _import_muon()
     if cuda:
         torch.cuda.set_device(device)
         # DeepSpeed takes it for the number of the device.
@@ -76,6 +80,22 @@ def start_distributed(ranks: Ranks) -> torch.device:
         distributed_port=ranks.master_port,
     )
     return device
+
+
+def _import_muon() -> None:
+    """Imports the optimizer Muon, as DeepSpeed does later whichever one trains, but without torch's compiler.
+
+    It asks for torch.compile while it is imported, which loads the compiler: a second, for functions that nobody calls.
+    """
+    given = os.environ.get(_NO_COMPILER)
+    os.environ[_NO_COMPILER] = "1"
+    try:
+        import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        # torch asks whenever it is to compile something: from here on it does.
+        del os.environ[_NO_COMPILER]
+        if given is not None:
+            os.environ[_NO_COMPILER] = given
 
 
 def build_grid(config: Config) -> Grid:

@@ -8,12 +8,13 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from megatron_mea.checkpoint.folder import flush
 from megatron_mea.config import Config, dump_config
+
+if TYPE_CHECKING:
+    import torch
 
 FINISHED, DIVERGED, FAILED = "FINISHED", "DIVERGED", "FAILED"
 HEARTBEAT = "heartbeat.json"

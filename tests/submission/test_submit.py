@@ -182,7 +182,7 @@ def test_a_run_says_how_early_it_must_be_told(facts, lead, desk, submit):
 
 @pytest.mark.parametrize("save", [{}, {"save_seconds": None}])
 def test_a_run_that_has_not_saved_yet_is_estimated_by_its_size(save, desk, submit, monkeypatch):
-    monkeypatch.setattr("megatron_mea.cluster.submit.checkpoint_bytes", lambda model: 40e9)
+    monkeypatch.setattr("megatron_mea.training.inputs.checkpoint_bytes", lambda model: 40e9)
     leads = []
     for facts in (None, save):
         if facts is not None:
