@@ -59,11 +59,16 @@ def inverse_frequencies(config: MEAConfig) -> tuple[list[float], float]:
     raise ValueError(f"rope_type {kind!r} is not supported (allowed: default, linear, dynamic, yarn, llama3)")
 
 
-def rotary_cos_sin(config: MEAConfig, position_ids: torch.Tensor, dtype: torch.dtype):
-    """Cosine and sine of the rotary angles, each (batch, seq, head_dim), for `position_ids` (batch, seq)."""
+def rotary_cos_sin(config: MEAConfig, position_ids: torch.Tensor, dtype: torch.dtype, on_device=None):
+    """Cosine and sine of the rotary angles, each (batch, seq, head_dim), for `position_ids` (batch, seq).
+
+    `on_device`: the inverse frequencies as a tensor, where a host must not wait for a GPU to take them.
+    """
     frequencies, scale = inverse_frequencies(config)
     accurate, device = at_least_float32(dtype), position_ids.device
-    frequencies = torch.tensor(frequencies, dtype=accurate, device=device)
+    frequencies = (
+        torch.tensor(frequencies, dtype=accurate, device=device) if on_device is None else on_device.to(accurate)
+    )
     if config.rope_parameters["rope_type"] == "dynamic":
         # The base grows with the context beyond the trained one. A tensor: no wait for a GPU, no break of a graph.
         factor, trained, dim = config.rope_parameters["factor"], config.max_position_embeddings, config.head_dim

@@ -16,7 +16,7 @@ from megatron_mea.attention.folds import Folds, fold
 from megatron_mea.attention.talking_heads import talking
 from megatron_mea.config.schema import Model
 from megatron_mea.huggingface.convert import to_hf_config
-from megatron_mea.huggingface.rotary_mea import rotary_cos_sin
+from megatron_mea.huggingface.rotary_mea import inverse_frequencies, rotary_cos_sin
 from megatron_mea.parallel.collectives import enter, leave
 from megatron_mea.parallel.cross_entropy import chunk_size, linear_cross_entropy_sum
 from megatron_mea.parallel.grid import ALONE, TensorGroup
@@ -148,6 +148,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.tp, self.vocab_size = tp, config.vocab_size
         self.hf_config = to_hf_config(config)
+        # No buffer: those are rounded with the parameters, and have no memory on the device "meta".
+        self._frequencies = torch.tensor(inverse_frequencies(self.hf_config)[0], dtype=torch.float64, device="cpu")
         self.recompute, self.document_mask, self.fold_outside = recompute, document_mask, fold_outside
         self._trained = torch.compile(run_block, dynamic=False) if compiled else run_block
         self.heads_talk = config.attention_variant == "talking_heads"
@@ -203,8 +205,10 @@ class Decoder(nn.Module):
                 x = layer(x)
                 continue
             if angles is None:
+                self._frequencies = self._frequencies.to(position_ids.device)
+                cos_sin = rotary_cos_sin(self.hf_config, position_ids, x.dtype, self._frequencies)
                 # shape: (batch, seq, d) -> (batch, 1, seq, d), the same for all heads
-                angles = tuple(angle.unsqueeze(1) for angle in rotary_cos_sin(self.hf_config, position_ids, x.dtype))
+                angles = tuple(angle.unsqueeze(1) for angle in cos_sin)
                 attend = self._attend(position_ids)
             if given is not None:
                 folds = next(given)

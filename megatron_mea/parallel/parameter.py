@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,8 @@ from torch import nn
 from megatron_mea.parallel.collectives import all_gather
 from megatron_mea.parallel.grid import ALONE, TensorGroup
 
+_DRAWING = 8
+"""Threads that initialise parameters, each of which holds a whole one."""
 Initializer = Callable[[tuple[int, ...], torch.Generator], torch.Tensor]
 
 
@@ -91,14 +94,18 @@ def named_specs(module: nn.Module) -> dict[str, nn.Parameter]:
     return {parameter.spec.name: parameter for parameter in module.parameters()}
 
 
-@torch.no_grad()
 def initialize(module: nn.Module, seed: int) -> None:
     """Fills every parameter from a generator seeded by (seed, its name), so that no layout changes it."""
-    for name, parameter in named_specs(module).items():
-        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+    def fill(parameter: nn.Parameter) -> None:
         spec = parameter.spec
-        parameter.copy_(spec.local(spec.initialize(spec.shape, generator)))
+        digest = hashlib.sha256(f"{seed}/{spec.name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        parameter.data.copy_(spec.local(spec.initialize(spec.shape, generator)))
+
+    # A generator is drawn from by one thread.
+    with ThreadPoolExecutor(min(_DRAWING, torch.get_num_threads())) as pool:
+        list(pool.map(fill, named_specs(module).values()))
 
 
 def normal(std: float) -> Initializer:
