@@ -146,7 +146,7 @@ class HeadProjection(nn.Module):
         tp: TensorGroup = ALONE,
     ) -> None:
         super().__init__()
-        self.tp, self.head_dim = tp, head_dim
+        self.tp, self.hidden_size, self.head_dim = tp, hidden_size, head_dim
         self.num_components, self.num_composites = num_components, num_composites
         rows = num_components * head_dim
         cut = 0 if rows % tp.size == 0 else None
@@ -175,7 +175,7 @@ class HeadProjection(nn.Module):
         """The cheapest for this many tokens."""
         if self.hlc is None:
             return "plain"
-        sizes = (tokens, self.weight.spec.shape[1], self.num_components, self.num_composites, self.tp.size)
+        sizes = (tokens, self.hidden_size, self.num_components, self.num_composites, self.tp.size)
         return "folded" if folding_is_cheaper(*sizes) else "combined"
 
     def fold(self) -> Folded:
