@@ -18,9 +18,13 @@ def config(tiny, tmp_path) -> Path:
     return tiny.write_config(tmp_path / "tiny.yaml")
 
 
-def start(config: Path, *overrides: str) -> subprocess.Popen:
+def start(config: Path, *overrides: str, script: str | None = None) -> subprocess.Popen:
+    """`script` runs in the place of the module."""
+    arguments = command(config, "run", *overrides)
+    if script is not None:
+        arguments[1:3] = ["-c", script]
     return subprocess.Popen(
-        command(config, "run", *overrides),
+        arguments,
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -58,12 +62,28 @@ def test_a_start_that_is_refused_stops_nobody(config):
     assert job.wait(60) == 0
 
 
+STOPS_WITH_THE_LEASE = """if True:
+    import os, signal, sys
+    from megatron_mea.checkpoint.lease import Lease
+    from megatron_mea.cli import main
+
+    take = Lease.take
+
+    def take_and_stop(self):
+        found = take(self)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return found
+
+    Lease.take = take_and_stop
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
 def test_a_starter_that_was_overtaken_touches_nothing(config):
     """It hangs, as on a slow disk, right after it has taken the folder; another one finishes the run meanwhile."""
     run = config.parent / "run"
-    slow = start(config)
-    wait_for(slow, (run / ".lease").exists)
-    slow.send_signal(signal.SIGSTOP)
+    slow = start(config, script=STOPS_WITH_THE_LEASE)
+    wait_for(slow, lambda: Path(f"/proc/{slow.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
     assert json.loads((run / ".lease").read_text())["pid"] == slow.pid
     assert not (run / "metrics.jsonl").exists()
     train(config, "run")
