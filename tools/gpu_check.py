@@ -9,7 +9,6 @@ documents, compile, layouts, resume, waits, model (default: all). One process, o
 from __future__ import annotations
 
 import argparse
-import gc
 import gzip
 import inspect
 import json
@@ -29,7 +28,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "bench"))
-from local_ranks import make_config, random_batches
+from local_ranks import launch, make_config, random_batches
 
 from megatron_mea.attention.documents import OneByOne, causal, within_documents
 from megatron_mea.attention.head_norm import head_norm
@@ -187,13 +186,17 @@ def compiled() -> Facts:
             loss.backward()
             results.append((loss, {name: each.grad for name, each in named_specs(decoder).items()}))
         (loss, expected), (other, found) = results
-        errors = {name: distance(found[name], gradient) for name, gradient in expected.items()}
+        # Some gradients are next to nothing, and all rounding.
+        whole = torch.stack([gradient.double().norm() for gradient in expected.values()]).norm()
+        errors = {
+            name: ((found[name] - gradient).double().norm() / whole).item() for name, gradient in expected.items()
+        }
         worst = max(errors, key=errors.get)
         stats = {"graphs": counters["stats"]["unique_graphs"], "breaks": dict(counters["graph_break"])}
         name = f"{variant}, {'documents' if masked else 'causal'}, {recompute}"
         facts[name] = {"loss": abs(1 - (other / loss).item()), "gradients": f"{errors[worst]:.1e} {worst}"} | stats
         assert abs(1 - (other / loss).item()) < 1e-3, facts
-        assert errors[worst] < 0.1, facts
+        assert errors[worst] < 0.02, facts
     return facts
 
 
@@ -203,16 +206,16 @@ def settings(model: dict, training: dict, parallel: dict | None = None, seq: int
 
 
 def trained(config: Config, count: int) -> tuple[list[float], float, Facts]:
-    """Losses of `count` steps on the same batches, seconds of one of five more, and peak memory beside its plan."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    """Losses of `count` steps on the same batches, seconds of one of five more, and peak memory beside its plan.
+
+    The peak is that of this process: it says something of the first engine alone.
+    """
+    torch.set_num_threads(os.cpu_count() or 1)
     engine = build_engine(config, DEVICE)
     batches = random_batches(config, engine)
     step = partial(engine.train_step, batches, config.tokens_per_step, 1e-3)
     losses = [step().loss for _ in range(count)]
-    peak = torch.cuda.max_memory_allocated() - before
+    peak = torch.cuda.max_memory_allocated()
     planned = max(stage.total for stage in make_plan(config, 1).memory)
     return losses, seconds(step, 5), {"peak MiB": round(peak / 2**20), "planned": round(planned / 2**20)}
 
@@ -227,11 +230,11 @@ def layouts() -> Facts:
     facts, expected = {}, {}
     for name, model, training, parallel in cases:
         config = settings(SMALL | {"attention_variant": "mea"} | model, training, parallel)
-        losses, step, memory = trained(config, 6)
+        losses, step, _ = trained(config, 6)
         facts[f"{name} {config.training.precision}"] = {
             "losses": [round(loss, 4) for loss in losses],
             "ms a step": round(1e3 * step, 1),
-        } | memory
+        }
         wanted = expected.setdefault(str(model), losses)
         assert all(abs(1 - a / b) < 0.02 for a, b in zip(losses, wanted, strict=True)), facts
         assert losses[-1] < losses[0], facts
@@ -299,7 +302,7 @@ def waits() -> Facts:
 
 
 def model() -> Facts:
-    """Steps of the 1B model under DeepSpeed, ZeRO 1: time, share of the peak, memory beside its plan."""
+    """Steps of the 1B model under DeepSpeed, ZeRO 1, each in a process of its own: time, share of the peak, memory."""
     facts = {}
     peak_rate = next((value for key, value in PEAK.items() if key in torch.cuda.get_device_name()), None)
     for variant, training in (
@@ -311,7 +314,7 @@ def model() -> Facts:
         ("mea", {"compile": True}),
     ):
         config = settings(LLAMA_1B | {"attention_variant": variant}, training, seq=4096)
-        losses, step, memory = trained(config, 2)
+        ((losses, step, memory),) = launch(trained, 1, config, 2)
         plan = make_plan(config, 1)
         # Recomputing is no useful work.
         flops = (plan.flops.forward + plan.flops.backward) * plan.tokens_per_step

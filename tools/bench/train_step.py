@@ -38,6 +38,9 @@ from megatron_mea.parallel.parameter import initialize
 SHAPES = {
     "58m": (512, 1536, 8, 8, 4, 64, 32000),
     "1b": (2048, 8192, 16, 32, 8, 64, 128256),
+    # A block alone, as good as.
+    "58m-block": (512, 1536, 1, 8, 4, 64, 64),
+    "1b-block": (2048, 8192, 1, 32, 8, 64, 64),
 }
 """hidden, feed-forward, layers, query heads, key/value heads, head_dim, vocabulary."""
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
