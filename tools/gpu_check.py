@@ -214,10 +214,12 @@ def trained(config: Config, count: int) -> tuple[list[float], float, Facts]:
     engine = build_engine(config, DEVICE)
     batches = random_batches(config, engine)
     step = partial(engine.train_step, batches, config.tokens_per_step, 1e-3)
-    losses = [step().loss for _ in range(count)]
+    results = [step() for _ in range(count)]
+    losses = [each.loss for each in results]
     peak = torch.cuda.max_memory_allocated()
     planned = max(stage.total for stage in make_plan(config, 1).memory)
-    return losses, seconds(step, 5), {"peak MiB": round(peak / 2**20), "planned": round(planned / 2**20)}
+    facts = {"peak MiB": round(peak / 2**20), "planned": round(planned / 2**20)}
+    return losses, seconds(step, 5), facts | {"gradient norms": [round(each.grad_norm, 4) for each in results]}
 
 
 def layouts() -> Facts:
@@ -230,9 +232,10 @@ def layouts() -> Facts:
     facts, expected = {}, {}
     for name, model, training, parallel in cases:
         config = settings(SMALL | {"attention_variant": "mea"} | model, training, parallel)
-        losses, step, _ = trained(config, 6)
+        losses, step, more = trained(config, 6)
         facts[f"{name} {config.training.precision}"] = {
             "losses": [round(loss, 4) for loss in losses],
+            "gradient norms": more["gradient norms"],
             "ms a step": round(1e3 * step, 1),
         }
         wanted = expected.setdefault(str(model), losses)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+
+import torch
 
 from megatron_mea.checkpoint.folder import SPARE
 from megatron_mea.config import Config
@@ -47,8 +51,10 @@ def open_inputs(config: Config, ranks: Ranks, layout: Layout, before: Before, da
     """Opens weights, teacher and tokenizer, and completes what `open_data` has opened; writes nothing.
 
     Raises:
-        UserError: one of them cannot be used, or the disk holds no checkpoint.
+        UserError: one of them cannot be used, the disk holds no checkpoint, or there is nothing to compile with.
     """
+    if config.training.compile:
+        check_compilers()
     warnings, weights, vocab = [*data.warnings], None, config.model.vocab_size
     if before.source is None and config.run.init_from is not None:
         weights = open_weights(Path(config.run.init_from), config.model, ranks.rank, ranks.world_size)
@@ -63,6 +69,19 @@ def open_inputs(config: Config, ranks: Ranks, layout: Layout, before: Before, da
     warnings += check_space(config, len(before.existing))
     opened = data.train, data.validation, weights, teacher
     return Inputs(ranks, layout, *opened, before.back_to, warnings, data.changes)
+
+
+def check_compilers() -> None:
+    """Raises UserError where torch.compile would fail for want of a compiler, in the middle of the first step."""
+    on_gpu = torch.cuda.is_available()
+    if on_gpu and find_spec("triton") is None:
+        raise UserError("training.compile", "no triton", "triton, which torch for CUDA brings", "pip install triton")
+    # Triton builds its launchers with one for C.
+    variable, name = ("CC", "gcc") if on_gpu else ("CXX", "g++")
+    names = [os.environ[variable]] if variable in os.environ else [name, "clang" if on_gpu else "clang++"]
+    if not any(map(shutil.which, names)):
+        mend = f"install {name}, or let {variable} name one"
+        raise UserError("training.compile", f"no {' or '.join(names)}", "false, or a compiler", mend)
 
 
 def check_space(config: Config, existing: int) -> list[str]:

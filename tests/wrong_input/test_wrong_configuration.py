@@ -94,6 +94,16 @@ def test_a_wrong_value(refused, override, expected):
     check(refused("train", "tiny.yaml", override), (override.partition("=")[0], *expected))
 
 
+def test_what_cannot_be_compiled(refused, monkeypatch):
+    found = refused("train", "tiny.yaml", "training.compile=true", "parallel.zero_stage=3")
+    check(found, ("training.compile", "True", "false where parallel.zero_stage is 3: ..."))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    found = refused("train", "tiny.yaml", "training.compile=true")
+    check(
+        found, ("training.compile", "no no-such-compiler", "false, or a compiler", "install g++, or let CXX name one")
+    )
+
+
 @pytest.mark.parametrize(("override", "expected"), table(OTHER_PLACES))
 def test_a_wrong_value_told_elsewhere(refused, override, expected):
     check(refused("train", "tiny.yaml", override), expected)
