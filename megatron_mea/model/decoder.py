@@ -92,8 +92,10 @@ class Projection(nn.Module):
         With targets (batch, seq) -> the sum of the cross-entropies, a float32 scalar, of logits that are made in chunks
         where there are many.
         """
-        # The last ranks' parts may be longer than their share of the vocabulary.
-        weight = self.weight[: self.rows.stop - self.rows.start]
+        weight, own = self.weight, self.rows.stop - self.rows.start
+        # The last ranks' parts may be longer than their share of the vocabulary. Only then: the gradient of a slice is
+        # a matrix of zeros and a copy.
+        weight = weight if own == len(weight) else weight[:own]
         if targets is None:
             return F.linear(x, weight)
         x, targets = x.flatten(0, 1), targets.flatten()
