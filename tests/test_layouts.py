@@ -16,7 +16,10 @@ from megatron_mea.config import Config
 
 STEPS = 20
 FORMS = {"activations": 12, "weights": 24}
-"""seq_length that makes a micro-batch combine heads as activations or as weights: `folding_is_cheaper`."""
+"""seq_length that makes a micro-batch combine heads as activations or as weights: `folding_is_cheaper`.
+
+Over tensor ranks with ZeRO 0 and 1 and without a pipeline all micro-batches of a step share one fold.
+"""
 
 PAIRS = {
     "tp 2": layout(2),
