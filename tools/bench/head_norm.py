@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from local_ranks import facts
 
 from megatron_mea.attention.head_norm import head_norm
 
@@ -149,7 +150,7 @@ def main() -> None:
             print(f"| {' | '.join(cells)} |", flush=True)
     if arguments.out:
         name = torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"
-        arguments.out.write_text(json.dumps({"torch": torch.__version__, "device": name, "rows": rows}, indent=1))
+        arguments.out.write_text(json.dumps(facts() | {"device": name, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

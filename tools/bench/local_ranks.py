@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
+import shlex
 import socket
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +39,20 @@ def make_config(model: dict, training: dict, parallel: dict, seq_length: int) ->
             "run": {"dir": "none"},
         }
     )
+
+
+def facts() -> dict[str, Any]:
+    """What a measurement was made with."""
+    models = (line.split(":")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line)
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "torch": torch.__version__,
+        "deepspeed": importlib.metadata.version("deepspeed"),
+        "processor": next(models, "").strip(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
 def random_teacher(model: dict, folder: str | Path) -> dict:

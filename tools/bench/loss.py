@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from local_ranks import facts
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_mea.parallel.cross_entropy import chunk_size, linear_cross_entropy_sum
@@ -118,8 +119,8 @@ def main() -> None:
             cells = [f"{tokens} x {hidden} x {vocabulary}", name, f"{median:.0f}", f"{ratio:.2f}"]
             print(f"| {' | '.join(cells)} | {peaks[name] / 2**20:.0f} | {share:.2f} |", flush=True)
     if arguments.out:
-        facts = {"torch": torch.__version__, "device": arguments.device, "rows": rows}
-        arguments.out.write_text(json.dumps(facts, indent=1))
+        name = torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"
+        arguments.out.write_text(json.dumps(facts() | {"device": name, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
-import platform
 import socket
 import statistics
 import sys
@@ -27,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from local_ranks import facts
 from torch import nn
 
 from megatron_mea.attention.hlc import HeadProjection
@@ -288,7 +287,7 @@ def main() -> None:
     base = next(iter(steps))
     tokens = bench.inputs.numel()
     flops = make_plan(bench.config("plain")).flops.total * tokens
-    device = torch.cuda.get_device_name() if bench.device.type == "cuda" else platform.processor() or platform.machine()
+    device = torch.cuda.get_device_name() if bench.device.type == "cuda" else "cpu"
     peak = next((value for key, value in PEAK.items() if key in device), None)
     rows = {}
     print(f"| step | ms, median | ratio to {base} | 95 % | GFLOP/s |{' MFU |' if peak else ''}")
@@ -302,9 +301,9 @@ def main() -> None:
         mfu = f" {flops / median / peak:.1%} |" if peak else ""
         print(f"| {name} | {1e3 * median:.1f} | {rows[name]['ratio']:.3f} | {spread} | {rate:.1f} |{mfu}")
     if arguments.out:
-        facts = vars(arguments) | {"out": str(arguments.out), "torch": torch.__version__, "device_name": device}
-        facts["threads"], facts["flops"] = os.environ.get("OMP_NUM_THREADS"), flops
-        arguments.out.write_text(json.dumps(facts | {"steps": rows}, indent=1) + "\n")
+        asked = vars(arguments) | {"out": str(arguments.out)}
+        results = {"device_name": device, "flops": flops, "steps": rows}
+        arguments.out.write_text(json.dumps(facts() | asked | results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
