@@ -1,6 +1,6 @@
 """Measures what a save costs the training, how large a checkpoint is, and how long saving and loading take.
 
-    OMP_NUM_THREADS=1 python tools/bench/checkpoint.py [--rounds 5] [--only stall size]
+    OMP_NUM_THREADS=1 python tools/bench/checkpoint.py [--rounds 5] [--only stall size] [--out checkpoint.json]
 
 The stall compares, in turn in one run, blocks of steps without a save, with one behind the training and with one that
 training waits for. Sizes and times are of a larger model, by layout; reading finds the files in the page cache.
@@ -9,6 +9,7 @@ training waits for. Sizes and times are of a larger model, by layout; reading fi
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import statistics
 import tempfile
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from local_ranks import launch, make_config, new_engine, random_batches
+from local_ranks import facts, launch, make_config, new_engine, random_batches
 
 from megatron_mea.checkpoint.folder import Meta, checkpoints_of, damage
 from megatron_mea.checkpoint.saver import Saver
@@ -103,7 +104,7 @@ def stall(config: Config, root: Path, rounds: int) -> list[dict[str, float]]:
     return found
 
 
-def bench_stall(root: Path, rounds: int) -> None:
+def bench_stall(root: Path, rounds: int) -> list[dict[str, float]]:
     config = load_config(ROOT / "configs/quickstart.yaml", ["data.document_mask=false"])
     found = launch(stall, 2, config, root, rounds)[0]
     middle = {kind: statistics.median(one[kind] for one in found) for kind in found[0]}
@@ -115,10 +116,11 @@ def bench_stall(root: Path, rounds: int) -> None:
         lost = statistics.median(one[kind] - one["none"] for one in found)
         print(f"| {kind} | {middle[f'{kind}, the call']:.3f} s | {lost:.3f} s | {lost / step:.2f} |")
     print()
+    return found
 
 
-def save_and_load(config: Config, root: Path) -> tuple[float, float, float]:
-    """Seconds of copying, of the whole save, and of loading."""
+def save_and_load(config: Config, root: Path) -> dict[str, float]:
+    """Seconds of copying, of the whole save, and of verifying and loading."""
     engine = new_engine(config)
     saver = new_saver(root)
     saver.save(described(1), engine.fragments(owned=True))
@@ -136,35 +138,42 @@ def save_and_load(config: Config, root: Path) -> tuple[float, float, float]:
         read_fragments(folder, engine.fragments())
         engine.loaded(2)
 
-    return copying, saving, timed(load)
+    return {"copying": copying, "saving": saving, "loading": timed(load)}
 
 
-def bench_size(root: Path) -> None:
+def bench_size(root: Path) -> list[dict[str, Any]]:
+    rows = []
     print("| layout | parameters | bytes | of 12 a parameter | copied in | saved in | verified and loaded in |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for name, (world, parallel) in LAYOUTS.items():
         config = make_config(LARGE, {"global_batch_size": 4, "micro_batch_size": 1}, parallel, 64)
         place = root / name.replace(" ", "-")
-        copying, saving, loading = launch(save_and_load, world, config, place)[0]
+        seconds = launch(save_and_load, world, config, place)[0]
         folder = checkpoints_of(place)[-1][1]
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         numbers = sum(map(prod, tensor_shapes(folder).values()))
-        times = f"{copying:.2f} s | {saving:.2f} s | {loading:.2f} s"
+        rows.append({"layout": name, "parameters": numbers // 3, "bytes": size, "seconds": seconds})
+        times = " | ".join(f"{each:.2f} s" for each in seconds.values())
         print(f"| {name} | {numbers // 3:,} | {size:,} | {size / (4 * numbers):.4f} | {times} |", flush=True)
         shutil.rmtree(place)
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="+", choices=("stall", "size"), default=("stall", "size"))
+    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         if "stall" in arguments.only:
-            bench_stall(Path(name), arguments.rounds)
+            results["stall"] = {"steps": BLOCK, "seconds": bench_stall(Path(name), arguments.rounds)}
         if "size" in arguments.only:
-            bench_size(Path(name))
+            results["size"] = {"model": LARGE, "layouts": bench_size(Path(name))}
+    if arguments.out:
+        arguments.out.write_text(json.dumps(facts() | results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

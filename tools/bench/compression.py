@@ -1,9 +1,9 @@
 """What the ways of compressing cost a pretrained model, at equal cache:
 
-    python tools/bench/compression.py MODEL OUT.json --calibration PREFIX --validation PREFIX [--tokens N]
+    python tools/bench/compression.py MODEL --out FILE.json --calibration PREFIX --validation PREFIX [--tokens N]
 
-MODEL is what `compress` takes. Rows are kept in OUT.json as they come, and the same command goes on where it stopped.
-docs/compression.md has results.
+MODEL is what `compress` takes. Rows are kept in FILE.json as they come, and the same command goes on where it stopped.
+docs/compression.md has results. At the end a table of the losses is printed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from local_ranks import facts
 
 from megatron_mea.compression.budget import best_heads
 from megatron_mea.compression.calibrate import TOKENS, head_moments, open_data
@@ -30,7 +31,7 @@ class Results:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.rows = json.loads(file.read_text()) if file.is_file() else {}
+        self.rows = json.loads(file.read_text()) if file.is_file() else {"facts": facts()}
 
     def row(self, name: str, make: Callable[[], object]) -> object:
         if name not in self.rows:
@@ -64,7 +65,7 @@ def by_hand(origin: Origin, ratio: float) -> list[int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("out", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--validation", required=True)
     parser.add_argument("--tokens", type=int, default=8192, help="of the validation data (default: 8192)")
@@ -75,7 +76,7 @@ def main() -> None:
     with open_origin(arguments.model, arguments.out) as origin:
         windows = open_data(origin, arguments.validation, "--validation", tokens=arguments.tokens)
         seen = open_data(origin, arguments.calibration, "--calibration", tokens=TOKENS)
-        results.row("unchanged", lambda: cross_entropy(origin, windows))
+        unchanged = results.row("unchanged", lambda: cross_entropy(origin, windows))
         moments = None
 
         def measured() -> dict:
@@ -119,6 +120,12 @@ def main() -> None:
                 name = f"{ratio:.0%} {method}, auto"
                 results.row(f"{name} | heads", lambda counts=counts: counts)
                 results.row(f"{name} | loss", lambda method=method, counts=counts: loss(method, counts))
+        cells = [f"{ratio:.0%}" for ratio in arguments.ratios]
+        print(f"\n| nats a token | {' | '.join(cells)} |\n| --- |{' --- |' * len(cells)}")
+        print(f"| unchanged |{f' {unchanged:.3f} |' * len(cells)}")
+        for method in (*methods, "outputs, auto", "outputs, aligned, auto"):
+            losses = [results.rows[f"{ratio} {method} | loss"]["value"] for ratio in cells]
+            print(f"| {method} | {' | '.join(f'{each:.3f}' for each in losses)} |")
 
 
 if __name__ == "__main__":

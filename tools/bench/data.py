@@ -1,6 +1,7 @@
 """Measures `prepare`, the order of the samples and the first batch of a large corpus; prints Markdown tables.
 
     OMP_NUM_THREADS=1 python tools/bench/data.py [--megabytes 35] [--rounds 3] [--only prepare memory order first]
+        [--out data.json]
 
 On a machine that others use as well, trust CPU seconds and ratios: what is compared runs in turn.
 """
@@ -19,9 +20,11 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -104,7 +107,7 @@ def bare_twice(encoder: Encoder, repeats: int) -> tuple[float, float]:
     return sum(cpu for cpu, _ in found), max(wall for _, wall in found)
 
 
-def bench_prepare(folder: Path, tokenizer: Path, megabytes: int, rounds: int) -> None:
+def bench_prepare(folder: Path, tokenizer: Path, megabytes: int, rounds: int) -> dict[str, Any]:
     documents = texts()
     repeats = max(1, round(megabytes * 1e6 / sum(map(len, documents))))
     documents *= repeats
@@ -131,10 +134,11 @@ def bench_prepare(folder: Path, tokenizer: Path, megabytes: int, rounds: int) ->
         ratios = [statistics.median(one[base][i] / one[name][i] for one in found) for i in (0, 1)]
         rates = [f"{tokens / seconds / 1e6:.3f}" for seconds in (cpu, wall)]
         rows.append([name, *rates, *(f"{ratio:.2f}" for ratio in ratios)])
-    print(
-        f"{sum(map(len, documents)) / 1e6:.0f} MB in {FILES} .jsonl.gz, {tokens:,} tokens, medians of {rounds} rounds"
-    )
+    characters = sum(map(len, documents))
+    print(f"{characters / 1e6:.0f} MB in {FILES} .jsonl.gz, {tokens:,} tokens, medians of {rounds} rounds")
     table(("", "Mtokens a CPU second", "Mtokens a second", "of as many bare, by CPU", "by wall"), rows)
+    seconds = {name: [one[name] for one in found] for name in works}
+    return {"characters": characters, "files": FILES, "tokens": tokens, "cpu_and_wall_seconds": seconds}
 
 
 def run_prepare(source: str, tokenizer: str, out: str) -> None:
@@ -155,7 +159,7 @@ def peaks(pid: int) -> dict[int, int]:
     return found
 
 
-def bench_memory(folder: Path, tokenizer: Path) -> None:
+def bench_memory(folder: Path, tokenizer: Path) -> list[dict[str, int]]:
     # A document a line, so that what is kept a document would show.
     lines = [line for text in texts() for line in text.splitlines() if line]
     rows = []
@@ -169,27 +173,27 @@ def bench_memory(folder: Path, tokenizer: Path) -> None:
             highest |= {pid: peak for pid, peak in peaks(process.pid).items() if peak >= highest.get(pid, 0)}
             time.sleep(0.1)
         assert process.exitcode == 0
-        main = highest.pop(process.pid)
-        megabytes = times * sum(map(len, lines)) / 1e6
-        index = (folder / "out.idx").stat().st_size / 1e6
         rows.append(
-            [
-                f"{megabytes:.0f} MB",
-                f"{times * len(lines):,}",
-                f"{index:.0f} MB",
-                f"{main / 1e6:.0f} MB",
-                f"{max(highest.values()) / 1e6:.0f} MB",
-            ]
+            {
+                "characters": times * sum(map(len, lines)),
+                "documents": times * len(lines),
+                "idx_bytes": (folder / "out.idx").stat().st_size,
+                "prepare_peak_bytes": highest.pop(process.pid),
+                "worker_peak_bytes": max(highest.values()),
+            }
         )
-    table(("text", "documents", ".idx", "peak of `prepare`", "peak of a worker"), rows)
+    shown = [[f"{n:,}" if key == "documents" else f"{n / 1e6:.0f} MB" for key, n in row.items()] for row in rows]
+    table(("text", "documents", ".idx", "peak of `prepare`", "peak of a worker"), shown)
+    return rows
 
 
-def bench_order() -> None:
-    rows = []
+def bench_order() -> dict[str, Any]:
+    permutation, shuffled, rows = [], [], []
     for size in (10**6, 10**9, 10**12):
         samples = [np.random.default_rng(turn).integers(0, size, 1024) for turn in range(100)]
         permute(samples[0], size, "warm")
         cpu, _ = measured(lambda samples=samples, size=size: [permute(part, size, "1/0/0") for part in samples])
+        permutation.append({"windows": size, "cpu_seconds_a_sample": cpu / 102_400})
         rows.append([f"keyed permutation, {size:.0e}", "0", "0", f"{cpu / 102_400 * 1e6:.2f}"])
     for size in (10**7, 10**8):
         random, order = np.random.default_rng(0), np.empty(0)
@@ -200,6 +204,7 @@ def bench_order() -> None:
             random.shuffle(order)
 
         cpu, _ = measured(shuffle)
+        shuffled.append({"windows": size, "cpu_seconds": cpu, "bytes": order.nbytes})
         rows.append([f"numpy's shuffle, {size:.0e}", f"{cpu:.1f}", f"{order.nbytes / 1e6:.0f}", ""])
         seconds, megabytes = cpu * 10**9 / size, order.nbytes * 10**9 / size / 1e6
         del order
@@ -207,6 +212,7 @@ def bench_order() -> None:
     table(("order of an epoch", "CPU s to build", "MB", "us a sample"), rows)
     cpu, _ = measured(lambda: Mixture([1.0] * 20))
     print(f"mixture of 20 corpora: {cpu:.2f} CPU s, once")
+    return {"permutation": permutation, "shuffle": shuffled, "mixture_of_20_cpu_seconds": cpu}
 
 
 def sparse_corpus(prefix: Path, samples: int, seq_length: int, documents: int) -> None:
@@ -226,12 +232,12 @@ def sparse_corpus(prefix: Path, samples: int, seq_length: int, documents: int) -
         stream.write(struct.pack("<q", documents))
 
 
-def bench_first(folder: Path) -> None:
+def bench_first(folder: Path) -> dict[str, Any]:
     # Not at the top: the workers of `prepare` import this file, and would count it.
     from megatron_mea.config.schema import TrainCorpus
     from megatron_mea.data.corpora import Corpora
 
-    rows = []
+    found, rows = [], []
     for samples, documents in ((10**6, 640_000), (10**9, 640_000_000)):
         sparse_corpus(folder / "sparse", samples, 512, documents)
         before = Path("/proc/self/status").read_text()
@@ -243,18 +249,21 @@ def bench_first(folder: Path) -> None:
 
         cpu, wall = measured(first)
         private = [
-            int(status.split("RssAnon:")[1].split()[0]) / 1e3
+            int(status.split("RssAnon:")[1].split()[0]) * 1024
             for status in (before, Path("/proc/self/status").read_text())
         ]
-        size = Path(f"{folder}/sparse.idx").stat().st_size / 1e9
-        rows.append([f"{samples:.0e}", f"{documents:,}", f"{size:.2f} GB", f"{cpu:.2f}", f"{wall:.2f}"])
-        rows[-1].append(f"{private[1] - private[0]:.0f} MB")
+        size = Path(f"{folder}/sparse.idx").stat().st_size
+        row = {"windows": samples, "documents": documents, "idx_bytes": size, "cpu_seconds": cpu, "wall_seconds": wall}
+        found.append(row | {"kept_bytes": private[1] - private[0]})
+        rows.append([f"{samples:.0e}", f"{documents:,}", f"{size / 1e9:.2f} GB", f"{cpu:.2f}", f"{wall:.2f}"])
+        rows[-1].append(f"{(private[1] - private[0]) / 1e6:.0f} MB")
     table(("windows of 512", "documents", ".idx", "CPU s to the first 1024 samples", "wall s", "memory kept"), rows)
     many = [TrainCorpus(path=str(folder / f"sparse-{index}")) for index in range(1000)]
     for corpus in many:
         sparse_corpus(Path(corpus.path), 10**6, 512, 640_000)
     cpu, wall = measured(lambda: Corpora(many, 512, 1000, 1, "data.train"))
     print(f"opening {len(many):,} corpora of 10^6 windows and 640,000 documents: {cpu:.1f} CPU s, {wall:.1f} wall s")
+    return {"by_size": found, "opening": {"corpora": len(many), "cpu_seconds": cpu, "wall_seconds": wall}}
 
 
 def main() -> None:
@@ -264,20 +273,25 @@ def main() -> None:
     parser.add_argument("--tokenizer", help="default: 8,192 ids, trained on the quickstart's text")
     names = ("prepare", "memory", "order", "first")
     parser.add_argument("--only", nargs="+", choices=names, default=names)
+    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokenizer = Path(arguments.tokenizer or folder / "tokenizer")
         if not arguments.tokenizer and {"prepare", "memory"} & set(arguments.only):
             train_tokenizer([str(path) for path in QUICKSTART.glob("*.jsonl.gz")], 8192, tokenizer)
-        if "order" in arguments.only:
-            bench_order()
-        if "first" in arguments.only:
-            bench_first(folder)
-        if "prepare" in arguments.only:
-            bench_prepare(folder, tokenizer, arguments.megabytes, arguments.rounds)
-        if "memory" in arguments.only:
-            bench_memory(folder, tokenizer)
+        benches: dict[str, Callable[[], Any]] = {
+            "order": bench_order,
+            "first": partial(bench_first, folder),
+            "prepare": partial(bench_prepare, folder, tokenizer, arguments.megabytes, arguments.rounds),
+            "memory": partial(bench_memory, folder, tokenizer),
+        }
+        results = {each: bench() for each, bench in benches.items() if each in arguments.only}
+    if arguments.out:
+        # Not at the top either.
+        from local_ranks import facts
+
+        arguments.out.write_text(json.dumps(facts() | results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

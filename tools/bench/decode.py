@@ -1,6 +1,7 @@
 """Measures one layer's attention of a decoding step: append a token, attend to the whole cache. Prints Markdown tables.
 
     OMP_NUM_THREADS=1 python tools/bench/decode.py [--dtype bfloat16] [--qk-norm] [--only long short chunks]
+        [--out decode.json]
 
 Everything runs in one process, in turn, on one thread, and CPU time is taken: other users of the machine cost
 all alike. Layers are cycled where a cache is small, so that none is met twice in a row.
@@ -9,12 +10,16 @@ all alike. Layers are cycled where a cache is small, so that none is met twice i
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
+from local_ranks import facts
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -71,6 +76,10 @@ class Case:
     def mea_bytes(self) -> int:
         scalars = self.qk_norm * self.composites * self.batch * self.length * 4
         return 2 * self.batch * self.length * self.components * self.dim * self.size + scalars
+
+    def multiplications(self) -> int:
+        """Of the products with the cache as it is stored."""
+        return 2 * self.batch * self.tokens * self.length * self.heads * self.components * self.dim
 
     @torch.inference_mode()
     def ways(self) -> dict[str, Callable[[int], object]]:
@@ -195,33 +204,49 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32768])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--budget", type=float, default=8, help="seconds a row")
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     dtype, (heads, composites, dim) = getattr(torch, args.dtype), args.heads
     fixed = {"dtype": dtype, "qk_norm": args.qk_norm}
 
-    def measured(case: Case) -> dict[str, float]:
-        return measure(case.ways(), args.rounds, args.budget)
-
     products, read = machine(dtype)
-    print(f"H/h/d {heads}/{composites}/{dim}, {args.dtype}, {torch.backends.cpu.get_cpu_capability()}, ", end="")
+    capability = torch.backends.cpu.get_cpu_capability()
+    results: list[dict[str, Any]] = []
+
+    def measured(part: str, components: int, batch: int, length: int, tokens: int = 1) -> dict[str, Any]:
+        case = Case(heads, composites, dim, components, batch, length, tokens, **fixed)
+        row = {
+            "table": part,
+            "components": components,
+            "batch": batch,
+            "context": length,
+            "tokens": tokens,
+            "plain_bytes": case.plain_bytes(),
+            "mea_bytes": case.mea_bytes(),
+            "limit_by_products_ms": case.multiplications() / products / 1e6,
+            "limit_by_traffic_ms": case.mea_bytes() / read / 1e6,
+            "ms": measure(case.ways(), args.rounds, args.budget),
+        }
+        results.append(row)
+        return row
+
+    print(f"H/h/d {heads}/{composites}/{dim}, {args.dtype}, {capability}, ", end="")
     print(f"{products:.0f} G multiplications/s, {read:.1f} GB/s read, torch {torch.__version__}")
     if "long" in args.only:
         rows = []
         for components in (composites // 2, composites // 4):
             for batch in (1, 8):
                 for length in args.lengths:
-                    case = Case(heads, composites, dim, components, batch, length, **fixed)
-                    ms = measured(case)
+                    row = measured("long", components, batch, length)
+                    ms = row["ms"]
                     base = ms["plain, best"]
                     sides = [f"{value:.2f}" for value in ms.values()]
-                    work = 2 * batch * length * heads * components * dim / products / 1e6
-                    moved = case.mea_bytes() / read / 1e6
                     ratios = [ms["composed"] / base, ms["absorbed"] / base]
                     ratios.append(ms["absorbed, growing"] / ms["plain, transformers"])
-                    cells = [f"{case.plain_bytes() / 1e6:.1f}", f"{case.mea_bytes() / 1e6:.1f}"]
-                    limits = [f"{work:.2f}", f"{moved:.2f}"]
+                    cells = [f"{row[f'{kind}_bytes'] / 1e6:.1f}" for kind in ("plain", "mea")]
+                    limits = [f"{row[f'limit_by_{what}_ms']:.2f}" for what in ("products", "traffic")]
                     shape = [str(components), str(batch), str(length)]
                     rows.append(shape + cells + sides + limits + [f"{ratio:.2f}" for ratio in ratios])
         names = [f"{name}, ms" for name in ms]
@@ -232,7 +257,7 @@ def main() -> None:
         rows = []
         for components in (composites // 2, composites // 4):
             for batch, length in ((1, 16), (1, 64), (1, 256), (1, 1024), (8, 16), (8, 64)):
-                ms = measured(Case(heads, composites, dim, components, batch, length, **fixed))
+                ms = measured("short", components, batch, length)["ms"]
                 shown = [f"{ms[name]:.3f}" for name in ("composed", "absorbed")]
                 ratio = f"{ms['absorbed'] / ms['composed']:.2f}"
                 rows.append([str(components), str(batch), str(length), *shown, ratio])
@@ -243,10 +268,14 @@ def main() -> None:
             for length in (1024, 8192):
                 row = [str(components), str(length)]
                 for tokens in (1, 2, 3, 4, 6, 8, 16):
-                    ms = measured(Case(heads, composites, dim, components, 1, length, tokens, **fixed))
+                    ms = measured("chunks", components, 1, length, tokens)["ms"]
                     row.append(f"{ms['absorbed'] / ms['composed']:.2f}")
                 rows.append(row)
         table(["h'", "context", *(f"{n} tokens" for n in (1, 2, 3, 4, 6, 8, 16))], rows)
+    if args.out:
+        asked = {"H/h/d": args.heads, "dtype": args.dtype, "qk_norm": args.qk_norm, "rounds": args.rounds}
+        speeds = {"capability": capability, "giga_multiplications_a_second": products, "gb_read_a_second": read}
+        args.out.write_text(json.dumps(facts() | asked | speeds | {"results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

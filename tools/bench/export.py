@@ -1,4 +1,4 @@
-"""Memory and time of exports:  OMP_NUM_THREADS=2 python tools/bench/export.py [FOLDER]
+"""Memory and time of exports:  OMP_NUM_THREADS=2 python tools/bench/export.py [FOLDER] [--out export.json]
 
 Writes a checkpoint of random weights without moments and exports it with each target, in a process of its own.
 "Peak" is anonymous memory beyond what the imports take, sampled every few milliseconds; pages of files, which the
@@ -8,13 +8,15 @@ kernel takes back when it needs them, are left out. docs/serving.md has results.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
-import subprocess
-import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -66,8 +68,8 @@ def anonymous() -> int:
     return 1024 * int(status.split("RssAnon:")[1].split()[0])
 
 
-def measure(checkpoint: Path, out: Path, kind: str, dtype: str) -> None:
-    """Exports, and prints peak and time."""
+def measure(checkpoint: Path, out: Path, kind: str, dtype: str) -> dict[str, Any]:
+    """Exports; returns peak, time and what the export said."""
     from megatron_mea.huggingface.export import export
 
     before, peak, done = anonymous(), 0, threading.Event()
@@ -83,26 +85,32 @@ def measure(checkpoint: Path, out: Path, kind: str, dtype: str) -> None:
     seconds = time.monotonic() - began
     done.set()
     watcher.join()
-    print(f"{kind:<13} {dtype}  peak {peak / 1e6:,.0f} MB  {seconds:.0f} s  {said.splitlines()[-1]}", flush=True)
+    return {"kind": kind, "dtype": dtype, "peak_bytes": peak, "seconds": seconds, "said": said.splitlines()[-1]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", nargs="?", type=Path, help="where to write (default: a temporary folder)")
-    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    if arguments.one:
-        checkpoint, out, kind, dtype = arguments.one
-        measure(Path(checkpoint), Path(out), kind, dtype)
-        return
+    rows = []
     with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
         checkpoint, out = Path(scratch, "checkpoint"), Path(scratch, "out")
         size = make_checkpoint(checkpoint)
         print(f"{size / 4e6:,.0f} million parameters, {size / 1e6:,.0f} MB of float32")
         for kind, dtype in (("transformers", "fp32"), ("transformers", "bf16"), ("stock", "fp32"), ("vllm", "fp32")):
-            command = [sys.executable, __file__, "--one", str(checkpoint), str(out), kind, dtype]
-            subprocess.run(command, check=True)
+            with ProcessPoolExecutor(1, get_context("spawn")) as process:
+                row = process.submit(measure, checkpoint, out, kind, dtype).result()
+            rows.append(row)
+            cells = f"peak {row['peak_bytes'] / 1e6:,.0f} MB  {row['seconds']:.0f} s  {row['said']}"
+            print(f"{kind:<13} {dtype}  {cells}", flush=True)
             shutil.rmtree(out)
+    if arguments.out:
+        # Not at the top: what it imports would be missing in the peaks.
+        from local_ranks import facts
+
+        results = {"model": MODEL, "weight_bytes": size, "results": rows}
+        arguments.out.write_text(json.dumps(facts() | results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
