@@ -29,7 +29,7 @@ from megatron_mea.parallel.parameter import named_specs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools" / "bench"))
 
-import communication as bench
+import layouts as bench
 import local_ranks
 
 ROOT = Path(__file__).parents[1]
@@ -209,13 +209,13 @@ def test_communication_is_what_processes_send(teacher):
         "folded, distilled": bench.case(layout(2), **long),
         "sequence parallel, distilled": bench.case(layout(2, sequence=True), **long),
     }
-    ranks = local_ranks.launch(bench.count_cases, 2, cases)
+    ranks = local_ranks.launch(bench.measure_cases, 2, cases)
     for index, (name, settings) in enumerate(cases.items()):
-        rows = bench.compare(settings, [counts[index] for counts in ranks])
+        rows = bench.compare(make_plan(settings, 2), [measured[index].counts for measured in ranks])
         assert rows, name
-        for stage, group, collective, calls, planned_calls, size, planned in rows:
-            assert planned == pytest.approx(size, rel=0.05), (name, stage, group, collective)
-            assert planned_calls == calls, (name, stage, group, collective)
+        for row in rows:
+            assert row.planned_bytes == pytest.approx(row.bytes, rel=0.05), (name, row)
+            assert row.planned_calls == row.calls, (name, row)
 
 
 TEACHER = {"hidden_size": 96, "head_dim": 8, "num_hidden_layers": 5, "num_component_heads": [4, 2, 1, 4, 2]}
@@ -276,7 +276,10 @@ def test_every_configuration_that_ships_is_planned(path, capsys):
     assert plan_of(capsys, str(path))["parameters"]["total"] > 0
 
 
-@pytest.mark.parametrize("command", re.findall(r"^megatron-mea plan (.*)$", CLUSTER_SETTINGS, re.M))
+COMMANDS = re.findall(r"^megatron-mea plan (.*)$", CLUSTER_SETTINGS, re.M)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_the_settings_for_clusters_fit_are_not_handicapped_and_say_what_plan_says(command, capsys):
     path, *overrides, _, world_size = shlex.split(command)
     config = load_config(ROOT / path, overrides)
@@ -284,13 +287,39 @@ def test_the_settings_for_clusters_fit_are_not_handicapped_and_say_what_plan_say
     found = plan_of(capsys, str(ROOT / path), *overrides, "--world-size", world_size)
     (stage,) = found["memory_per_rank_bytes"]
     assert stage["total"] < 65 * 2**30
-    assert f"**{stage['total'] / 2**30:.2f}**" in CLUSTER_SETTINGS
     # Tensor ranks share a node of 8.
-    assert found["layout"]["tensor"] <= 8
-    for number in (found["parameters"]["total"], found["parameters"]["per_rank"][0], found["steps"], found["tokens"]):
-        assert f"| {number:,} |" in CLUSTER_SETTINGS
+    tensor, pipeline, data = found["layout"].values()
+    assert tensor <= 8
+    table = CLUSTER_SETTINGS.partition("## What `plan` says")[2].partition("##")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
+    said = {label: cells[COMMANDS.index(command)] for label, *cells in rows}
+    sizes = {
+        "memory of a rank, GiB: weights": "weights",
+        "gradients (float32 sums and bfloat16)": "gradients",
+        "master and moments": "master_and_moments",
+        "activations": "activations",
+        "logits": "logits",
+    }
+    expected = {label: f"{stage[part] / 2**30:.2f}" for label, part in sizes.items()} | {
+        "GPUs = tensor x pipeline x data": f"{world_size} = {tensor} x {pipeline} x {data}",
+        "micro-batches a step x samples": f"{found['micro_batches']} x {config.training.micro_batch_size}",
+        "pipeline bubble": f"{found['pipeline_bubble']:g}",
+        "steps": f"{found['steps']:,}",
+        "tokens": f"{found['tokens']:,}",
+        "parameters": f"{found['parameters']['total']:,}",
+        "parameters on a rank": f"{found['parameters']['per_rank'][0]:,}",
+        "**total**": f"**{stage['total'] / 2**30:.2f}**",
+        "FLOPs a token": f"{found['flops_per_token']['total']:.3e}".replace("e+0", "e").replace("e+", "e"),
+        "FLOPs in all": f"{found['flops_total']:.3e}".replace("e+", "e"),
+        "checkpoint on the disk, GB": f"{found['checkpoint_bytes'] / 1e9:.1f}",
+        "host memory of a rank for its copy, GB": f"{found['checkpoint_copy_per_rank_bytes'] / 1e9:.2f}",
+    }
+    assert {label: said[label] for label in expected} == expected
     for row in found["communication_per_step"]:
-        assert f"{row['bytes'] / 1e9:.2f} (" in CLUSTER_SETTINGS
+        (cell,) = (
+            cell for label, cell in said.items() if label.startswith(row["group"]) and row["collective"] in label
+        )
+        assert re.findall(r"[\d.,]+", cell) == [f"{row['bytes'] / 1e9:.2f}", f"{row['count']:,}"]
 
 
 def test_pipeline(capsys):

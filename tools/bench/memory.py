@@ -30,6 +30,13 @@ MODEL = {
     "head_dim": 64,
 }
 
+CHUNKED = {
+    "model": {"vocab_size": 32768, "num_hidden_layers": 2},
+    "micro_batch_size": 8,
+    "global_batch_size": 16,
+}
+"""More than 64 MiB of logits on a rank, and a loss that takes more than the update."""
+
 
 def case(tensor: int = 1, pipeline: int = 1, zero: int = 1, sequence: bool = False, **training: Any) -> Config:
     parallel = {
@@ -55,6 +62,9 @@ CASES: dict[str, tuple[int, Config]] = {
     "tp2, sequence parallel": (2, case(tensor=2, sequence=True)),
     "pp2": (2, case(pipeline=2)),
     "pp2, recomputed": (2, case(pipeline=2, activation_checkpointing="full")),
+    "1 rank, loss in chunks": (1, case(**CHUNKED)),
+    "tp2, loss in chunks": (2, case(tensor=2, **CHUNKED)),
+    "pp2, loss in chunks": (2, case(pipeline=2, **CHUNKED)),
     "dp2, ZeRO 1, bf16": (
         2,
         case(precision="bf16", seq_length=64, micro_batch_size=1, global_batch_size=4, model={"num_hidden_layers": 4}),
@@ -62,26 +72,39 @@ CASES: dict[str, tuple[int, Config]] = {
 }
 
 
+class LiveTensors:
+    """Bytes of live tensors at most while it is entered, over what was there before: `peak`, from the allocator."""
+
+    def __enter__(self) -> LiveTensors:
+        self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+        self._profile.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._profile.__exit__(*error)
+        live: dict[int, int] = {}
+        total = self.peak = 0
+        # By address, since what gloo's own threads give back goes unseen until its place is taken again.
+        events = self._profile.profiler.kineto_results.experimental_event_tree()
+        for _, address, size in sorted(_allocations(events)):
+            total += max(size, 0) - live.pop(address, 0)
+            if size > 0:
+                live[address] = size
+            self.peak = max(self.peak, total)
+
+
 def peak(config: Config) -> tuple[int, int]:
     """(live tensor bytes, resident bytes) at most, over what was there before."""
     before = _status("VmRSS")
     # Sets the high-water mark back to the present.
     Path("/proc/self/clear_refs").write_text("5")
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with LiveTensors() as live:
         engine = new_engine(config)
         batches = random_batches(config, engine)
         for _ in range(2):
             engine.train_step(batches, config.tokens_per_step, 1e-3)
-    resident = _status("VmHWM") - before
-    live: dict[int, int] = {}
-    total = highest = 0
-    # By address, since what gloo's own threads give back goes unseen until its place is taken again.
-    for _, address, size in sorted(_allocations(profile.profiler.kineto_results.experimental_event_tree())):
-        total += max(size, 0) - live.pop(address, 0)
-        if size > 0:
-            live[address] = size
-        highest = max(highest, total)
-    return highest, resident
+        resident = _status("VmHWM") - before
+    return live.peak, resident
 
 
 def _allocations(events: Any) -> Iterator[tuple[int, int, int]]:
