@@ -128,10 +128,11 @@ def test_time_is_planned_by_flops():
         "case": "made up",
         "peak_bytes": [2_000_000],
         "planned_peak_bytes": [1_000_000],
-        "cpu_seconds": 4.0,
+        "cpu_seconds_computing": 4.0,
+        "cpu_seconds_sending": 0.5,
         "planned_flops": 300.0,
         "collectives": [],
     }
     (line,) = layouts.lines(result, speed=100.0)
     cells = [cell.strip() for cell in line.split("|")[1:-1]]
-    assert cells[-6:] == ["2.0", "1.0", "0.500", "4.00", "3.00", "0.75"]
+    assert cells[-7:] == ["2.0", "1.0", "0.500", "4.00", "3.00", "0.75", "0.50"]

@@ -63,6 +63,9 @@ def stage_memory(setting: Setting, stage: Stage) -> Memory:
     # A bucket comes with the first gradient of a backward pass, after the loss. ZeRO 2 gives it back after each.
     stays = setting.zero_stage == 3 or (setting.zero_stage == 1 and setting.layout.micro_batches > 1)
     passes = kept + (max(loss, again) + buffers if stays else max(loss, again + buffers))
+    if in_flight == setting.layout.micro_batches > 1:
+        # All are there before the first gradient is, and gradients come as the activations of the first one go.
+        passes -= min(stage.size * setting.number_bytes, kept // in_flight)
     teacher = setting.teacher.stages[stage.index].size * setting.number_bytes if setting.teacher else 0
     return Memory(stage.index, *_states(setting, stage), kept + again, loss, buffers, passes, reduction, teacher)
 

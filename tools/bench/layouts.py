@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python tools/bench/layouts.py [--processes 1 2 4] [--names PART] [--profiler] [--out layouts.json]
 
 Of every rank: what its third step hands to collectives, the peak of live tensors from before the model is made until
-the second step is over, and CPU seconds of a later step. CPU time is planned by FLOPs at the speed of one process.
+the second step is over, and CPU seconds of a later step: its own thread's, which are planned by FLOPs at the speed of
+one process, and those of the threads that send and receive.
 """
 
 from __future__ import annotations
@@ -104,11 +105,12 @@ CASES[4] |= {
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one rank: what a step sent, bytes of live tensors at most, CPU seconds of a step."""
+    """Of one rank: what a step sent, bytes of live tensors at most, CPU seconds of a step computing and sending."""
 
     counts: Counts
     peak: int
-    seconds: float
+    computing: float
+    sending: float
 
 
 class Compared(NamedTuple):
@@ -146,12 +148,14 @@ def measure(config: Config, profiler: bool = False) -> Measured:
         for _ in range(STEPS_BEFORE):
             engine.train_step(batches, config.tokens_per_step, 1e-3)
     counts = count_step(config, engine, profiler)
-    times = []
+    own, all_threads = [], []
     for _ in range(STEPS_TIMED):
-        begin = time.process_time()
+        begin = time.thread_time(), time.process_time()
         engine.train_step(batches, config.tokens_per_step, 1e-3)
-        times.append(time.process_time() - begin)
-    return Measured(counts, live.peak, statistics.median(times))
+        own.append(time.thread_time() - begin[0])
+        all_threads.append(time.process_time() - begin[1])
+    computing = statistics.median(own)
+    return Measured(counts, live.peak, computing, statistics.median(all_threads) - computing)
 
 
 def measure_cases(cases: dict[str, Config], profiler: bool = False) -> list[Measured]:
@@ -183,7 +187,8 @@ def result(name: str, config: Config, ranks: list[Measured]) -> dict[str, Any]:
         "processes": len(ranks),
         "peak_bytes": [ranks[stage * per_stage].peak for stage in range(plan.layout.pipeline)],
         "planned_peak_bytes": [memory.total for memory in plan.memory],
-        "cpu_seconds": sum(rank.seconds for rank in ranks),
+        "cpu_seconds_computing": sum(rank.computing for rank in ranks),
+        "cpu_seconds_sending": sum(rank.sending for rank in ranks),
         "planned_flops": plan.flops.total * plan.tokens_per_step,
         "collectives": [row._asdict() for row in compare(plan, [rank.counts for rank in ranks])],
     }
@@ -201,11 +206,12 @@ def lines(result: dict[str, Any], speed: float | None) -> Iterator[str]:
         cells.append(agreement(rows))
         cells += [f"{peak / 1e6:.1f}", f"{planned / 1e6:.1f}", f"{planned / peak:.3f}"]
         if stage == 0:
+            seconds = result["cpu_seconds_computing"]
             by_flops = result["planned_flops"] / speed if speed else None
-            cells.append(f"{result['cpu_seconds']:.2f}")
-            cells += [f"{by_flops:.2f}", f"{by_flops / result['cpu_seconds']:.2f}"] if by_flops else ["", ""]
+            cells += [f"{seconds:.2f}", *([f"{by_flops:.2f}", f"{by_flops / seconds:.2f}"] if by_flops else ["", ""])]
+            cells.append(f"{result['cpu_seconds_sending']:.2f}")
         else:
-            cells += ["", "", ""]
+            cells += [""] * 4
         yield f"| {' | '.join(cells)} |"
 
 
@@ -227,7 +233,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     names = ["layout", "stage", "tensor, MB (calls)", "data", "pipeline", "planned", "tensors, MB", "planned", "ratio"]
-    names += ["CPU s, all ranks", "by FLOPs", "ratio"]
+    names += ["CPU s of all ranks", "by FLOPs", "ratio", "sending"]
     print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}", flush=True)
     results: list[dict[str, Any]] = []
     speed = None
@@ -239,7 +245,7 @@ def main() -> None:
         for index, (name, config) in enumerate(cases.items()):
             results.append(found := result(name, config, [measured[index] for measured in ranks]))
             if name == ALONE:
-                speed = found["planned_flops"] / found["cpu_seconds"]
+                speed = found["planned_flops"] / found["cpu_seconds_computing"]
             print("\n".join(lines(found, speed)), flush=True)
     if arguments.out:
         arguments.out.write_text(json.dumps(facts() | {"model": MODEL, "results": results}, indent=1) + "\n")

@@ -108,11 +108,15 @@ def peak(config: Config) -> tuple[int, int]:
 
 
 def _allocations(events: Any) -> Iterator[tuple[int, int, int]]:
-    """(time, address, bytes), negative where they are given back."""
+    """(time, address, bytes), negative where they are given back.
+
+    Without what a collective takes for itself: gloo scatters a copy of all it is given, which NCCL does not.
+    """
     for event in events:
         if event.name == "[memory]":
             yield event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size
-        yield from _allocations(event.children)
+        if not event.name.startswith("c10d::"):
+            yield from _allocations(event.children)
 
 
 def _status(key: str) -> int:
