@@ -14,9 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
-from megatron_mea.cluster.flops import block_flops
 from megatron_mea.cluster.plan import Plan, make_plan
-from megatron_mea.cluster.setting import Setting
 from megatron_mea.config import Config
 from megatron_mea.config.load import parse_config
 from megatron_mea.errors import UserError
@@ -126,17 +124,6 @@ def candidates(model: str, gpus: int, batch: int) -> Iterator[Config]:
         )
 
 
-def stage_flops(plan: Plan, config: Config) -> list[float]:
-    """FLOPs a token of every pipeline stage, its tensor ranks together; their sum is the plan's."""
-    setting = Setting(config, plan.layout)
-    head = 2 * config.model.hidden_size * config.model.vocab_size
-    passes = 4 if setting.recomputes else 3
-    return [
-        passes * sum(block_flops(setting, layer) for layer in stage.blocks) + 3 * head * stage.has_head
-        for stage in setting.stages
-    ]
-
-
 def pipeline_seconds(stages: list[float], micro_batches: int) -> tuple[float, float]:
     """A rank's own work and its wait in a step, from the seconds of a micro-batch on every stage.
 
@@ -173,7 +160,7 @@ def estimate(config: Config, gpus: int, machine: Machine) -> Estimate | None:
         return None
     layout = plan.layout
     tokens = plan.tokens_per_step / layout.data / layout.micro_batches
-    stages = [tokens * flops / layout.tensor / machine.speed for flops in stage_flops(plan, config)]
+    stages = [tokens * flops / layout.tensor / machine.speed for flops in plan.stage_flops]
     compute, idle = pipeline_seconds(stages, layout.micro_batches)
     traffic = {group: group_seconds(plan, group, machine) for group in ("tensor", "data", "pipeline")}
     return Estimate(config, plan, compute, idle, traffic)

@@ -49,6 +49,16 @@ def _recomputed(setting: Setting, layer: int) -> float:
     return block_flops(setting, layer) - folds - last
 
 
+def stage_flops(setting: Setting) -> tuple[float, ...]:
+    """FLOPs a token of every pipeline stage, its tensor ranks together, a teacher's not counted."""
+    head = 2 * setting.model.hidden_size * setting.model.vocab_size
+    passes = 4 if setting.recomputes else 3
+    return tuple(
+        passes * sum(block_flops(setting, layer) for layer in stage.blocks) + 3 * head * stage.has_head
+        for stage in setting.stages
+    )
+
+
 def block_flops(setting: Setting, layer: int) -> float:
     """FLOPs a token of one block's forward pass."""
     model = setting.model

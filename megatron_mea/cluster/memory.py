@@ -125,7 +125,9 @@ def _buffers(setting: Setting, stage: Stage) -> tuple[int, int]:
     if setting.zero_stage == 3:
         whole = [p.size for p in stage.parameters if p.size > PERSISTENT]
         gathered = min(sum(whole), REUSE_DISTANCE // 2 + max(whole, default=0)) * size
-        return int(gathered + bucket), int(bucket + max(gathered + bucket, update))
+        # A bucket is put in order in a copy, which the scattered parts hold until the next micro-batch's are there.
+        buckets = bucket * (2 if layout.micro_batches > 1 else 1)
+        return int(gathered + buckets), int(bucket + max(gathered + bucket, update))
     if setting.zero_stage == 1 and size < FLOAT32:
         # Both groups in one piece where they fit a bucket, and rounded for the way.
         rounded = numbers * (FLOAT32 + size) if numbers <= BUCKET else numbers * size

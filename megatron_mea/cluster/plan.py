@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mea.cluster.communication import Traffic, communication
-from megatron_mea.cluster.flops import Flops, flops_per_token
+from megatron_mea.cluster.flops import Flops, flops_per_token, stage_flops
 from megatron_mea.cluster.memory import Memory, memory
 from megatron_mea.cluster.setting import Device, Setting
 from megatron_mea.config.layout import TEACHER, Layout, check_layout, check_teacher
@@ -47,7 +47,10 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Plan:
-    """All of it; memory and traffic are those of one rank of each pipeline stage, the one that holds most."""
+    """All of it; memory and traffic are those of one rank of each pipeline stage, the one that holds most.
+
+    `stage_flops` are those of a token on each stage, its tensor ranks together.
+    """
 
     world_size: int
     layout: Layout
@@ -57,6 +60,7 @@ class Plan:
     parameters: Parameters
     memory: tuple[Memory, ...]
     flops: Flops
+    stage_flops: tuple[float, ...]
     communication: tuple[Traffic, ...]
 
     @property
@@ -87,6 +91,7 @@ def make_plan(config: Config, world_size: int | None = None, device: Device = "c
         count_parameters(setting),
         tuple(memory(setting)),
         flops_per_token(setting),
+        stage_flops(setting),
         tuple(communication(setting)),
     )
 

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from local_ranks import launch, make_config, new_engine, random_batches, random_teacher
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_mea.cluster.plan import make_plan
 from megatron_mea.config import Config
@@ -72,19 +75,30 @@ CASES: dict[str, tuple[int, Config]] = {
 }
 
 
-class LiveTensors:
-    """Bytes of live tensors at most while it is entered, over what was there before: `peak`, from the allocator."""
+class LiveTensors(TorchDispatchMode):
+    """Bytes of live tensors at most while it is entered, over what was there before: `peak`, from the allocator.
+
+    The profiler does not see what gloo's threads give back. So every collective is waited for until they have let go.
+    """
 
     def __enter__(self) -> LiveTensors:
         self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
         self._profile.__enter__()
-        return self
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function.namespace == "c10d" and isinstance(result, tuple):
+            dist.Work.unbox(result[-1]).wait()
+            time.sleep(0.001)
+        return result
 
     def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
         self._profile.__exit__(*error)
         live: dict[int, int] = {}
         total = self.peak = 0
-        # By address, since what gloo's own threads give back goes unseen until its place is taken again.
+        # By address: what was there before and is given back counts for nothing.
         events = self._profile.profiler.kineto_results.experimental_event_tree()
         for _, address, size in sorted(_allocations(events)):
             total += max(size, 0) - live.pop(address, 0)
