@@ -57,15 +57,19 @@ def memory(setting: Setting) -> list[Memory]:
 
 def stage_memory(setting: Setting, stage: Stage) -> Memory:
     in_flight = min(setting.layout.pipeline - stage.index, setting.layout.micro_batches)
-    kept = in_flight * stage_activations(setting, stage) + step_folds(setting, stage)
+    one = stage_activations(setting, stage)
+    kept = in_flight * one + step_folds(setting, stage)
     again = max((recomputed_activations(setting, layer) for layer in stage.blocks), default=0)
+    # What the backward pass of a block makes: the gradients of both factors of its product, and those around the block.
+    width = setting.model.intermediate_size // setting.layout.tensor + setting.model.hidden_size
+    backward = again + 2 * setting.tokens * width * setting.number_bytes
     loss, (buffers, reduction) = logits(setting, stage), _buffers(setting, stage)
     # A bucket comes with the first gradient of a backward pass, after the loss. ZeRO 2 gives it back after each.
     stays = setting.zero_stage == 3 or (setting.zero_stage == 1 and setting.layout.micro_batches > 1)
-    passes = kept + (max(loss, again) + buffers if stays else max(loss, again + buffers))
+    passes = kept + (max(loss, backward) + buffers if stays else max(loss, backward + buffers))
     if in_flight == setting.layout.micro_batches > 1:
         # All are there before the first gradient is, and gradients come as the activations of the first one go.
-        passes -= min(stage.size * setting.number_bytes, kept // in_flight)
+        passes -= min(stage.size * setting.number_bytes, one)
     teacher = setting.teacher.stages[stage.index].size * setting.number_bytes if setting.teacher else 0
     return Memory(stage.index, *_states(setting, stage), kept + again, loss, buffers, passes, reduction, teacher)
 
