@@ -30,7 +30,7 @@ def rows(page: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("pipeline", [1, 2, 8])
-@pytest.mark.parametrize("recomputation", ["none", "full"])
+@pytest.mark.parametrize("recomputation", ["none", "selective", "full"])
 def test_the_stages_make_up_the_plan(pipeline, recomputation):
     config = next(
         config

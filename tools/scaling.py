@@ -84,8 +84,8 @@ class Estimate:
         return self.plan.tokens_per_step / self.seconds / self.plan.world_size
 
     @property
-    def recomputes(self) -> bool:
-        return self.config.training.activation_checkpointing == "full"
+    def recomputed(self) -> str:
+        return self.config.training.activation_checkpointing
 
     @property
     def kind(self) -> str:
@@ -97,7 +97,7 @@ class Estimate:
 
 def candidates(model: str, gpus: int, batch: int) -> Iterator[Config]:
     """Layouts inside the rules of thumb: tensor ranks in a node, ZeRO 2 and 3 without a pipeline."""
-    sizes = itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2, 3), ("none", "full"))
+    sizes = itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2, 3), ("none", "selective", "full"))
     for tensor, pipeline, zero, recomputation in sizes:
         if (zero > 1 and pipeline > 1) or tensor * pipeline > gpus:
             continue
@@ -186,11 +186,15 @@ def table(names: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
 
 
 def short(each: Estimate) -> str:
-    """Seconds of a step, tensor x pipeline, and marks."""
-    layout = each.plan.layout
-    marks = f" Z{each.plan.zero_stage}" * (each.kind == "tensor" and each.plan.zero_stage > 1) + "r" * each.recomputes
-    cut = f" {layout.tensor} x {layout.pipeline}" if layout.tensor * layout.pipeline > 1 else ""
-    return f"{each.seconds:.2f}{marks if not cut else ''}{cut}{marks if cut else ''}"
+    """Seconds of a step, tensor x pipeline, ZeRO beside tensor ranks, and recomputation."""
+    layout, zero = each.plan.layout, each.plan.zero_stage
+    parts = [f"{each.seconds:.2f}"]
+    if layout.tensor * layout.pipeline > 1:
+        parts.append(f"{layout.tensor} x {layout.pipeline}")
+        parts += [f"Z{zero}"] * (zero > 1)
+    if each.recomputed != "none":
+        parts.append(each.recomputed[0])
+    return " ".join(parts)
 
 
 def fastest(models: list[str], gpus: list[int], batch: int, machine: Machine) -> None:
@@ -215,7 +219,7 @@ def fastest(models: list[str], gpus: list[int], batch: int, machine: Machine) ->
                     for stage in range(layout.pipeline)
                 )
                 cells = [model, f"{count:,}", f"{layout.tensor} x {layout.pipeline} x {layout.data}"]
-                cells += [str(each.plan.zero_stage), "yes" if each.recomputes else "no", f"{each.memory / 2**30:.1f}"]
+                cells += [str(each.plan.zero_stage), each.recomputed, f"{each.memory / 2**30:.1f}"]
                 cells += [f"{each.seconds:.2f}", f"{each.compute:.2f}", f"{each.idle:.2f}"]
                 cells += [f"{each.traffic[group]:.2f}" for group in ("tensor", "data", "pipeline")]
                 yield [*cells, f"{sent / 1e9:.1f}", f"{each.rate:,.0f}", f"{each.rate / best:.0%}"]
@@ -224,7 +228,7 @@ def fastest(models: list[str], gpus: list[int], batch: int, machine: Machine) ->
 
 
 def kinds(models: list[str], gpus: list[int], batch: int, machine: Machine) -> None:
-    """The fastest layout of each kind; r: recomputed, Z: ZeRO 2 or 3 beside tensor parallelism."""
+    """The fastest layout of each kind; s, f: recomputed, Z: ZeRO 2 or 3 beside tensor parallelism."""
 
     def rows() -> Iterator[list[str]]:
         for model, count in itertools.product(models, gpus):

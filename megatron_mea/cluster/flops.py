@@ -51,10 +51,10 @@ def _recomputed(setting: Setting, layer: int) -> float:
 
 def stage_flops(setting: Setting) -> tuple[float, ...]:
     """FLOPs a token of every pipeline stage, its tensor ranks together, a teacher's not counted."""
-    head = 2 * setting.model.hidden_size * setting.model.vocab_size
-    passes = 4 if setting.recomputes else 3
+    head = 6 * setting.model.hidden_size * setting.model.vocab_size
     return tuple(
-        passes * sum(block_flops(setting, layer) for layer in stage.blocks) + 3 * head * stage.has_head
+        sum(3 * block_flops(setting, layer) + _recomputed(setting, layer) for layer in stage.blocks)
+        + head * stage.has_head
         for stage in setting.stages
     )
 

@@ -139,7 +139,8 @@ def _buffers(setting: Setting, stage: Stage) -> tuple[int, int]:
     # A bucket goes out in a copy, and what is this rank's comes into a buffer of its own.
     reduced = (bucket if layout.data > 1 else 0) + mine * size
     if setting.zero_stage == 2:
-        return bucket, int(max(bucket + reduced, mine * size + update))
+        # One bucket is filled while the other one is averaged.
+        return 2 * bucket, int(max(2 * bucket + reduced, mine * size + update))
     # Gradients move into the bucket: those of several micro-batches count at rest already.
     counted = numbers * size if layout.micro_batches > 1 else 0
     # Under a pipeline DeepSpeed adds a bucket to the one that the passes have made.
