@@ -58,3 +58,26 @@ def test_compiled_blocks_train_alike():
                     assert graphs == {"graphs": 1, "breaks": 0}, name
                 else:
                     assert graphs["breaks"] > 0
+
+
+def test_layers_that_all_differ_are_all_compiled(monkeypatch):
+    """torch gives up after 8 graphs of a function unless it is told otherwise."""
+    import torch
+    from models import small_model
+
+    from megatron_mea.model.decoder import Decoder
+
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, backend=count, **options))
+    torch._dynamo.reset()
+    heads = {"num_attention_heads": 12, "num_key_value_heads": 12, "num_component_heads": list(range(1, 13))}
+    decoder = Decoder(small_model(**heads, attention_variant="mea", num_hidden_layers=12), compiled=True)
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    decoder(ids, torch.arange(4)[None], ids)
+    assert len(graphs) == 12

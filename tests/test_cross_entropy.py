@@ -11,8 +11,9 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_mea.data.corpora import IGNORE
 from megatron_mea.model import decoder
+from megatron_mea.parallel import cross_entropy
 from megatron_mea.parallel.cross_entropy import LARGE, chunk_size, linear_cross_entropy_sum
-from megatron_mea.parallel.grid import ALONE
+from megatron_mea.parallel.grid import ALONE, TensorGroup
 
 
 def problem(tokens: int, hidden: int, vocabulary: int, seed: int, ignored: float = 0.3):
@@ -59,8 +60,34 @@ def test_what_is_frozen_gets_no_gradient():
     loss = linear_cross_entropy_sum(x.requires_grad_(), weight, targets, 0, ALONE, 7)
     loss.backward()
     assert weight.grad is None
+
+
+def test_a_validation_makes_no_gradients(monkeypatch):
+    x, weight, targets = problem(20, 4, 9, 0)
+    x.requires_grad_(), weight.requires_grad_()
+    loss = linear_cross_entropy_sum(x, weight, targets, 0, ALONE, 7)
+    monkeypatch.setattr(cross_entropy, "_add_product", None)
     with torch.no_grad():
         assert linear_cross_entropy_sum(x, weight, targets, 0, ALONE, 7) == loss
+
+
+@pytest.mark.parametrize("vocabulary", [65537, 64])
+def test_ranks_agree_on_the_chunks(monkeypatch, vocabulary):
+    """Also where the last one has fewer rows than the others, which their collectives would not survive."""
+    asked = []
+
+    def record(tokens: int, columns: int) -> int:
+        asked.append((tokens, columns))
+        return tokens
+
+    monkeypatch.setattr(decoder, "chunk_size", record)
+    monkeypatch.setattr(decoder, "cross_entropy_sum", lambda *_: None)
+    for rank in range(8):
+        tp = TensorGroup(8, rank, None)
+        weight = torch.nn.Parameter(torch.zeros(-(-vocabulary // 8), 2))
+        head = decoder.Projection(decoder.Model(vocab_size=vocabulary, hidden_size=2), weight, tp)
+        head(torch.zeros(1, 5, 2), torch.zeros(1, 5, dtype=torch.long))
+    assert asked == [(5, -(-vocabulary // 8))] * 8
 
 
 def test_large_logits_stay_finite():

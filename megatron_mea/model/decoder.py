@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -99,7 +99,8 @@ class Projection(nn.Module):
         if targets is None:
             return F.linear(x, weight)
         x, targets = x.flatten(0, 1), targets.flatten()
-        chunk = chunk_size(len(x), len(weight))
+        # The largest part decides: ranks must agree.
+        chunk = chunk_size(len(x), -(-self.vocab_size // self.tp.size))
         if chunk < len(x):
             return linear_cross_entropy_sum(x, weight, targets, self.rows.start, self.tp, chunk)
         logits = F.linear(x, weight)
@@ -153,7 +154,7 @@ class Decoder(nn.Module):
         # No buffer: those are rounded with the parameters, and have no memory on the device "meta".
         self._frequencies = torch.tensor(inverse_frequencies(self.hf_config)[0], dtype=torch.float64, device="cpu")
         self.recompute, self.document_mask, self.fold_outside = recompute, document_mask, fold_outside
-        self._trained = torch.compile(run_block, dynamic=False) if compiled else run_block
+        self._trained = _compiled(config.num_hidden_layers) if compiled else run_block
         self.heads_talk = config.attention_variant == "talking_heads"
         stage = range(config.num_hidden_layers + 2) if stage is None else stage
         self.layers = nn.ModuleList()
@@ -233,6 +234,17 @@ def run_block(
 ) -> torch.Tensor:
     """What is compiled: one function, so that blocks of one shape share their code."""
     return block(x, cos, sin, attend, folded)
+
+
+def _compiled(layers: int) -> Callable[..., torch.Tensor]:
+    """`run_block` compiled; torch gives up silently at more graphs of a function than it allows, 8 of itself."""
+    import torch._dynamo
+
+    # Layers may all differ in their number of component heads.
+    limit = max(torch._dynamo.config.recompile_limit, 4 * layers)
+    torch._dynamo.config.recompile_limit = limit
+    torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 8 * limit)
+    return torch.compile(run_block, dynamic=False)
 
 
 def _embedding(config: Model, tp: TensorGroup) -> Embedding:

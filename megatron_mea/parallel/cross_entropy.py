@@ -46,7 +46,8 @@ def linear_cross_entropy_sum(
         offset: the id of the first row of `weight`.
         chunk: tokens at a time.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, targets, offset, tp, chunk)
+    learns = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, offset, tp, chunk, learns)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -59,10 +60,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         offset: int,
         tp: TensorGroup,
         chunk: int,
+        learns: bool,
     ) -> torch.Tensor:
         accurate = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=accurate, device=hidden.device)
-        learns = any(ctx.needs_input_grad[:2])
         if learns:
             d_hidden = torch.empty_like(hidden)
             d_weight = torch.zeros(weight.shape, dtype=accurate, device=weight.device)
@@ -101,7 +102,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,), (d_hidden, d_weight) = gradients, ctx.saved_tensors
         # In place: autograd refuses to use the graph again.
-        return d_hidden.mul_(gradient), d_weight.mul_(gradient).to(d_hidden.dtype), None, None, None, None
+        return d_hidden.mul_(gradient), d_weight.mul_(gradient).to(d_hidden.dtype), *[None] * 5
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:

@@ -78,7 +78,7 @@ def check_compilers() -> None:
         raise UserError("training.compile", "no triton", "triton, which torch for CUDA brings", "pip install triton")
     # Triton builds its launchers with one for C.
     variable, name = ("CC", "gcc") if on_gpu else ("CXX", "g++")
-    names = [os.environ[variable]] if variable in os.environ else [name, "clang" if on_gpu else "clang++"]
+    names = [os.environ[variable]] if variable in os.environ else ["gcc", "clang"] if on_gpu else ["g++"]
     if not any(map(shutil.which, names)):
         mend = f"install {name}, or let {variable} name one"
         raise UserError("training.compile", f"no {' or '.join(names)}", "false, or a compiler", mend)

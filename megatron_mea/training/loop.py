@@ -126,7 +126,9 @@ class _Run:
                 self.watchdog.minutes = config.parallel.timeout_minutes
                 processes.shorten_timeouts(config.parallel.timeout_minutes, but=self.saver.group)
             self.step, last = step, step == config.steps
-            if trace := self.profiler.after(step, last or result.stop):
+            with self.watchdog.patient(processes.SAVE_MINUTES):
+                trace = self.profiler.after(step, last or result.stop)
+            if trace is not None:
                 self.progress.say(f"wrote a trace: {trace}")
             row = {
                 "step": step,
