@@ -93,6 +93,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 gradient.scatter_(-1, column, (target.exp() - mine.to(accurate)).to(gradient.dtype).unsqueeze(-1))
                 torch.mm(gradient, weight, out=d_hidden[place : place + chunk]).mul_(counted.unsqueeze(-1))
                 _add_product(d_weight, gradient.t(), x * counted.unsqueeze(-1))
+                del gradient
+            # They go before those of the next chunk come.
+            del logits, log_p
         if learns:
             ctx.save_for_backward(d_hidden, d_weight)
         return total
