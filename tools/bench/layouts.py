@@ -43,7 +43,7 @@ STEPS_BEFORE = 2
 STEPS_TIMED = 3
 ALONE = "1 rank"
 FOLDED = 160
-"""Sequence length with which a micro-batch of two samples has more tokens than `hidden_size`; 96 combines heads."""
+"""Sequence length with which a micro-batch of two samples has more tokens than `hidden_size`."""
 
 
 def layout(tensor: int = 1, pipeline: int = 1, zero: int = 1, sequence: bool = False) -> dict:
@@ -87,8 +87,8 @@ TIED = {"tie_word_embeddings": True}
 CASES[2] |= {
     "dp2, ZeRO 0": case(layout(zero=0), None, FOLDED),
     "dp2, ZeRO 1, bf16": case(layout(), None, 32, global_batch_size=4, precision="bf16"),
-    "tp2, combined": case(layout(2)),
-    "tp2, sequence parallel, combined": case(layout(2, sequence=True)),
+    "tp2, short samples": case(layout(2)),
+    "tp2, sequence parallel, short samples": case(layout(2, sequence=True)),
     "tp2, sequence parallel, qk_norm, recomputed": case(
         layout(2, sequence=True), {"qk_norm": True}, FOLDED, activation_checkpointing="full"
     ),
