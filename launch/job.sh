@@ -91,7 +91,7 @@ if declare -F setup > /dev/null; then
   set -u
 fi
 
-on_all_ranks -m megatron_mea.cluster.preflight "$RUN_DIR" && on_all_ranks -m megatron_mea train "$CONFIG"
+on_all_ranks -m megatron_mea.slurm.preflight "$RUN_DIR" && on_all_ranks -m megatron_mea train "$CONFIG"
 
 if finished; then say "finished at step $(newest_step)"; exit 0; fi
 say "srun ended with status $rc at step $(newest_step)${stop:+ after $stop}"

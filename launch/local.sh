@@ -9,7 +9,9 @@ usage="usage: bash launch/local.sh NPROC CONFIG [KEY=VALUE ...]"
 if [ $# -lt 2 ]; then echo "$usage" >&2; exit 2; fi
 nproc=$1; shift
 case $nproc in
-  ''|*[!0-9]*|0) echo "local.sh: NPROC: found '$nproc', allowed: a positive number. $usage" >&2; exit 2 ;;
+  ''|*[!0-9]*|0)
+    printf "local.sh: error: NPROC\n  got:      '%s'\n  expected: a positive number\n%s\n" "$nproc" "$usage" >&2
+    exit 2 ;;
 esac
 # The active environment, or the one that launch/quickstart.sh made here.
 python=${PYTHON:-python3}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole road in one command:  bash launch/quickstart.sh [KEY=VALUE ...]
+# End-to-end in one command:  bash launch/quickstart.sh [KEY=VALUE ...]
 #
 # Installs into .venv (or the active environment), prepares the real text that ships with the project, trains a
 # small MEA model on two processes, exports it to Hugging Face, and uses the export with transformers alone.
@@ -16,7 +16,7 @@ export PYTHON HF_HUB_OFFLINE=1
 installed=$SECONDS
 
 mkdir -p "$work"
-# What an earlier call has made is kept: training goes on from its newest checkpoint.
+# Files of an earlier call are kept: training resumes from its newest checkpoint.
 if [ ! -e "$work/tokenizer" ]; then
   say "tokenizer: 2,048 pieces from Shakespeare and the King James Bible"
   "$PYTHON" -m megatron_mea tokenizer --input launch/quickstart/train.jsonl.gz --vocab-size 2048 --out "$work/tokenizer"

@@ -1,6 +1,6 @@
-"""The command line: calls one function a verb, and turns a user's error into one message.
+"""The command line: one function a verb, and a user's error as one message.
 
-What can be refused without torch is, before it is imported: that takes seconds.
+Each verb checks what it can before it imports torch, which takes seconds.
 """
 
 from __future__ import annotations
@@ -13,23 +13,24 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatron_mea.arguments import parse
+from megatron_mea.arguments import parse_arguments
 from megatron_mea.errors import UserError
 from megatron_mea.failures import exit_status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status: 0 done, 2 the user's input was wrong."""
-    arguments = parse(sys.argv[1:] if argv is None else list(argv))
-    # `train` saves and stops instead. Elsewhere what was begun is taken back.
+    arguments = parse_arguments(sys.argv[1:] if argv is None else list(argv))
+    # The other verbs remove unfinished output when they are interrupted; `train` saves a checkpoint instead.
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _leave)
+        signal.signal(number, _exit_on_signal)
+
     return exit_status(lambda: _VERBS[arguments.verb](arguments))
 
 
-def _leave(number: int, frame: object) -> None:
-    # Not KeyboardInterrupt: one that is raised while a string is executed, as dataclasses do on import, makes Python
-    # end by that signal, also when it is caught.
+def _exit_on_signal(number: int, frame: object) -> None:
+    # Not KeyboardInterrupt: raised inside `exec`, which dataclasses call on import, it makes Python die of SIGINT even
+    # where it is caught.
     print("megatron-mea: interrupted", file=sys.stderr, flush=True)
     sys.exit(128 + number)
 
@@ -37,7 +38,9 @@ def _leave(number: int, frame: object) -> None:
 def _tokenizer(arguments: argparse.Namespace) -> None:
     from megatron_mea.data.tokenizer import train_tokenizer
 
-    train_tokenizer(arguments.input, arguments.vocab_size, arguments.out, arguments.text_key)
+    train_tokenizer(
+        sources=arguments.input, vocab_size=arguments.vocab_size, out=arguments.out, text_key=arguments.text_key
+    )
     print(f"wrote {arguments.out}: {arguments.vocab_size} ids")
 
 
@@ -48,17 +51,18 @@ def _prepare(arguments: argparse.Namespace) -> None:
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if workers < 1:
-        raise UserError("--workers", workers, "at least 1")
+        raise UserError(where="--workers", got=workers, expected="at least 1")
     if not 0 <= arguments.max_broken <= 1:
-        raise UserError("--max-broken", arguments.max_broken, "0 to 1")
+        raise UserError(where="--max-broken", got=arguments.max_broken, expected="0 to 1")
+
     documents, tokens = prepare(
-        arguments.input,
-        arguments.tokenizer,
-        arguments.out,
-        arguments.text_key,
-        arguments.split,
-        workers,
-        arguments.max_broken,
+        sources=arguments.input,
+        tokenizer_folder=arguments.tokenizer,
+        prefix=arguments.out,
+        text_key=arguments.text_key,
+        split=arguments.split,
+        workers=workers,
+        max_broken=arguments.max_broken,
     )
     print(f"wrote {arguments.out}.bin and .idx: {documents:,} documents, {tokens:,} tokens")
 
@@ -66,7 +70,9 @@ def _prepare(arguments: argparse.Namespace) -> None:
 def _train(arguments: argparse.Namespace) -> None:
     from megatron_mea.training.signals import StopSignal
 
+    # Before torch is imported: a signal during that import would kill the process.
     stop = StopSignal()
+
     from megatron_mea.config import load_config
 
     config = load_config(arguments.config, arguments.overrides)
@@ -78,7 +84,8 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _plan(arguments: argparse.Namespace) -> None:
     if arguments.world_size is not None and arguments.world_size < 1:
-        raise UserError("--world-size", arguments.world_size, "at least 1")
+        raise UserError(where="--world-size", got=arguments.world_size, expected="at least 1")
+
     from megatron_mea.config import load_config
 
     config = load_config(arguments.config, arguments.overrides)
@@ -87,9 +94,9 @@ def _plan(arguments: argparse.Namespace) -> None:
 
     check_layout(config, arguments.world_size)
 
-    from megatron_mea.cluster.plan import as_json, as_text, make_plan
+    from megatron_mea.plan.plan import as_json, as_text, make_plan
 
-    plan = make_plan(config, arguments.world_size)
+    plan = make_plan(config, world_size=arguments.world_size)
     print(json.dumps(as_json(plan), indent=2) if arguments.json else as_text(plan))
 
 
@@ -98,44 +105,70 @@ def _submit(arguments: argparse.Namespace) -> None:
 
     config = load_config(arguments.config, arguments.overrides)
 
-    from megatron_mea.cluster.submit import Resources, submit
+    from megatron_mea.slurm.resources import Resources
+    from megatron_mea.slurm.submit import submit
 
-    given = arguments.nodes, arguments.gpus_per_node, arguments.time, arguments.chain, tuple(arguments.sbatch_options)
-    print(submit(config, Resources(*given), arguments.dry_run))
+    resources = Resources(
+        nodes=arguments.nodes,
+        gpus_per_node=arguments.gpus_per_node,
+        time=arguments.time,
+        chain=arguments.chain,
+        options=tuple(arguments.sbatch_options),
+    )
+    print(submit(config=config, resources=resources, dry_run=arguments.dry_run))
 
 
 def _sweep(arguments: argparse.Namespace) -> None:
     from megatron_mea.experiments.sweep import combinations, run_here, submit_array
 
-    lists = (arguments.variants, arguments.learning_rates, arguments.seeds)
-    given = [value.split(",") if value else [] for value in lists]
+    def comma_separated(option: str | None) -> list[str]:
+        return option.split(",") if option else []
+
     out = Path(arguments.out)
-    configs = combinations(arguments.config, arguments.overrides, *given, out)
-    asked = {"nodes": 1, "gpus_per_node": 1, "time": "24:00:00"}
-    given = {name: value for name in asked if (value := getattr(arguments, name)) is not None}
+    configs = combinations(
+        path=arguments.config,
+        overrides=arguments.overrides,
+        variants=comma_separated(arguments.variants),
+        learning_rates=comma_separated(arguments.learning_rates),
+        seeds=comma_separated(arguments.seeds),
+        out=out,
+    )
+
+    defaults = {"nodes": 1, "gpus_per_node": 1, "time": "24:00:00"}
+    requested = {name: value for name in defaults if (value := getattr(arguments, name)) is not None}
     if not arguments.submit:
-        if given or arguments.dry_run or arguments.sbatch_options:
-            raise UserError("sweep", "options of a job without --submit", "--submit, or none of them: it trains here")
+        if requested or arguments.dry_run or arguments.sbatch_options:
+            raise UserError(
+                where="sweep",
+                got="options of a job without --submit",
+                expected="--submit, or none of them: it trains here",
+            )
         print(run_here(configs, 1 if arguments.at_once is None else arguments.at_once))
         return
-    from megatron_mea.cluster.submit import Resources
 
-    resources = Resources(**asked | given, options=tuple(arguments.sbatch_options))
-    print(submit_array(configs, out, resources, arguments.at_once, arguments.dry_run))
+    from megatron_mea.slurm.resources import Resources
+
+    resources = Resources(**defaults | requested, options=tuple(arguments.sbatch_options))
+    print(
+        submit_array(
+            configs=configs, out=out, resources=resources, at_once=arguments.at_once, dry_run=arguments.dry_run
+        )
+    )
 
 
 def _report(arguments: argparse.Namespace) -> None:
     if not all(0 < count < float("inf") for count in arguments.tokens):
-        raise UserError("--tokens", arguments.tokens, "numbers above 0")
+        raise UserError(where="--tokens", got=arguments.tokens, expected="numbers above 0")
     if Path(arguments.out).suffix != ".html":
-        raise UserError("--out", arguments.out, "a file that ends in .html")
+        raise UserError(where="--out", got=arguments.out, expected="a file that ends in .html")
+
     from megatron_mea.experiments.runs import find_runs
 
     runs = find_runs(arguments.paths)
 
     from megatron_mea.experiments.report import report
 
-    print(report(runs, arguments.out, arguments.tokens))
+    print(report(runs=runs, out=arguments.out, tokens=arguments.tokens))
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -145,59 +178,76 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from megatron_mea.huggingface.place import check_places
+    from megatron_mea.huggingface.locate import check_paths
 
-    check_places(arguments.model, arguments.out)
+    check_paths(arguments.model, out=arguments.out)
 
     from megatron_mea.huggingface.export import export
 
-    print(export(arguments.model, arguments.out, arguments.dtype, arguments.target))
+    print(export(model=arguments.model, out=arguments.out, dtype=arguments.dtype, kind=arguments.target))
 
 
 def _import(arguments: argparse.Namespace) -> None:
-    from megatron_mea.huggingface.place import check_hugging_face
+    from megatron_mea.huggingface.locate import check_hf_folder
     from megatron_mea.outputs import check_free_folder
 
     check_free_folder(Path(arguments.out))
-    check_hugging_face(Path(arguments.source))
+    check_hf_folder(Path(arguments.source))
 
     from megatron_mea.huggingface.importing import import_model
 
-    print(import_model(arguments.source, arguments.out, arguments.variant))
+    print(import_model(source=arguments.source, out=arguments.out, variant=arguments.variant))
 
 
 def _compress(arguments: argparse.Namespace) -> None:
-    from megatron_mea.huggingface.place import check_places
+    from megatron_mea.huggingface.locate import check_paths
 
-    check_places(arguments.model, arguments.out, {"--calibration": arguments.calibration})
+    check_paths(model=arguments.model, out=arguments.out, data={"--calibration": arguments.calibration})
 
     from megatron_mea.compression.compress import compress
 
-    size = arguments.component_heads, arguments.cache_ratio
-    print(compress(arguments.model, arguments.out, *size, arguments.layers, arguments.calibration, arguments.align))
+    print(
+        compress(
+            model=arguments.model,
+            out=arguments.out,
+            heads=arguments.component_heads,
+            ratio=arguments.cache_ratio,
+            layers=arguments.layers,
+            calibration=arguments.calibration,
+            aligned=arguments.align,
+        )
+    )
 
 
 def _sensitivity(arguments: argparse.Namespace) -> None:
     if Path(arguments.out).suffix != ".json":
-        raise UserError("--out", arguments.out, "a name that ends in .json")
-    from megatron_mea.huggingface.place import check_places
+        raise UserError(where="--out", got=arguments.out, expected="a name that ends in .json")
 
-    check_places(arguments.model, data={"--data": arguments.data})
+    from megatron_mea.huggingface.locate import check_paths
+
+    check_paths(arguments.model, data={"--data": arguments.data})
 
     from megatron_mea.compression.sensitivity import sensitivity
 
-    given = arguments.model, arguments.component_heads, arguments.data, arguments.out, arguments.align
-    print(sensitivity(*given))
+    print(
+        sensitivity(
+            model=arguments.model,
+            heads=arguments.component_heads,
+            data=arguments.data,
+            out=arguments.out,
+            aligned=arguments.align,
+        )
+    )
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from megatron_mea.huggingface.place import check_places
+    from megatron_mea.huggingface.locate import check_paths
 
-    check_places(arguments.model, data={"--data": arguments.data})
+    check_paths(arguments.model, data={"--data": arguments.data})
 
-    from megatron_mea.huggingface.use import evaluate
+    from megatron_mea.huggingface.evaluate import evaluate
 
-    text, table = evaluate(arguments.model, arguments.data, arguments.tasks, arguments.out)
+    text, table = evaluate(model=arguments.model, data=arguments.data, tasks=arguments.tasks, out=arguments.out)
     print(text)
     if table:
         # stdout stays JSON.
@@ -206,16 +256,26 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 def _generate(arguments: argparse.Namespace) -> None:
     if arguments.max_new_tokens < 1:
-        raise UserError("--max-new-tokens", arguments.max_new_tokens, "at least 1")
+        raise UserError(where="--max-new-tokens", got=arguments.max_new_tokens, expected="at least 1")
     if arguments.temperature != 0 and not 1e-3 <= arguments.temperature < float("inf"):
-        raise UserError("--temperature", arguments.temperature, "0 (the likeliest token), or 0.001 and more")
-    from megatron_mea.huggingface.place import check_places
+        raise UserError(
+            where="--temperature", got=arguments.temperature, expected="0 (the likeliest token), or 0.001 and more"
+        )
 
-    check_places(arguments.model)
+    from megatron_mea.huggingface.locate import check_paths
 
-    from megatron_mea.huggingface.use import generate
+    check_paths(arguments.model)
 
-    print(generate(arguments.model, arguments.prompt, arguments.max_new_tokens, arguments.temperature))
+    from megatron_mea.huggingface.generate import generate
+
+    print(
+        generate(
+            model=arguments.model,
+            prompt=arguments.prompt,
+            max_new_tokens=arguments.max_new_tokens,
+            temperature=arguments.temperature,
+        )
+    )
 
 
 _VERBS: dict[str, Callable[[argparse.Namespace], None]] = {

@@ -1,4 +1,4 @@
-"""The user's mistakes: everything that a user can get wrong ends in one `UserError`."""
+"""Exceptions that end a command with one message: `UserError` (status 2), `RunError` and `MachineError` (status 1)."""
 
 from __future__ import annotations
 
@@ -6,57 +6,59 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One thing that is wrong.
+    """One mistake in the user's input.
 
     Args:
         where: the dotted key of the configuration, the option or the file.
-        found: what stands there.
-        allowed: what may stand there.
-        mend: how to mend it, where `allowed` does not say it already.
+        got: the value that stands there.
+        expected: the values that are allowed there.
+        hint: how to fix it, where `expected` does not say it already.
     """
 
     where: str
-    found: object
-    allowed: str
-    mend: str = ""
+    got: object
+    expected: str
+    hint: str = ""
 
     def __str__(self) -> str:
-        lines = [f"error: {self.where}", f"  found:   {self.found}", f"  allowed: {self.allowed}"]
-        return "\n".join(lines + ([f"  mend:    {self.mend}"] if self.mend else []))
+        lines = [f"error: {self.where}", f"  got:      {self.got}", f"  expected: {self.expected}"]
+        return "\n".join(lines + ([f"  hint:     {self.hint}"] if self.hint else []))
 
 
 class RunError(RuntimeError):
-    """Ends a command with one message and exit status 1: something failed that is not the user's input."""
+    """Ends a command with one message and exit status 1: a failure that the user's input did not cause."""
 
 
 class MachineError(RunError):
-    """A node, a GPU or a network that does not do what it must: the same work may succeed on another one."""
+    """A node, a GPU or a network is broken: the same work may succeed on another one."""
 
 
 class UserError(Exception):
     """Ends a command with one message on stderr and exit status 2, without a traceback."""
 
-    def __init__(self, where: str, found: object, allowed: str, mend: str = "") -> None:
-        self.problems = [Problem(where, found, allowed, mend)]
+    def __init__(self, *, where: str, got: object, expected: str, hint: str = "") -> None:
+        self.problems = [Problem(where=where, got=got, expected=expected, hint=hint)]
         super().__init__(str(self.problems[0]))
 
     @classmethod
-    def of(cls, problems: Iterable[Problem], footer: str = "") -> UserError:
-        """One error out of several problems, which the user then mends in one go; `footer` ends the message."""
+    def from_problems(cls, problems: Iterable[Problem], footer: str = "") -> UserError:
+        """One error that reports several problems (at least one) at once; `footer` ends the message."""
         problems = list(problems)
-        error = cls(problems[0].where, problems[0].found, problems[0].allowed, problems[0].mend)
+        first = problems[0]
+        error = cls(where=first.where, got=first.got, expected=first.expected, hint=first.hint)
         error.problems = problems
+
         error.args = ("\n".join([*map(str, problems), *([footer] if footer else [])]),)
         return error
 
     def __reduce__(self) -> tuple:
-        # Rank 0 sends what it finds to the others.
-        return _again, (self.problems, str(self))
+        # Rank 0 pickles its error to send it to the other ranks.
+        return _rebuild, (self.problems, str(self))
 
 
-def _again(problems: list[Problem], message: str) -> UserError:
-    error = UserError.of(problems)
+def _rebuild(problems: list[Problem], message: str) -> UserError:
+    error = UserError.from_problems(problems)
     error.args = (message,)
     return error

@@ -1,4 +1,4 @@
-"""How a command ends: one message and a status, and for the job that started it whether the same would happen again."""
+"""Exit status and message of a command, and the failure file that tells its job whether a retry would fail again."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from collections.abc import Callable, Iterator
 
 from megatron_mea.errors import MachineError, RunError, UserError
 
-NOTE = "MEA_FAILURE_FILE"
+FAILURE_FILE_VARIABLE = "MEA_FAILURE_FILE"
 """Environment variable with the file that the first process to fail by itself writes; a job reads it at its end."""
 
-_DISTRIBUTED = {"DistBackendError", "DistNetworkError", "DistStoreError"}
-_OF_GLOO = re.compile(r"gloo/|Connection (closed|reset) by peer|Timed out waiting \d+ms for (send|recv)")
-_OF_GPU = "AcceleratorError"
-_WORDY = re.compile(r"^\[[^\]]*\] |\. This is typically.*")
-"""Where in its sources gloo gave up, and what it advises."""
+_DISTRIBUTED_ERRORS = {"DistBackendError", "DistNetworkError", "DistStoreError"}
+_GPU_ERROR = "AcceleratorError"
+_GLOO_ERROR = re.compile(r"gloo/|Connection (closed|reset) by peer|Timed out waiting \d+ms for (send|recv)")
+_GLOO_NOISE = re.compile(r"^\[[^\]]*\] |\. This is typically.*")
+"""The source location in front of gloo's messages, and the advice at their end."""
 
 
 def exit_status(work: Callable[[], None]) -> int:
-    """Does the work, and says what it fails of: 0 done, 2 the user's input was wrong, 1 anything else.
+    """Runs `work` and prints why it failed; returns 0 (done), 2 (the user's input was wrong) or 1 (anything else).
 
-    What is nobody's mistake is raised, for its traceback.
+    Unexpected exceptions are raised again, for their traceback.
     """
     try:
         work()
@@ -33,40 +33,44 @@ def exit_status(work: Callable[[], None]) -> int:
         return 1
     except Exception as error:
         status = 2 if isinstance(error, UserError) else 1
-        lost = lost_others(error)
-        if not (lost or isinstance(error, MachineError) or type(error).__name__ == _OF_GPU):
-            _note(status, error)
-        if not (lost or isinstance(error, (UserError, RunError))):
+        peer_failed = is_peer_failure(error)
+        if not (peer_failed or isinstance(error, MachineError) or type(error).__name__ == _GPU_ERROR):
+            _write_failure_file(status, error)
+        if not (peer_failed or isinstance(error, (UserError, RunError))):
             raise
-        if lost or _rank() > 0:
-            # Mostly every rank finds the same. Rank 0 says it, and the launcher ends the others meanwhile;
-            # what only this rank sees must still be said.
+
+        if peer_failed or _rank() > 0:
+            # Mostly all ranks fail alike: rank 0 prints the message, and the launcher ends the others meanwhile.
+            # A failure of this rank alone must still be printed.
             time.sleep(3)
+
         prefix = f"rank {_rank()}: " if _rank() else ""
-        first = _WORDY.sub("", str(error).strip().partition("\n")[0])
-        message = f"another process, or the network to it, is gone: {first}" if lost else error
+        first_line = _GLOO_NOISE.sub("", str(error).strip().partition("\n")[0])
+        message = f"another process, or the network to it, is gone: {first_line}" if peer_failed else error
         print(f"megatron-mea: {prefix}{message}", file=sys.stderr, flush=True)
         return status
+
     return 0
 
 
-def lost_others(error: BaseException | None) -> bool:
-    """Whether an exception tells of another process that is gone: it is that one's failure, not this one's."""
+def is_peer_failure(error: BaseException | None) -> bool:
+    """Whether `error` or one of its causes says that another process is gone, so that this process is not to blame."""
     return any(
-        type(one).__name__ in _DISTRIBUTED or (isinstance(one, RuntimeError) and _OF_GLOO.search(str(one)))
-        for one in _causes(error)
+        type(cause).__name__ in _DISTRIBUTED_ERRORS
+        or (isinstance(cause, RuntimeError) and _GLOO_ERROR.search(str(cause)))
+        for cause in _cause_chain(error)
     )
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def _cause_chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__
 
 
-def _note(status: int, error: BaseException) -> None:
-    """Leaves status and message for the job, unless another process was first."""
-    if path := os.environ.get(NOTE):
+def _write_failure_file(status: int, error: BaseException) -> None:
+    """Writes status and message for the job, unless another process was first."""
+    if path := os.environ.get(FAILURE_FILE_VARIABLE):
         try:
             with open(path, "x", encoding="utf-8") as stream:
                 stream.write(f"{status}\n{type(error).__name__}: {error}\n")

@@ -7,8 +7,8 @@ from typing import Any
 
 
 def progress_bar(*arguments: Any, **settings: Any) -> Any:
-    """tqdm on stderr; in a log file a line every half minute rather than every second."""
+    """tqdm on stderr: updated every second on a terminal, every 30 seconds in a log file."""
     from tqdm import tqdm
 
-    pace = {"mininterval": 1.0} if sys.stderr.isatty() else {"mininterval": 30.0, "delay": 30.0}
-    return tqdm(*arguments, **pace, **settings)
+    intervals = {"mininterval": 1.0} if sys.stderr.isatty() else {"mininterval": 30.0, "delay": 30.0}
+    return tqdm(*arguments, **intervals, **settings)

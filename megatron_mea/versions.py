@@ -1,4 +1,4 @@
-"""Versions of what decides on numbers: a part of every checkpoint."""
+"""Versions of the packages that decide the numerical results of a run, for the metadata of its checkpoints."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from megatron_mea import __version__
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package and of what decides on numbers, and the git revision where there is one."""
-    found = {"megatron_mea": __version__}
+    """Versions of this package, torch, DeepSpeed and transformers ("absent" where missing), and the git revision."""
+    installed = {"megatron_mea": __version__}
     for name in ("torch", "deepspeed", "transformers"):
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "absent"
+            installed[name] = "absent"
+
     root = Path(__file__).resolve().parents[1]
     if (root / ".git").exists():
         command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-        found["git"] = "unknown"
+        installed["git"] = "unknown"
         # The program may be missing, in a container for example.
         with contextlib.suppress(OSError):
             revision = subprocess.run(command, capture_output=True, text=True, check=False)
-            found["git"] = revision.stdout.strip() or "unknown"
-    return found
+            installed["git"] = revision.stdout.strip() or "unknown"
+
+    return installed

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Which learning rates each variant stands, and how low its loss gets at its best (docs/results/learning-rate.md):
 #   bash tools/learning_rate_study.sh [RUNS_AT_ONCE]          default: a run a core, one thread each
-# About 4 core-hours. What is done is kept in runs/study: the same command goes on where it stopped, and in the end
-# writes the reports again.
+# About 4 core-hours. Results are in runs/study: the same command resumes where it stopped, and in the end writes the
+# reports again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1

@@ -64,7 +64,7 @@ NUMBERED_POEMS = {"sonnets": "sonnet", "passionate_pilgrim": "poem"}
 POEMS = frozenset({"lovers_complaint", "phoenix_and_the_turtle", "rape_of_lucrece"})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Document:
     """One document: where it comes from (unique, for people), the work it belongs to, and its text."""
 
@@ -121,6 +121,7 @@ def split_play(text: str) -> Iterator[tuple[str, str]]:
         else:
             lines.append(line)
             only_heading = only_heading and not line.strip()
+
     yield label, "\n".join(lines)
 
 
@@ -132,6 +133,7 @@ def split_numbered(text: str, kind: str) -> Iterator[tuple[str, str]]:
             poems.append([])
         if poems:
             poems[-1].append(line)
+
     # Counted, not read from the headings: that of sonnet 128 has a typing error.
     for index, lines in enumerate(poems, start=1):
         yield f"{kind} {index}", "\n".join(lines)
@@ -149,12 +151,12 @@ def shakespeare_documents(archive: Path) -> Iterator[Document]:
             text = clean(stream.read().decode("ascii"))
             title = work.replace("_", " ")
             if work in POEMS:
-                yield Document(title, work, text)
+                yield Document(source=title, work=work, text=text)
                 continue
             kind = NUMBERED_POEMS.get(work)
             parts = split_numbered(text, kind) if kind else split_play(text)
             for label, part in parts:
-                yield Document(f"{title}, {label}", work, part.strip("\n"))
+                yield Document(source=f"{title}, {label}", work=work, text=part.strip("\n"))
 
 
 def bible_documents(archive: Path) -> Iterator[Document]:
@@ -167,15 +169,16 @@ def bible_documents(archive: Path) -> Iterator[Document]:
             verse = json.loads(line)
             if verse["text"] != "[]":  # a placeholder: 3 John 15 does not exist in this translation
                 chapters.setdefault((verse["book"], verse["chapter"]), []).append(verse["text"])
+
     for (book, chapter), verses in chapters.items():
-        yield Document(f"{book} {chapter}", book, "\n".join(verses))
+        yield Document(source=f"{book} {chapter}", work=book, text="\n".join(verses))
 
 
 def check_archive(archive: Path, expected: str) -> None:
     """Stop unless the archive is exactly the published one."""
-    found = hashlib.sha256(archive.read_bytes()).hexdigest()
-    if found != expected:
-        sys.exit(f"{archive}: SHA-256 is {found}, expected {expected}")
+    actual = hashlib.sha256(archive.read_bytes()).hexdigest()
+    if actual != expected:
+        sys.exit(f"{archive}: SHA-256 is {actual}, expected {expected}")
 
 
 def check_documents(documents: list[Document]) -> None:
@@ -189,6 +192,7 @@ def check_documents(documents: list[Document]) -> None:
         if match := FORBIDDEN.search(document.text):
             sys.exit(f"{document.source}: contains {match[0]!r}")
         seen.add(document.source)
+
     missing = (HELD_OUT_WORKS | HELD_OUT_BOOKS) - {document.work for document in documents}
     if missing:
         sys.exit(f"held-out works not found: {sorted(missing)}")
@@ -248,6 +252,7 @@ def main() -> None:
             differing = differing or not same
             print(f"{path.name}: {'same' if same else 'DIFFERENT or missing'}")
             continue
+
         packed = compress(data)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(packed)
@@ -257,6 +262,7 @@ def main() -> None:
             f"  sha256 of the file {hashlib.sha256(packed).hexdigest()}\n"
             f"  sha256 of its JSON lines {hashlib.sha256(data).hexdigest()}"
         )
+
     if differing:
         sys.exit(1)
 

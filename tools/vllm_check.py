@@ -1,4 +1,4 @@
-"""Whether vLLM generates what transformers generates, and how many tokens its cache holds.
+"""Checks that vLLM generates the same tokens as transformers, and shows how many tokens its cache holds.
 
     python tools/vllm_check.py FOLDER [FOLDER ...]
 
@@ -26,25 +26,29 @@ SETTINGS = {
 
 
 def prompt_ids(folder: str) -> list[list[int]]:
+    """The prompts as token ids, by the tokenizer in the folder."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     return [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in PROMPTS]
 
 
-def by_transformers(folder: str) -> list[int]:
+def generate_with_transformers(folder: str) -> list[int]:
+    """The new tokens of all prompts in a row, greedily."""
     import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
-    found = []
+    tokens = []
     for ids in prompt_ids(folder):
         output = model.generate(torch.tensor([ids]), max_new_tokens=TOKENS, do_sample=False, eos_token_id=None)
-        found += output[0, len(ids) :].tolist()
-    return found
+        tokens += output[0, len(ids) :].tolist()
+
+    return tokens
 
 
-def by_vllm(folder: str) -> list[int]:
+def generate_with_vllm(folder: str) -> list[int]:
+    """The new tokens of all prompts in a row, greedily."""
     from vllm import LLM, SamplingParams
 
     stock = json.loads(Path(folder, "config.json").read_text())["model_type"] in ("llama", "mistral", "qwen2", "qwen3")
@@ -59,41 +63,45 @@ def by_vllm(folder: str) -> list[int]:
     )
     sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
     prompts = [{"prompt_token_ids": ids} for ids in prompt_ids(folder)]
-    return [token for one in llm.generate(prompts, sampling) for token in one.outputs[0].token_ids]
+    return [token for request in llm.generate(prompts, sampling) for token in request.outputs[0].token_ids]
 
 
-def in_a_process(which: str, folder: str) -> tuple[list[int], str]:
-    command = [sys.executable, __file__, which, folder]
-    done = subprocess.run(command, env=os.environ | SETTINGS, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(done.stdout + done.stderr)
-    # vLLM logs on both.
-    answer = next(line for line in done.stdout.splitlines() if line.startswith("tokens: "))
-    return json.loads(answer.removeprefix("tokens: ")), done.stdout + done.stderr
+def run_in_process(option: str, folder: str) -> tuple[list[int], str]:
+    """Calls this script with `--transformers` or `--vllm`: the tokens, and all that the process wrote."""
+    command = [sys.executable, __file__, option, folder]
+    process = subprocess.run(command, env=os.environ | SETTINGS, capture_output=True, text=True)
+    # vLLM logs to both.
+    log = process.stdout + process.stderr
+    if process.returncode:
+        sys.exit(log)
+
+    line = next(line for line in process.stdout.splitlines() if line.startswith("tokens: "))
+    return json.loads(line.removeprefix("tokens: ")), log
 
 
 def main(folders: list[str]) -> int:
-    """Prints a row a folder."""
-    wrong = 0
+    """Prints a row for each folder; the exit status."""
+    different = 0
     print(f"{'folder':<28} {'cache holds, in 1 GiB':>24}   greedy tokens equal to transformers'")
     for folder in folders:
-        expected, _ = in_a_process("--transformers", folder)
-        found, log = in_a_process("--vllm", folder)
+        expected, _ = run_in_process("--transformers", folder)
+        actual, log = run_in_process("--vllm", folder)
         size = re.search(r"KV cache size: ([\d,]+) tokens", log)
-        equal = sum(one == other for one, other in zip(found, expected, strict=True))
+        equal = sum(a == b for a, b in zip(actual, expected, strict=True))
         total = len(expected)
         print(f"{folder:<28} {size[1] if size else '?':>17} tokens   {equal} of {total}", flush=True)
-        wrong += equal != total
-    return 1 if wrong else 0
+        different += equal != total
+
+    return 1 if different else 0
 
 
 if __name__ == "__main__":
     match sys.argv[1:]:
-        case ["--transformers", one]:
-            print(f"tokens: {by_transformers(one)}")
-        case ["--vllm", one]:
-            print(f"tokens: {by_vllm(one)}")
+        case ["--transformers", folder]:
+            print(f"tokens: {generate_with_transformers(folder)}")
+        case ["--vllm", folder]:
+            print(f"tokens: {generate_with_vllm(folder)}")
         case []:
             sys.exit(__doc__)
-        case several:
-            sys.exit(main(several))
+        case folders:
+            sys.exit(main(folders))

@@ -5,39 +5,49 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from megatron_mea.attention.documents import Attend
-from megatron_mea.parallel.collectives import shared
-from megatron_mea.parallel.grid import ALONE, TensorGroup
-from megatron_mea.parallel.parameter import declare, normal
+from megatron_mea.attention.document_mask import AttentionFn
+from megatron_mea.parallel.collectives import copy_to_tp_region
+from megatron_mea.parallel.grid import NO_TP, TensorGroup
+from megatron_mea.parallel.parameter import normal, sharded_parameter
 
 
 class DifferentialHeads(nn.Module):
-    """Heads 2i and 2i + 1 make one: A_i = softmax(Q_2i K_2i) - lambda softmax(Q_2i+1 K_2i+1), on both their values.
+    """Core attention of pairs of heads: A_i = softmax(Q_2i K_2i) - lambda softmax(Q_2i+1 K_2i+1), on both values.
 
-    lambda = exp(lambda_q1 . lambda_k1) - exp(lambda_q2 . lambda_k2) + lambda_init, one a layer. The head norm that
-    follows acts on all 2d features of a pair and is scaled by 1 - lambda_init (`scale`).
+    lambda = exp(lambda_q1 . lambda_k1) - exp(lambda_q2 . lambda_k2) + lambda_init, a scalar per layer. The head norm
+    that follows acts on all 2d features of a pair and is scaled by 1 - lambda_init (`scale`).
 
     Args:
         layer: counted from 0.
     """
 
-    def __init__(self, name: str, layer: int, head_dim: int, tp: TensorGroup = ALONE) -> None:
+    def __init__(self, *, name: str, layer: int, head_dim: int, tp: TensorGroup = NO_TP) -> None:
         super().__init__()
         self.tp = tp
-        # A tensor, as a number would be compiled into each layer's code; not of floating point, as that is rounded with
-        # the parameters.
+        # A tensor, since a Python number would compile each layer's code anew; an integer one, since floating-point
+        # buffers are rounded to the parameter dtype.
         self.register_buffer("layer", torch.tensor(layer, device="cpu"), persistent=False)
-        for which in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
-            self.register_parameter(which, declare(f"{name}.{which}", (head_dim,), "vector", normal(0.1), tp))
 
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attend: Attend) -> torch.Tensor:
+        for lambda_name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
+            self.register_parameter(
+                lambda_name,
+                sharded_parameter(
+                    name=f"{name}.{lambda_name}", global_shape=(head_dim,), kind="vector", initialize=normal(0.1), tp=tp
+                ),
+            )
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, attend: AttentionFn
+    ) -> torch.Tensor:
         """(batch, H, seq, d), (batch, h, seq, d), (batch, h, seq, d) -> (batch, H / 2, seq, 2d)"""
-        query, key = _first_then_second(query), _first_then_second(key)
-        # Fused kernels want values as wide as keys, so each half of a pair's values is attended to by itself.
+        query, key = _even_then_odd(query), _even_then_odd(key)
+
+        # Fused kernels want values as wide as keys, so there is one call for each half of a pair's values.
         # shape: (batch, h, seq, d) -> (batch, h / 2, seq, d) twice over -> (batch, h, seq, d)
         halves = (half.repeat(1, 2, 1, 1) for half in (value[:, 0::2], value[:, 1::2]))
-        weight = self.weight().to(query.dtype)
+        weight = self.lambda_value().to(query.dtype)
         outputs = [attend(query, key, half).chunk(2, dim=1) for half in halves]
+
         # shape: (batch, H / 2, seq, d) twice -> (batch, H / 2, seq, 2d)
         return torch.cat([first - weight * second for first, second in outputs], dim=-1)
 
@@ -48,17 +58,17 @@ class DifferentialHeads(nn.Module):
 
     @property
     def scale(self) -> torch.Tensor:
-        """What the normalised output of a pair is multiplied by, a float64 scalar."""
+        """Factor on the normalised output of a pair, 1 - lambda_init; a float64 scalar."""
         return 1 - self.lambda_init
 
-    def weight(self) -> torch.Tensor:
-        """lambda, a scalar; in float32 at least."""
-        q1, k1, q2, k2 = (shared(getattr(self, name), self.tp) for name, _ in self.named_parameters())
-        accurate = torch.promote_types(q1.dtype, torch.float32)
-        first, second = ((q.to(accurate) * k.to(accurate)).sum().exp() for q, k in ((q1, k1), (q2, k2)))
+    def lambda_value(self) -> torch.Tensor:
+        """Current value of lambda, a scalar in float32 at least."""
+        q1, k1, q2, k2 = (copy_to_tp_region(getattr(self, name), self.tp) for name, _ in self.named_parameters())
+        sum_dtype = torch.promote_types(q1.dtype, torch.float32)
+        first, second = ((q.to(sum_dtype) * k.to(sum_dtype)).sum().exp() for q, k in ((q1, k1), (q2, k2)))
         return first - second + self.lambda_init
 
 
-def _first_then_second(heads: torch.Tensor) -> torch.Tensor:
-    """Orders heads as 0, 2, 4, ... 1, 3, 5, ...: groups of queries stay groups of their keys."""
+def _even_then_odd(heads: torch.Tensor) -> torch.Tensor:
+    """Orders heads as 0, 2, 4, ... 1, 3, 5, ..., so that query heads stay grouped by their key head."""
     return torch.cat((heads[:, 0::2], heads[:, 1::2]), dim=1)

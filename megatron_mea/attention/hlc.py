@@ -1,8 +1,8 @@
 """Head-level linear combination, HLC (paper section 4.1): composite heads out of component heads.
 
 Two forms, equal by associativity (eq. 18): on activations, `combine_heads`, or on the projection weights,
-`fold_weight`. `HeadProjection` projects a hidden state to the composite heads of its rank in the cheaper of the two. A
-folded weight can serve more than one pass: attention/folds.py.
+`fold_weight`. `HeadProjection` projects a hidden state to the composite heads of its rank in the cheaper form. A
+folded weight can serve several passes: attention/folds.py.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from megatron_mea.parallel.collectives import gather, shared
-from megatron_mea.parallel.grid import ALONE, TensorGroup
-from megatron_mea.parallel.parameter import Initializer, constant, declare, normal
+from megatron_mea.parallel.collectives import copy_to_tp_region, gather_from_tp_region
+from megatron_mea.parallel.grid import NO_TP, TensorGroup
+from megatron_mea.parallel.parameter import Initializer, constant, normal, sharded_parameter
 
 
 def combine_heads(components: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -28,8 +28,8 @@ def combine_heads(components: torch.Tensor, weight: torch.Tensor) -> torch.Tenso
         weight: (h', h)
 
     Returns:
-        (batch, h, seq, d); heads first, as attention wants them: one copy and one matrix product, which was
-        measured as the fastest form and saves no more for the backward pass than the components.
+        (batch, h, seq, d); heads first, as attention takes them: one copy and one matrix product, which was
+        measured as the fastest way and saves no more for backward than the components.
     """
     batch, seq, count, dim = components.shape
     # shape: (batch, seq, h', d) -> (h', batch seq d)
@@ -42,7 +42,7 @@ def fold_weight(projection: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Eq. 18, on a projection's weight or bias: the rows of composite head j are sum_c weight[c, j] rows_c.
 
     Computed in float32 at least and rounded once: in bfloat16 this has one rounding fewer than combining
-    activations. Keeps nothing for the backward pass but its arguments.
+    activations. Only the arguments are saved for backward.
 
     Args:
         projection: (h' d, hidden) or (h' d,)
@@ -58,7 +58,7 @@ class _Fold(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, projection: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(projection, weight)
-        folded = _accurate(weight).t() @ _accurate(projection).reshape(weight.shape[0], -1)
+        folded = _at_least_float32(weight).t() @ _at_least_float32(projection).reshape(weight.shape[0], -1)
         return folded.to(projection.dtype).view(-1, *projection.shape[1:])
 
     @staticmethod
@@ -66,76 +66,82 @@ class _Fold(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         projection, weight = ctx.saved_tensors
         # shape: (h d, hidden) -> (h, d hidden)
-        gradient = _accurate(gradients[0]).reshape(weight.shape[1], -1)
-        d_projection = (_accurate(weight) @ gradient).view(projection.shape).to(projection.dtype)
-        d_weight = _accurate(projection).reshape(weight.shape[0], -1) @ gradient.t()
+        gradient = _at_least_float32(gradients[0]).reshape(weight.shape[1], -1)
+        d_projection = (_at_least_float32(weight) @ gradient).view(projection.shape).to(projection.dtype)
+        d_weight = _at_least_float32(projection).reshape(weight.shape[0], -1) @ gradient.t()
         return d_projection, d_weight.to(weight.dtype)
 
 
-def _accurate(x: torch.Tensor) -> torch.Tensor:
+def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def folding_is_cheaper(
-    tokens: int, hidden_size: int, num_components: int, num_composites: int, tensor_parallel_size: int
+    *, tokens: int, hidden_size: int, num_components: int, num_composites: int, tensor_parallel_size: int
 ) -> bool:
-    """Whether to fold rather than to combine activations.
+    """Whether folding the weights is cheaper than combining activations.
 
     On one rank the multiplications decide, the projection included. Per feature of a head folding takes
     h hidden (h' + tokens), combining tokens h' (hidden + h): so it pays with h' = h from `hidden_size` tokens on, and
     practically never where h' < h, since then activations also shrink the projection. On several ranks
-    communication decides: folding gathers hidden h' d numbers, combining tokens h' d.
+    communication decides: folding gathers hidden h' d elements, combining tokens h' d.
     """
     if tensor_parallel_size > 1:
         return tokens > hidden_size
-    fold = num_composites * hidden_size * (num_components + tokens)
-    combine = tokens * num_components * (hidden_size + num_composites)
-    return fold < combine
+
+    folding_cost = num_composites * hidden_size * (num_components + tokens)
+    combining_cost = tokens * num_components * (hidden_size + num_composites)
+    return folding_cost < combining_cost
 
 
-def folding_serves_a_step(
-    micro_batches: int, tokens: int, hidden_size: int, tensor: int, pipeline: int, zero_stage: int
+def folding_once_per_step_pays(
+    *, micro_batches: int, tokens: int, hidden_size: int, tensor: int, pipeline: int, zero_stage: int
 ) -> bool:
     """Whether one fold for all micro-batches of a step pays (attention/folds.py).
 
-    Over a tensor group it gathers hidden h' d numbers a step, where combining activations gathers tokens h' d for each
-    micro-batch. Not where gradients are partitioned as they appear (ZeRO 2 and 3), so that they cannot wait for the
-    last micro-batch, nor in a pipeline, whose micro-batches overlap.
+    Over a tensor group it gathers hidden h' d elements per step, where combining activations gathers tokens h' d for
+    each micro-batch. It is impossible with ZeRO 2 and 3, which partition gradients as they appear, so that none can
+    wait for the last micro-batch, and in a pipeline, whose micro-batches overlap.
 
     Args:
-        tokens: of a micro-batch.
+        micro_batches: number of micro-batches of a step.
+        tokens: number of tokens of a micro-batch.
+        tensor, pipeline: sizes of the tensor group and of the pipeline.
     """
-    possible = tensor > 1 and pipeline == 1 and zero_stage <= 1 and micro_batches > 1
-    return possible and micro_batches * tokens > hidden_size
+    is_possible = tensor > 1 and pipeline == 1 and zero_stage <= 1 and micro_batches > 1
+    return is_possible and micro_batches * tokens > hidden_size
 
 
-class Folded(NamedTuple):
-    """A projection that makes this rank's composite heads at once: (h d, hidden), and (h d,) or None."""
+class FoldedProjection(NamedTuple):
+    """A projection straight to this rank's composite heads: weight (h d, hidden), and bias (h d,) or None."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
 
 
 Form = Literal["plain", "folded", "combined"]
+"""How heads are computed: without a combination, by a folded weight, or by combining component heads."""
 
 
 class HeadProjection(nn.Module):
-    """From a hidden state to this rank's key or value heads: a component projection and, with `hlc`, its combination.
+    """Projects a hidden state to this rank's key or value heads: component heads and, with `hlc`, their combination.
 
-    Over a tensor group of t ranks, which hold the query heads in equal parts (t divides h, or h divides t):
-    the combination is cut by columns with the composite heads where t divides h; otherwise it is whole on every rank,
-    which uses the column of its one composite head. The projection is cut evenly along h' d where t divides
-    that, across heads if need be, and whole otherwise; what is needed of it is gathered as weights or as activations.
+    Over a tensor group of t ranks with equal numbers of query heads (t divides h, or h divides t), the combination is
+    sharded by columns, with the composite heads, where t divides h; otherwise every rank holds it in full and uses the
+    column of its one composite head. The projection is sharded evenly along h' d where t divides that, even within a
+    head, and replicated otherwise; it is gathered as weights or as activations.
 
     Args:
-        layer: the name of the attention layer; names follow as `LAYER.k_proj` and `LAYER.hlc_k` for `which` = "k".
-        hlc: start of the combination, a key of `STARTS`; None for heads that are used as they are (h' = h).
+        layer: the name of the attention layer; parameters are called `LAYER.k_proj` and `LAYER.hlc_k` for `side` = "k".
+        side: "k" for keys or "v" for values.
+        hlc: initialisation of the combination, a key of `HLC_INITS`; None without a combination (h' = h).
     """
 
     def __init__(
         self,
+        *,
         layer: str,
-        which: str,
+        side: str,
         hidden_size: int,
         num_components: int,
         num_composites: int,
@@ -143,93 +149,136 @@ class HeadProjection(nn.Module):
         std: float,
         bias: bool,
         hlc: str | None,
-        tp: TensorGroup = ALONE,
+        tp: TensorGroup = NO_TP,
     ) -> None:
         super().__init__()
         self.tp, self.hidden_size, self.head_dim = tp, hidden_size, head_dim
         self.num_components, self.num_composites = num_components, num_composites
+
         rows = num_components * head_dim
-        cut = 0 if rows % tp.size == 0 else None
-        name = f"{layer}.{which}_proj"
-        self.weight = declare(f"{name}.weight", (rows, hidden_size), "matrix", normal(std), tp, cut)
-        self.bias = declare(f"{name}.bias", (rows,), "vector", constant(0.0), tp, cut) if bias else None
-        self.own_columns = num_composites % tp.size == 0
+        shard_dim = 0 if rows % tp.size == 0 else None
+        name = f"{layer}.{side}_proj"
+        self.weight = sharded_parameter(
+            name=f"{name}.weight",
+            global_shape=(rows, hidden_size),
+            kind="matrix",
+            initialize=normal(std),
+            tp=tp,
+            shard_dim=shard_dim,
+        )
+        self.bias = None
+        if bias:
+            self.bias = sharded_parameter(
+                name=f"{name}.bias",
+                global_shape=(rows,),
+                kind="vector",
+                initialize=constant(0.0),
+                tp=tp,
+                shard_dim=shard_dim,
+            )
+
+        self.shards_composites = num_composites % tp.size == 0
         self.hlc = None
         if hlc is not None:
-            shape, cut = (num_components, num_composites), 1 if self.own_columns else None
-            self.hlc = declare(f"{layer}.hlc_{which}.weight", shape, "hlc", STARTS[hlc], tp, cut)
+            self.hlc = sharded_parameter(
+                name=f"{layer}.hlc_{side}.weight",
+                global_shape=(num_components, num_composites),
+                kind="hlc",
+                initialize=HLC_INITS[hlc],
+                tp=tp,
+                shard_dim=1 if self.shards_composites else None,
+            )
 
-    def forward(self, hidden_states: torch.Tensor, folded: Folded | None = None) -> torch.Tensor:
-        """(batch, seq, hidden), whole on every rank, -> (batch, this rank's heads, seq, d)
+    def forward(self, hidden_states: torch.Tensor, folded: FoldedProjection | None = None) -> torch.Tensor:
+        """(batch, seq, hidden), in full on every rank -> (batch, this rank's heads, seq, d)
 
         Args:
-            folded: what `fold` has returned; None for whichever form is the cheapest.
+            folded: the result of `fold`; None chooses the cheapest form.
         """
         batch, seq, _ = hidden_states.shape
         form = "folded" if folded else self.form(batch * seq)
         if form == "folded":
-            return self._heads(hidden_states, *(folded or self.fold()))
-        return self._plain(hidden_states) if form == "plain" else self._combined(hidden_states)
+            folded = folded or self.fold()
+            return self._project(hidden_states, weight=folded.weight, bias=folded.bias)
+
+        return self._forward_plain(hidden_states) if form == "plain" else self._forward_combined(hidden_states)
 
     def form(self, tokens: int) -> Form:
-        """The cheapest for this many tokens."""
+        """The cheapest form for this many tokens."""
         if self.hlc is None:
             return "plain"
-        sizes = (tokens, self.hidden_size, self.num_components, self.num_composites, self.tp.size)
-        return "folded" if folding_is_cheaper(*sizes) else "combined"
 
-    def fold(self) -> Folded:
-        """The combination on weights: component projections are gathered."""
+        is_folded = folding_is_cheaper(
+            tokens=tokens,
+            hidden_size=self.hidden_size,
+            num_components=self.num_components,
+            num_composites=self.num_composites,
+            tensor_parallel_size=self.tp.size,
+        )
+        return "folded" if is_folded else "combined"
+
+    def fold(self) -> FoldedProjection:
+        """Applies the combination to the projection's weights, which are gathered if sharded."""
         columns = self._columns()
-        weight, bias = self._whole()
-        return Folded(fold_weight(weight, columns), None if bias is None else fold_weight(bias, columns))
+        weight, bias = self._full_projection()
+        folded_bias = None if bias is None else fold_weight(bias, columns)
+        return FoldedProjection(fold_weight(weight, columns), folded_bias)
 
-    def _combined(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The combination on activations: component heads are gathered."""
+    def _forward_combined(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Projects to component heads, gathers them if sharded, and combines activations."""
         batch, seq, _ = hidden_states.shape
-        if self._is_cut:
-            heads = gather(F.linear(hidden_states, self.weight, self.bias), -1, self.tp)
+        if self._is_sharded:
+            heads = gather_from_tp_region(F.linear(hidden_states, self.weight, self.bias), dim=-1, tp=self.tp)
         else:
-            heads = F.linear(hidden_states, *self._whole())
+            weight, bias = self._full_projection()
+            heads = F.linear(hidden_states, weight, bias)
+
         return combine_heads(heads.view(batch, seq, self.num_components, self.head_dim), self._columns())
 
-    def _plain(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Without a combination: the projection's own heads."""
-        if self.own_columns:
-            return self._heads(hidden_states, self.weight, self.bias)
-        weight, bias = self._whole()
-        start = self._composite * self.head_dim
-        mine = slice(start, start + self.head_dim)
-        return self._heads(hidden_states, weight[mine], None if bias is None else bias[mine])
+    def _forward_plain(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Projects to this rank's heads, without a combination."""
+        if self.shards_composites:
+            return self._project(hidden_states, weight=self.weight, bias=self.bias)
 
-    def _heads(self, hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        weight, bias = self._full_projection()
+        start = self._composite_index * self.head_dim
+        rows = slice(start, start + self.head_dim)
+        return self._project(hidden_states, weight=weight[rows], bias=None if bias is None else bias[rows])
+
+    def _project(self, hidden_states: torch.Tensor, *, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """(batch, seq, hidden) -> (batch, heads of `weight`, seq, d)"""
         batch, seq, _ = hidden_states.shape
         return F.linear(hidden_states, weight, bias).view(batch, seq, -1, self.head_dim).transpose(1, 2)
 
     @property
-    def _is_cut(self) -> bool:
+    def _is_sharded(self) -> bool:
         return self.tp.size > 1 and self.weight.spec.shard_dim is not None
 
     @property
-    def _composite(self) -> int:
-        """The composite head of this rank, where there are more ranks than composite heads."""
+    def _composite_index(self) -> int:
+        """Index of this rank's one composite head, where there are more ranks than composite heads."""
         return self.tp.rank * self.num_composites // self.tp.size
 
     def _columns(self) -> torch.Tensor:
-        """(h', this rank's composite heads) of the combination."""
+        """Columns of the combination for this rank's composite heads, (h', composite heads)."""
         assert self.hlc is not None
-        if self.own_columns:
+        if self.shards_composites:
             return self.hlc
-        return shared(self.hlc, self.tp)[:, self._composite : self._composite + 1]
 
-    def _whole(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """All rows of weight and bias, for a use that differs by rank."""
-        if self._is_cut:
-            return gather(self.weight, 0, self.tp), None if self.bias is None else gather(self.bias, 0, self.tp)
-        return shared(self.weight, self.tp), None if self.bias is None else shared(self.bias, self.tp)
+        return copy_to_tp_region(self.hlc, self.tp)[:, self._composite_index : self._composite_index + 1]
+
+    def _full_projection(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """All rows of weight and bias, with gradients summed over ranks, since each uses them differently."""
+
+        def gather_or_copy(parameter: torch.Tensor) -> torch.Tensor:
+            if self._is_sharded:
+                return gather_from_tp_region(parameter, dim=0, tp=self.tp)
+            return copy_to_tp_region(parameter, self.tp)
+
+        return gather_or_copy(self.weight), None if self.bias is None else gather_or_copy(self.bias)
 
 
-def block_start(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+def block_init(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     """Composite j starts as component floor(j h' / h): the identity where h' = h, grouped queries where h' < h."""
     components, composites = shape
     weight = torch.zeros(shape)
@@ -237,7 +286,7 @@ def block_start(shape: tuple[int, ...], generator: torch.Generator) -> torch.Ten
     return weight
 
 
-def orthogonal_start(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+def orthogonal_init(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     """Orthogonal rows, scaled by sqrt(h / h') so that a composite head keeps a component's expected size."""
     components, composites = shape
     rotation, upper = torch.linalg.qr(torch.randn(composites, composites, generator=generator))
@@ -245,13 +294,13 @@ def orthogonal_start(shape: tuple[int, ...], generator: torch.Generator) -> torc
     return (rotation * upper.diagonal().sign())[:components] * math.sqrt(composites / components)
 
 
-def normal_start(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+def normal_init(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     """Independent normal entries of variance 1 / h'."""
     return torch.randn(shape, generator=generator) * shape[0] ** -0.5
 
 
-STARTS: dict[str, Initializer] = {
-    "block": block_start,
-    "orthogonal": orthogonal_start,
-    "normal": normal_start,
+HLC_INITS: dict[str, Initializer] = {
+    "block": block_init,
+    "orthogonal": orthogonal_init,
+    "normal": normal_init,
 }

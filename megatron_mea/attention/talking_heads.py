@@ -9,55 +9,69 @@ from functools import partial
 import torch
 from torch import nn
 
-from megatron_mea.parallel.parameter import declare
+from megatron_mea.parallel.parameter import sharded_parameter
 
 
 class TalkingHeads(nn.Module):
-    """L_j = sum_i logits_mix[i, j] S_i, A_j = softmax(L_j), B_j = sum_i weights_mix[i, j] A_i; both (H, H), the
-    identity at the start.
+    """Core attention whose heads exchange logits and weights through `logits_mix` and `weights_mix`, both (H, H).
 
-    A weight of one head needs the logits of all: no kernel that does without the matrices of scores can compute it, and
-    a tensor group cannot share it.
+    L_j = sum_i logits_mix[i, j] S_i, A_j = softmax(L_j), B_j = sum_i weights_mix[i, j] A_i. Both are initialised to the
+    identity. A head's weights need the logits of all heads, so fused kernels, which never hold the scores, cannot
+    compute them, and a tensor group cannot shard the heads.
     """
 
     def __init__(self, name: str, num_heads: int) -> None:
         super().__init__()
         self.mixes = nn.ParameterList(
-            declare(f"{name}.{which}.weight", (num_heads, num_heads), "hlc", lambda shape, _: torch.eye(shape[0]))
-            for which in ("logits_mix", "weights_mix")
+            sharded_parameter(
+                name=f"{name}.{mix_name}.weight",
+                global_shape=(num_heads, num_heads),
+                kind="hlc",
+                initialize=lambda shape, _: torch.eye(shape[0]),
+            )
+            for mix_name in ("logits_mix", "weights_mix")
         )
 
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attend: Callable) -> torch.Tensor:
-        """(batch, H, seq, d), (batch, h, seq, d), (batch, h, seq, d) -> (batch, H, seq, d), by `talking`."""
-        return attend(query, key, value, *self.mixes)
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, attend: Callable) -> torch.Tensor:
+        """(batch, H, seq, d), (batch, h, seq, d), (batch, h, seq, d) -> (batch, H, seq, d)
+
+        Args:
+            attend: the result of `talking_heads_attention`.
+        """
+        logits_mix, weights_mix = self.mixes
+        return attend(query, key, value, logits_mix=logits_mix, weights_mix=weights_mix)
 
 
-def talking(visible: torch.Tensor) -> Callable[..., torch.Tensor]:
-    """Attention of talking heads to what is `visible`, (batch or 1, 1, seq, seq)."""
-    return partial(_talk, visible)
+def talking_heads_attention(visible: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """Returns the attention function of talking heads for a boolean mask `visible`, (batch or 1, 1, seq, seq)."""
+    return partial(_talking_heads_attention, visible=visible)
 
 
-def _talk(
-    visible: torch.Tensor,
+def _talking_heads_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    *,
+    visible: torch.Tensor,
     logits_mix: torch.Tensor,
     weights_mix: torch.Tensor,
 ) -> torch.Tensor:
+    """query (batch, H, seq, d), key and value (batch, h, seq, d), mixes (H, H) -> (batch, H, seq, d)"""
     batch, heads, seq, dim = query.shape
     groups = key.shape[1]
+
     # shape: (batch, h, H / h seq, d) @ (batch, h, d, seq) -> (batch, H, seq, seq)
     logits = (query.reshape(batch, groups, -1, dim) @ key.transpose(2, 3)).view(batch, heads, seq, seq)
-    mixed = _mix(logits / math.sqrt(dim), logits_mix).masked_fill(~visible, -math.inf)
-    accurate = torch.promote_types(mixed.dtype, torch.float32)
-    weights = _mix(mixed.softmax(-1, dtype=accurate).to(value.dtype), weights_mix)
+    mixed = _combine_scores(logits / math.sqrt(dim), logits_mix).masked_fill(~visible, -math.inf)
+
+    softmax_dtype = torch.promote_types(mixed.dtype, torch.float32)
+    weights = _combine_scores(mixed.softmax(-1, dtype=softmax_dtype).to(value.dtype), weights_mix)
     # shape: (batch, h, H / h seq, seq) @ (batch, h, seq, d) -> (batch, H, seq, d)
     return (weights.view(batch, groups, -1, seq) @ value).view(batch, heads, seq, dim)
 
 
-def _mix(scores: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
+def _combine_scores(scores: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
     """(batch, H, seq, seq), (H, H) -> (batch, H, seq, seq)"""
-    # Not by broadcasting, which would keep a transposed copy of the scores for the backward pass.
+    # Not by broadcasting, which would save a transposed copy of the scores for backward.
     # shape: (batch, H, H) @ (batch, H, seq seq) -> (batch, H, seq seq)
     return (mix.t().expand(len(scores), -1, -1) @ scores.flatten(2)).view_as(scores)

@@ -1,8 +1,8 @@
-"""A checkpoint folder on disk: what is in it, when it is whole, and which ones a run has.
+"""Checkpoint folders on disk: their files, their integrity, and the list of those of a run.
 
 step_00001000/
-    __R_0.distcp, .metadata    named global tensors, torch.distributed.checkpoint: NAME is the float32 master
-                               weight, exp_avg.NAME and exp_avg_sq.NAME are its moments; rank R wrote its pieces.
+    __R_0.distcp, .metadata    global tensors by name, torch.distributed.checkpoint: NAME is the float32 master
+                               weight, exp_avg.NAME and exp_avg_sq.NAME are its moments; written by rank R.
                                An imported checkpoint has no moments
     meta.json                  step, samples, tokens, configuration, data fingerprint, layout, versions, origin
     tokenizer/                 the tokenizer folder of the run
@@ -30,73 +30,83 @@ from megatron_mea.errors import UserError
 _NAME = re.compile(r"step_(\d{8,})")
 COMPLETE, META, TOKENIZER, INDEX = "COMPLETE", "meta.json", "tokenizer", ".metadata"
 GENERATION = "generation_config.json"
-SPARE = 1 << 20
+OVERHEAD_BYTES = 1 << 20
 """Bytes a checkpoint may need beyond its tensors: metadata, tokenizer."""
 
 
 def folder_name(step: int) -> str:
+    """step_00001000 for step 1000."""
     return f"step_{step:08d}"
 
 
-def checkpoints_of(run_dir: str | Path) -> list[tuple[int, Path]]:
-    """(step, folder) of the checkpoints of a run that carry COMPLETE, oldest first; not verified."""
+def complete_checkpoints(run_dir: str | Path) -> list[tuple[int, Path]]:
+    """(step, folder) of the checkpoints of a run that have COMPLETE, oldest first; checksums are not verified."""
     return [(step, folder) for step, folder in all_checkpoints(run_dir) if (folder / COMPLETE).is_file()]
 
 
 def all_checkpoints(run_dir: str | Path) -> list[tuple[int, Path]]:
-    """(step, folder) of everything that is named as a checkpoint, oldest first; it may be damaged."""
-    found = []
+    """(step, folder) of all folders with the name of a checkpoint, oldest first; they may be damaged or incomplete."""
+    checkpoints = []
     for path in Path(run_dir, "checkpoints").glob("step_*"):
         if match := _NAME.fullmatch(path.name):
-            found.append((int(match[1]), path))
-    return sorted(found)
+            checkpoints.append((int(match[1]), path))
+
+    return sorted(checkpoints)
 
 
 def checkpoint_folder(path: str | Path) -> Path:
-    """A checkpoint folder itself, or the newest checkpoint of a run folder; not verified.
+    """`path` itself if it is a checkpoint folder, or the newest checkpoint of a run folder; not verified.
 
     Raises:
-        UserError: neither stands there.
+        UserError: `path` is neither.
     """
     path = Path(path)
     if (path / META).is_file():
         return path
-    existing = checkpoints_of(path)
-    if not existing:
-        found = "no checkpoint" if path.is_dir() else "a file" if path.exists() else "no such folder"
-        raise UserError(str(path), found, "a checkpoint folder, or a run folder with checkpoints")
-    return existing[-1][1]
+
+    checkpoints = complete_checkpoints(path)
+    if not checkpoints:
+        got = "no checkpoint" if path.is_dir() else "a file" if path.exists() else "no such folder"
+        raise UserError(where=str(path), got=got, expected="a checkpoint folder, or a run folder with checkpoints")
+
+    return checkpoints[-1][1]
 
 
-def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with a checkpoint folder, read against the checksums in COMPLETE; None where it is whole.
+def find_corruption(folder: Path, *, rank: int = 0, world_size: int = 1) -> str | None:
+    """The first problem of a checkpoint folder, read against the checksums in COMPLETE; None where it is intact.
 
     Args:
-        part, parts: read only this one of so many shares of the files; what all of them find is the answer. The two
-            files that every reader opens are in every share.
+        rank, world_size: read only this rank's share of the files; the folder is intact if no rank finds a problem.
+            The two files that every reader opens are in every share.
     """
     try:
         checksums = dict(json.loads((folder / COMPLETE).read_text())["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
         return "COMPLETE is missing or unreadable"
-    shared = (META, INDEX)
-    if missing := [name for name in shared if name not in checksums]:
+
+    read_by_all = (META, INDEX)
+    if missing := [name for name in read_by_all if name not in checksums]:
         return f"COMPLETE does not list {missing[0]}"
-    for name in [*shared, *[name for name in checksums if name not in shared][part::parts]]:
+
+    others = [name for name in checksums if name not in read_by_all]
+    for name in [*read_by_all, *others[rank::world_size]]:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
+
         try:
             digest = sha256(path)
         except OSError as error:
             return f"{name} is unreadable: {error.strerror}"
+
         if digest != checksums[name]:
             return f"{name} does not match its checksum"
+
     return None
 
 
-def description_is_whole(folder: Path) -> bool:
-    """Whether meta.json matches its checksum; the cheap part of `damage`, before a run is started."""
+def metadata_is_intact(folder: Path) -> bool:
+    """Whether meta.json matches its checksum: the cheap part of `find_corruption`, for start-up."""
     try:
         expected = json.loads((folder / COMPLETE).read_text())["sha256"][META]
         return sha256(folder / META) == expected
@@ -104,54 +114,61 @@ def description_is_whole(folder: Path) -> bool:
         return False
 
 
-def seal(folder: Path, known: Mapping[str, str] | None = None) -> None:
+def seal(folder: Path, flushed: Mapping[str, str] | None = None) -> None:
     """Flushes the files of a folder to disk and writes COMPLETE with their checksums, last.
 
     Args:
-        known: checksums, by name, of files that were flushed by those who wrote them.
+        flushed: checksums, by name, of files that their writers have flushed.
+
+    Raises:
+        OSError: a file of `flushed` is missing, or the disk refuses.
     """
-    checksums = dict(known or {})
+    checksums = dict(flushed or {})
     for name in checksums:
         if not (folder / name).is_file():
             raise OSError(f"{folder / name} is not there: run.dir must lie on a file system that all nodes share")
+
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = str(path.relative_to(folder))
         if name not in checksums:
             flush(path)
             checksums[name] = sha256(path)
+
     complete = folder / COMPLETE
     complete.write_text(json.dumps({"sha256": checksums}, indent=1))
     flush(complete)
+
     for path in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
         flush(path)
 
 
 def publish(folder: Path, final: Path) -> None:
-    """Gives a sealed folder its name; from here on it is a checkpoint."""
+    """Renames a sealed folder to `final`, which makes it a checkpoint."""
     folder.rename(final)
     flush(final.parent)
 
 
-def set_aside(folder: Path, why: Literal["damaged", "later"]) -> Path:
-    """Renames a checkpoint to `damaged-step_...` or `later-step_...`, so that nothing takes it for one again."""
-    target = folder.with_name(f"{why}-{folder.name}")
+def quarantine(folder: Path, reason: Literal["damaged", "later"]) -> Path:
+    """Renames a checkpoint to `damaged-step_...` or `later-step_...`, which nothing reads; returns the new path."""
+    target = folder.with_name(f"{reason}-{folder.name}")
     number = 1
     while target.exists():
         number += 1
-        target = folder.with_name(f"{why}-{folder.name}-{number}")
+        target = folder.with_name(f"{reason}-{folder.name}-{number}")
+
     folder.rename(target)
     return target
 
 
-def retain(run_dir: str | Path, keep: int, keep_every: int | None) -> None:
-    """Removes the oldest checkpoints beyond `keep`, sparing multiples of `keep_every`."""
-    for step, folder in checkpoints_of(run_dir)[:-keep]:
+def retain(*, run_dir: str | Path, keep: int, keep_every: int | None) -> None:
+    """Removes all but the newest `keep` checkpoints and those whose step is a multiple of `keep_every`."""
+    for step, folder in complete_checkpoints(run_dir)[:-keep]:
         if not (keep_every and step % keep_every == 0):
             remove(folder)
 
 
 def remove(folder: Path) -> None:
-    """Removes a checkpoint if it is there; cut short, it leaves a scratch folder that the next start removes."""
+    """Removes a checkpoint, if it exists; if interrupted, leaves a scratch folder that the next start removes."""
     if folder.is_symlink():
         folder.unlink()
     elif folder.exists():
@@ -161,18 +178,18 @@ def remove(folder: Path) -> None:
 
 
 def remove_leftovers(run_dir: str | Path) -> None:
-    """Removes what saves that were cut short have left."""
-    for leftover in Path(run_dir, "checkpoints").glob(".tmp-step_*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    """Removes the scratch folders of interrupted saves."""
+    for scratch in Path(run_dir, "checkpoints").glob(".tmp-step_*"):
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
-@dataclass(frozen=True)
-class Meta:
+@dataclass(frozen=True, kw_only=True)
+class CheckpointMetadata:
     """The contents of meta.json.
 
     Args:
-        origin: where weights come from that no run of ours has trained; such a checkpoint holds no moments, its
-            configuration names no data, and its layout is empty. Empty for the checkpoint of a run.
+        origin: source of imported or compressed weights; such a checkpoint holds no moments, its configuration names
+            no data, and its layout is empty. Empty for the checkpoint of a run.
     """
 
     step: int
@@ -186,18 +203,22 @@ class Meta:
     origin: str = ""
 
     def write(self, folder: Path) -> None:
+        """Writes meta.json into `folder`."""
         (folder / META).write_text(json.dumps(vars(self), indent=1))
 
     @classmethod
-    def read(cls, folder: Path) -> Meta:
+    def read(cls, folder: Path) -> CheckpointMetadata:
         """Raises UserError where the folder holds no readable meta.json."""
         try:
             return cls(**json.loads((folder / META).read_text()))
         except (OSError, ValueError, TypeError) as error:
-            raise UserError(str(folder / META), f"unreadable ({error})", "a checkpoint of this package") from None
+            raise UserError(
+                where=str(folder / META), got=f"unreadable ({error})", expected="a checkpoint of this package"
+            ) from None
 
 
 def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

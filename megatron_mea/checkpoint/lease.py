@@ -1,4 +1,4 @@
-"""Who writes a run folder: of two jobs the one that came last, and the other stops."""
+"""The lease of a run folder: of two jobs the one that took it last writes, and the other stops."""
 
 from __future__ import annotations
 
@@ -11,66 +11,71 @@ from pathlib import Path
 from typing import Any
 
 LEASE = ".lease"
-_PATIENCE = 1.0
-"""Seconds between two looks at the file."""
+_CACHE_SECONDS = 1.0
+"""Seconds for which `Lease.new_holder` may reuse what it read."""
 
 
-def holder(run_dir: Path) -> str | None:
-    """The job that has a run folder and has not said that it has ended, in words."""
-    found = Lease(run_dir).read()
-    return None if found is None or found.get("ended") or _is_dead(found) else _in_words(found)
+def lease_holder(run_dir: Path) -> str | None:
+    """A description of the job that holds the lease of a run folder; None where it has ended or is dead."""
+    state = Lease(run_dir).read()
+    return None if state is None or state.get("ended") or _is_dead(state) else _describe(state)
 
 
 class Lease:
     """The right to write into a run folder, for rank 0 of a job: a file that names the job.
 
-    Taking it takes it away from the job that had it, which notices at the end of its step or before it publishes
-    a checkpoint, and stops: a queue that starts a job twice must not end with two stopped jobs, and a lease that a
-    killed job has left must not keep its successor out.
+    A job that takes the lease ends that of the previous holder, which notices at the end of its step or before it
+    publishes a checkpoint, and stops: a queue that starts a job twice must not end with two stopped jobs, and the lease
+    of a killed job must not keep its successor out.
     """
 
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / LEASE
         self.token = uuid.uuid4().hex[:8]
-        self._looked, self._lost_to = 0.0, ""
+        self._read_at, self._new_holder = 0.0, ""
 
     def take(self) -> str | None:
-        """Takes the lease; returns the job that may still be writing, in words."""
-        earlier = self.read()
+        """Takes the lease; returns a description of the previous holder if it may still be writing."""
+        previous = self.read()
         self._write({"ended": False})
-        if earlier is None or earlier.get("ended") or _is_dead(earlier):
+        if previous is None or previous.get("ended") or _is_dead(previous):
             return None
-        return _in_words(earlier)
 
-    def lost_to(self, now: bool = True) -> str:
-        """The job that has taken the lease since, in words; empty while it is ours.
+        return _describe(previous)
+
+    def new_holder(self, *, cached: bool = False) -> str:
+        """A description of the job that has taken the lease since; empty while this job holds it.
 
         Args:
-            now: look at the file, and do not trust a look that is less than a second old.
+            cached: the file need not be read again within a second.
         """
-        if self._lost_to or not (now or time.monotonic() - self._looked > _PATIENCE):
-            return self._lost_to
-        self._looked = time.monotonic()
-        found = self.read()
-        if found is not None and found["token"] != self.token:
-            self._lost_to = _in_words(found)
-        return self._lost_to
+        if self._new_holder or (cached and time.monotonic() - self._read_at <= _CACHE_SECONDS):
+            return self._new_holder
+
+        self._read_at = time.monotonic()
+        state = self.read()
+        if state is not None and state["token"] != self.token:
+            self._new_holder = _describe(state)
+
+        return self._new_holder
 
     def end(self) -> None:
-        """Says that this job writes no more."""
-        if not self.lost_to():
+        """Records that this job writes no more."""
+        if not self.new_holder():
             self._write({"ended": True})
 
     def read(self) -> dict[str, Any] | None:
-        """What the file says, whoever has written it."""
+        """The content of the file, whichever job has written it; None where it is missing or unreadable."""
         try:
-            found = json.loads(self._path.read_text())
+            state = json.loads(self._path.read_text())
         except (OSError, ValueError):
             return None
-        return found if isinstance(found, dict) and "token" in found else None
 
-    def _write(self, state: dict[str, Any]) -> None:
-        mine = {
+        return state if isinstance(state, dict) and "token" in state else None
+
+    def _write(self, status: dict[str, Any]) -> None:
+        """Replaces the file with the facts of this job, and whether it has ended."""
+        state = {
             "token": self.token,
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -78,23 +83,26 @@ class Lease:
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
         scratch = self._path.with_name(f"{LEASE}-{self.token}")
-        scratch.write_text(json.dumps(mine | state) + "\n")
+        scratch.write_text(json.dumps(state | status) + "\n")
         scratch.replace(self._path)
 
 
 def _is_dead(holder: dict[str, Any]) -> bool:
-    """Whether the job is known to have ended: its process ran here and is gone."""
+    """Whether the job is known to have ended: its process ran on this host and is gone."""
     if holder.get("host") != socket.gethostname():
         return False
+
     try:
         os.kill(int(holder["pid"]), 0)
     except ProcessLookupError:
         return True
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
     return False
 
 
-def _in_words(holder: dict[str, Any]) -> str:
+def _describe(holder: dict[str, Any]) -> str:
+    """The job, process, host and start of a lease, for messages."""
     job = f"job {holder['job']}, " if holder.get("job") else ""
     return f"{job}process {holder.get('pid')} on {holder.get('host')} (since {holder.get('since')})"

@@ -1,4 +1,4 @@
-"""From which checkpoint a run goes on, and with which changes of its configuration it may."""
+"""The checkpoint that a run resumes from, and the changes of its configuration that are allowed then."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_mea.checkpoint.folder import Meta
+from megatron_mea.checkpoint.folder import CheckpointMetadata
 from megatron_mea.config import Config
 from megatron_mea.errors import Problem, UserError
 
-_FIXED = (
+_FIXED_KEYS = (
     "model",
     "data.seq_length",
     "data.document_mask",
@@ -19,131 +19,161 @@ _FIXED = (
     "training.seed",
     "training.precision",
 )
-"""Keys (sections with all their keys) that decide on the numbers of a run: equal on resume."""
+"""Keys, or sections with all their keys, that must not change on resume: they decide on the losses of a run."""
 
 
-@dataclass(frozen=True)
-class Choice:
-    """From which checkpoint a run goes on, if any.
+@dataclass(frozen=True, kw_only=True)
+class ResumePoint:
+    """The checkpoint that a run resumes from, if any.
 
     Args:
         source: the checkpoint folder; None: the run begins anew.
         notes: lines to print.
-        aside: (checkpoint, why) that must be renamed before the run goes on.
+        quarantined: (checkpoint, reason) of those that must be renamed before the run resumes.
     """
 
     source: Path | None
     notes: list[str]
-    aside: list[tuple[Path, Literal["damaged", "later"]]]
+    quarantined: list[tuple[Path, Literal["damaged", "later"]]]
 
 
-def choose(
-    existing: Sequence[tuple[int, Path]], back_to: int | None, damage_of: Callable[[Path], str | None]
-) -> Choice:
-    """The newest checkpoint that is whole, or the one of a step; renames nothing.
+def find_resume_point(
+    *, checkpoints: Sequence[tuple[int, Path]], resume_step: int | None, find_corruption: Callable[[Path], str | None]
+) -> ResumePoint:
+    """The newest intact checkpoint, or that of a step; renames nothing.
 
     Args:
-        existing: (step, folder) of the run's checkpoints, oldest first.
-        back_to: the step to go back to; None for the newest.
-        damage_of: what is wrong with a folder, as `damage` says it.
+        checkpoints: (step, folder) of the run's checkpoints, oldest first.
+        resume_step: the step to go back to; None for the newest.
+        find_corruption: folder -> its problem or None, as `folder.find_corruption`.
 
     Raises:
         UserError: the checkpoint to go back to is damaged or gone.
     """
-    later = [folder for step, folder in existing if back_to is not None and step > back_to]
-    choice = Choice(None, [], [(folder, "later") for folder in later])
+    later = [folder for step, folder in checkpoints if resume_step is not None and step > resume_step]
+    point = ResumePoint(source=None, notes=[], quarantined=[(folder, "later") for folder in later])
     if later:
-        choice.notes.append(f"going back to step {back_to}: later-step_... are the {len(later)} checkpoints after it")
-    for step, folder in reversed(existing[: len(existing) - len(later)]):
-        problem = damage_of(folder)
-        if problem is None and back_to in (None, step):
-            return replace(choice, source=folder)
-        if back_to is not None:
+        point.notes.append(
+            f"going back to step {resume_step}: later-step_... are the {len(later)} checkpoints after it"
+        )
+
+    for step, folder in reversed(checkpoints[: len(checkpoints) - len(later)]):
+        problem = find_corruption(folder)
+        if problem is None and resume_step in (None, step):
+            return replace(point, source=folder)
+        if resume_step is not None:
             break
-        choice.aside.append((folder, "damaged"))
-        choice.notes.append(f"{folder} is damaged ({problem}); set aside as damaged-{folder.name}")
-    if back_to is not None:
-        found = f"{back_to}, whose checkpoint is damaged ({problem})" if existing else back_to
-        raise UserError("run.resume_from", found, "newest, or the step of a checkpoint that is whole")
-    if choice.aside:
-        choice.notes.append("no whole checkpoint is left: the run begins anew")
-    return choice
+
+        point.quarantined.append((folder, "damaged"))
+        point.notes.append(f"{folder} is damaged ({problem}); set aside as damaged-{folder.name}")
+
+    if resume_step is not None:
+        got = f"{resume_step}, whose checkpoint is damaged ({problem})" if checkpoints else resume_step
+        raise UserError(where="run.resume_from", got=got, expected="newest, or the step of a checkpoint that is whole")
+
+    if point.quarantined:
+        point.notes.append("no whole checkpoint is left: the run begins anew")
+
+    return point
 
 
-def step_to_go_back_to(resume_from: str | int, existing: Sequence[tuple[int, Path]]) -> int | None:
-    """The step that `run.resume_from` asks for; None where the newest checkpoint is to be taken.
+def requested_resume_step(resume_from: str | int, checkpoints: Sequence[tuple[int, Path]]) -> int | None:
+    """The step that `run.resume_from` asks for; None for the newest checkpoint.
 
-    A run that went back and was interrupted goes on with the same command: its newest checkpoint was saved with
-    the same `run.resume_from`, so going back has been done.
+    A run that went back and was interrupted resumes with the same command: if its newest checkpoint was saved with
+    the same `run.resume_from`, it has gone back already.
 
     Args:
-        existing: (step, folder) of the run's checkpoints with a whole meta.json, oldest first.
+        checkpoints: (step, folder) of the run's checkpoints with an intact meta.json, oldest first.
 
     Raises:
         UserError: there is no checkpoint of that step.
     """
     if not isinstance(resume_from, int):
         return None
-    newest, folder = existing[-1] if existing else (0, None)
-    if folder and newest > resume_from and Meta.read(folder).config["run"]["resume_from"] == resume_from:
+
+    newest, folder = checkpoints[-1] if checkpoints else (0, None)
+    if folder and newest > resume_from and CheckpointMetadata.read(folder).config["run"]["resume_from"] == resume_from:
         return None
-    steps = [step for step, _ in existing]
+
+    steps = [step for step, _ in checkpoints]
     if resume_from not in steps:
-        allowed = f"newest, or a step with a checkpoint: {', '.join(map(str, steps)) or 'none'}"
-        raise UserError("run.resume_from", resume_from, allowed)
+        expected = f"newest, or a step with a checkpoint: {', '.join(map(str, steps)) or 'none'}"
+        raise UserError(where="run.resume_from", got=resume_from, expected=expected)
+
     return resume_from
 
 
-def check_resume(meta: Meta, config: Config, fingerprint: list[dict[str, Any]] | None) -> list[str]:
-    """Whether `config` may go on from a checkpoint; returns the allowed changes as lines to print.
+def check_resume(
+    *, metadata: CheckpointMetadata, config: Config, fingerprint: list[dict[str, Any]] | None
+) -> list[str]:
+    """Checks that `config` may resume from a checkpoint; returns the allowed changes as lines to print.
 
     Args:
         fingerprint: of the training data; None leaves the data out of the comparison.
 
     Raises:
-        UserError: a key that must not change has changed, or the data has; names old and new values.
+        UserError: a fixed key or the data has changed; names old and new values.
     """
-    if meta.origin:
-        found = f"{config.run.dir}, with a checkpoint that holds weights alone: {meta.origin}"
-        mend = "begin a new run with run.init_from = that checkpoint"
-        raise UserError("run.dir", found, "a folder of a run, or a name that is free", mend)
-    old, new = _flat(meta.config), _flat(config.model_dump(mode="json"))
-    fixed, changed = [], []
-    for key in sorted(old.keys() | new.keys()):
-        before, after = old.get(key), new.get(key)
-        if before == after:
+    if metadata.origin:
+        got = f"{config.run.dir}, with a checkpoint that holds weights alone: {metadata.origin}"
+        hint = "begin a new run with run.init_from = that checkpoint"
+        raise UserError(where="run.dir", got=got, expected="a folder of a run, or a name that is free", hint=hint)
+
+    old_values, new_values = _flatten(metadata.config), _flatten(config.model_dump(mode="json"))
+    problems, changes = [], []
+    for key in sorted(old_values.keys() | new_values.keys()):
+        old, new = old_values.get(key), new_values.get(key)
+        if old == new:
             continue
-        if any(key == name or key.startswith(f"{name}.") for name in _FIXED):
-            mend = "restore the old value, or start a new run with another run.dir"
-            fixed.append(Problem(key, after, f"{before}, as in the checkpoint of step {meta.step}", mend))
+
+        if any(key == name or key.startswith(f"{name}.") for name in _FIXED_KEYS):
+            expected = f"{old}, as in the checkpoint of step {metadata.step}"
+            hint = "restore the old value, or start a new run with another run.dir"
+            problems.append(Problem(where=key, got=new, expected=expected, hint=hint))
         else:
-            changed.append(f"{key}: {before} -> {after}")
+            changes.append(f"{key}: {old} -> {new}")
+
     if fingerprint is not None:
-        fixed += _data_changes(meta, fingerprint)
-    if fixed:
-        raise UserError.of(fixed)
-    if fingerprint is not None and config.steps < meta.step:
-        raise UserError("training.steps", config.steps, f"at least {meta.step}, which the run has reached already")
-    return changed
+        problems += _data_problems(metadata, fingerprint)
+    if problems:
+        raise UserError.from_problems(problems)
+
+    if fingerprint is not None and config.steps < metadata.step:
+        raise UserError(
+            where="training.steps",
+            got=config.steps,
+            expected=f"at least {metadata.step}, which the run has reached already",
+        )
+
+    return changes
 
 
-def _data_changes(meta: Meta, fingerprint: list[dict[str, Any]]) -> Iterator[Problem]:
-    allowed = f"the corpora of the checkpoint of step {meta.step}, in the same order"
-    if len(meta.data) != len(fingerprint):
-        yield Problem("data.train", f"{len(fingerprint)} corpora", f"{allowed}: {len(meta.data)} corpora")
+def _data_problems(metadata: CheckpointMetadata, fingerprint: list[dict[str, Any]]) -> Iterator[Problem]:
+    """Differences between the training data and that of a checkpoint, the first of each corpus."""
+    expected = f"the corpora of the checkpoint of step {metadata.step}, in the same order"
+    if len(metadata.data) != len(fingerprint):
+        yield Problem(
+            where="data.train", got=f"{len(fingerprint)} corpora", expected=f"{expected}: {len(metadata.data)} corpora"
+        )
         return
-    for index, (before, after) in enumerate(zip(meta.data, fingerprint, strict=True)):
+
+    for index, (old, new) in enumerate(zip(metadata.data, fingerprint, strict=True)):
         for field in ("weight", "tokens", "digest"):
-            if before[field] != after[field]:
-                where = f"data.train.{index}"
-                yield Problem(where, f"{field} {after[field]}", f"{allowed}: {field} {before[field]}")
+            if old[field] != new[field]:
+                yield Problem(
+                    where=f"data.train.{index}",
+                    got=f"{field} {new[field]}",
+                    expected=f"{expected}: {field} {old[field]}",
+                )
                 break
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts and lists -> values by their path, as `data.train.0.path`."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, list):
             value = dict(enumerate(value))
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat

@@ -1,8 +1,8 @@
-"""The named tensors of a checkpoint folder, written and read in pieces with torch.distributed.checkpoint.
+"""The named tensors of a checkpoint folder, written and read in chunks with torch.distributed.checkpoint.
 
-A rank holds a run of numbers of the flattened part of a parameter that its tensor group gives it, as ZeRO cuts it.
-Such a run is at most three rectangles of the global tensor, and rectangles are what the folder knows: no rank gathers
-anything, and who wrote what does not matter to who reads it.
+With ZeRO a rank holds a fragment: contiguous elements of the flattened shard of a parameter. A fragment is at most
+three rectangles of the global tensor, and the folder stores rectangles: no rank gathers anything, and any layout can
+read a checkpoint of any other.
 """
 
 from __future__ import annotations
@@ -40,97 +40,105 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Adam's, as torch names them; the moment of parameter `name` is called `exp_avg.name`."""
-_WRITER = "inline_container"
-"""Where in torch's sources files are written."""
+"""Adam's moments as torch names them; that of parameter `name` is called `exp_avg.name`."""
+_TORCH_WRITER = "inline_container"
+"""Source file of torch that writes files, as its error messages name it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Fragment:
-    """The numbers of a global tensor that one rank holds.
+    """The elements of a global tensor that a rank holds.
 
     Args:
         name: of the global tensor.
-        shape: of the global tensor; one or two dimensions.
-        offsets, local_shape: where the part of this rank's tensor group lies in it; what is beyond `shape` is padding.
-        start: the first of the numbers, counted in the flattened part.
-        numbers: (count,) float32 from there on; a view of what the engine holds.
+        global_shape: of the global tensor; one or two dimensions.
+        global_offset, local_shape: position of this rank's shard in it; beyond `global_shape` the shard is padding.
+        start: index of the first element in the flattened shard.
+        values: (count,) float32 from there on; a view of the engine's memory.
     """
 
     name: str
-    shape: tuple[int, ...]
-    offsets: tuple[int, ...]
+    global_shape: tuple[int, ...]
+    global_offset: tuple[int, ...]
     local_shape: tuple[int, ...]
     start: int
-    numbers: torch.Tensor
+    values: torch.Tensor
 
-    def pieces(self) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
-        """(offsets in the global tensor, view of `numbers`) of the rectangles; padding is left out."""
+    def chunks(self) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
+        """(offsets in the global tensor, view of `values`) of each rectangle; padding is left out."""
         width = prod(self.local_shape[1:])
-        room = [max(0, whole - first) for whole, first in zip(self.shape, self.offsets, strict=True)]
+        unpadded_shape = [
+            max(0, size - offset) for size, offset in zip(self.global_shape, self.global_offset, strict=True)
+        ]
         position, done = self.start, 0
-        while done < len(self.numbers):
+        while done < len(self.values):
             row, column = divmod(position, width)
-            left = len(self.numbers) - done
+            left = len(self.values) - done
             rows, columns = (left // width, width) if column == 0 and left >= width else (1, min(width - column, left))
+
             # shape: (rows, columns)
-            view = self.numbers[done : done + rows * columns].view(rows, columns)
-            view = view[: max(0, room[0] - row)]
-            if len(self.shape) == 1:
+            view = self.values[done : done + rows * columns].view(rows, columns)
+            view = view[: max(0, unpadded_shape[0] - row)]
+            if len(self.global_shape) == 1:
                 # shape: (rows,)
-                view, where = view[:, 0], (self.offsets[0] + row,)
+                view, offsets = view[:, 0], (self.global_offset[0] + row,)
             else:
-                view = view[:, : max(0, room[1] - column)]
-                where = (self.offsets[0] + row, self.offsets[1] + column)
+                view = view[:, : max(0, unpadded_shape[1] - column)]
+                offsets = (self.global_offset[0] + row, self.global_offset[1] + column)
+
             if view.numel():
-                yield where, view
+                yield offsets, view
+
             position, done = position + rows * columns, done + rows * columns
 
 
-def write_fragments(folder: Path, fragments: Iterable[Fragment], group: Any) -> None:
-    """Writes and flushes what the ranks of a gloo group hold, together every number exactly once; collective.
+def write_fragments(folder: Path, fragments: Iterable[Fragment], *, group: Any) -> None:
+    """Writes and flushes the fragments of all ranks, which together hold every element once; collective.
 
     Args:
         fragments: of this rank, on the CPU.
+        group: gloo process group.
 
     Raises:
         CheckpointException: on every rank, where one of them could not write.
     """
     views = {
-        MetadataIndex(fragment.name, torch.Size(offsets)): (fragment.shape, view)
+        MetadataIndex(fragment.name, torch.Size(offsets)): (fragment.global_shape, view)
         for fragment in fragments
-        for offsets, view in fragment.pieces()
+        for offsets, view in fragment.chunks()
     }
-    pieces = [(index, shape, view.shape) for index, (shape, view) in views.items()]
-    planner = _Save(pieces, lambda index: views[index][1].contiguous())
+    chunks = [(index, global_shape, view.shape) for index, (global_shape, view) in views.items()]
+    planner = _SavePlanner(chunks, lambda index: views[index][1].contiguous())
     dcp.save({}, storage_writer=FileSystemWriter(folder), planner=planner, process_group=group)
 
 
 def write_tensors(
+    *,
     folder: Path,
     shapes: Mapping[str, tuple[int, ...]],
     read: Callable[[str, tuple[int, ...], tuple[int, ...]], torch.Tensor],
 ) -> None:
-    """Writes and flushes whole tensors, of which no more than a piece is in memory; a file a piece.
+    """Writes and flushes full tensors, with a single chunk in memory at a time; a file for each chunk.
 
     Args:
         shapes: of all tensors of the checkpoint, by exported name.
-        read: the float32 numbers of a piece, by name, offsets and shape; asked for when its turn comes.
+        read: (name, offsets, shape) -> a chunk, float32; called when the chunk is written.
 
     Raises:
         OSError: the disk refuses.
         Exception: what `read` raises.
     """
-    pieces = {
-        MetadataIndex(name, torch.Size(offsets)): (shape, torch.Size(size))
+    chunk_shapes = {
+        MetadataIndex(name, torch.Size(offsets)): torch.Size(chunk_shape)
         for name, shape in shapes.items()
-        for offsets, size in rows_of(shape)
+        for offsets, chunk_shape in row_chunks(shape)
     }
-    planner = _Save(
-        [(index, *both) for index, both in pieces.items()],
-        lambda index: read(index.fqn, tuple(index.offset or ()), tuple(pieces[index][1])),
+    planner = _SavePlanner(
+        [(index, shapes[index.fqn], chunk_shape) for index, chunk_shape in chunk_shapes.items()],
+        lambda index: read(index.fqn, tuple(index.offset or ()), tuple(chunk_shapes[index])),
     )
-    # One file would make the writer keep every tensor, and its reader's ranks leave the checksum to one of them.
+
+    # For a single file the writer would hold all tensors in memory, and a single rank would verify it when it is read.
     writer = FileSystemWriter(folder, single_file_per_rank=False)
     try:
         with warnings.catch_warnings():
@@ -138,28 +146,30 @@ def write_tensors(
             dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
     except CheckpointException as error:
         failure = next(iter(error.failures.values()))[0]
-        if _WRITER in str(failure):
-            # Of a full disk torch says what the C++ below it says.
+        if _TORCH_WRITER in str(failure):
+            # torch raises RuntimeError with a C++ message where the disk is full.
             raise OSError(str(failure).partition("\n")[0]) from None
         raise failure from None
 
 
-def rows_of(shape: tuple[int, ...], most: int = 1 << 26) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(offsets, shape) of pieces of a tensor: whole rows of, together, `most` numbers or fewer (a row at least)."""
-    step = max(1, most // prod(shape[1:]))
-    for first in range(0, shape[0], step):
-        yield (first, *[0] * (len(shape) - 1)), (min(step, shape[0] - first), *shape[1:])
+def row_chunks(
+    shape: tuple[int, ...], max_elements: int = 1 << 26
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(offsets, shape) of chunks of a tensor: full rows, at most `max_elements` of them together but at least a row."""
+    num_rows = max(1, max_elements // prod(shape[1:]))
+    for first in range(0, shape[0], num_rows):
+        yield (first, *[0] * (len(shape) - 1)), (min(num_rows, shape[0] - first), *shape[1:])
 
 
 def read_fragments(folder: Path, fragments: Iterable[Fragment]) -> None:
-    """Fills the numbers of fragments; every caller by itself, no process group needed.
+    """Fills the values of fragments from a checkpoint folder; not collective, needs no process group.
 
     Raises:
         KeyError: the folder lacks a tensor.
     """
     reader = FileSystemReader(folder)
     metadata = reader.read_metadata()
-    planner = _Load(fragments)
+    planner = _LoadPlanner(fragments)
     planner.set_up_planner({}, metadata, is_coordinator=True)
     reader.set_up_storage_reader(metadata, is_coordinator=True)
     reader.read_data(reader.prepare_local_plan(planner.create_local_plan()), planner).wait()
@@ -168,7 +178,7 @@ def read_fragments(folder: Path, fragments: Iterable[Fragment]) -> None:
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Global shape of every tensor of a checkpoint, moments included."""
     entries = FileSystemReader(folder).read_metadata().state_dict_metadata
-    return {name: tuple(e.size) for name, e in entries.items() if isinstance(e, TensorStorageMetadata)}
+    return {name: tuple(entry.size) for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
 
 def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -177,43 +187,51 @@ def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def read_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    """The named whole tensors, float32 on the CPU."""
+    """The named full tensors of a checkpoint, float32 on the CPU."""
     tensors = {name: torch.empty(shape) for name, shape in shapes.items()}
-    wholes = (
-        Fragment(name, tuple(one.shape), (0,) * one.dim(), tuple(one.shape), 0, one.view(-1))
-        for name, one in tensors.items()
+    fragments = (
+        Fragment(
+            name=name,
+            global_shape=tuple(tensor.shape),
+            global_offset=(0,) * tensor.dim(),
+            local_shape=tuple(tensor.shape),
+            start=0,
+            values=tensor.view(-1),
+        )
+        for name, tensor in tensors.items()
     )
-    read_fragments(folder, wholes)
+
+    read_fragments(folder, fragments)
     return tensors
 
 
-def copy_of(fragment: Fragment, buffer: torch.Tensor) -> Fragment:
-    """The same numbers in `buffer`, which is as long; on a GPU the copy is only begun."""
-    buffer.copy_(fragment.numbers, non_blocking=True)
-    return replace(fragment, numbers=buffer)
+def copy_fragment(fragment: Fragment, buffer: torch.Tensor) -> Fragment:
+    """A copy of the fragment whose values are in `buffer`, of the same length; asynchronous from a GPU."""
+    buffer.copy_(fragment.values, non_blocking=True)
+    return replace(fragment, values=buffer)
 
 
-class _Save(DefaultSavePlanner):
-    """Plans one item of the folder for every piece; the default's global plan checks that they make up each tensor."""
+class _SavePlanner(DefaultSavePlanner):
+    """Plans an item for every chunk; the default's global plan checks that the chunks make up each tensor.
+
+    Args:
+        chunks: (name and offsets, shape of the global tensor, shape of the chunk).
+        read: name and offsets -> values of the chunk; float32, contiguous.
+    """
 
     def __init__(
         self,
-        pieces: Iterable[tuple[MetadataIndex, tuple[int, ...], torch.Size]],
-        numbers: Callable[[MetadataIndex], torch.Tensor],
+        chunks: Iterable[tuple[MetadataIndex, tuple[int, ...], torch.Size]],
+        read: Callable[[MetadataIndex], torch.Tensor],
     ) -> None:
-        """
-        Args:
-            pieces: name and offsets of each, the shape of the whole tensor, and its own.
-            numbers: of a piece; float32, contiguous.
-        """
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._numbers = numbers
+        self._read = read
         self._items = []
-        for index, shape, size in pieces:
+        for index, global_shape, chunk_shape in chunks:
             data = TensorWriteData(
-                chunk=ChunkStorageMetadata(index.offset, size),
+                chunk=ChunkStorageMetadata(index.offset, chunk_shape),
                 properties=TensorProperties(dtype=torch.float32),
-                size=torch.Size(shape),
+                size=torch.Size(global_shape),
             )
             self._items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
 
@@ -222,18 +240,18 @@ class _Save(DefaultSavePlanner):
         return self.plan
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
-        return self._numbers(write_item.index)
+        return self._read(write_item.index)
 
 
-class _Load(DefaultLoadPlanner):
-    """Plans what to read for every piece."""
+class _LoadPlanner(DefaultLoadPlanner):
+    """Plans reads into every chunk of the fragments of this rank."""
 
     def __init__(self, fragments: Iterable[Fragment]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._views = {
             MetadataIndex(fragment.name, torch.Size(offsets)): view
             for fragment in fragments
-            for offsets, view in fragment.pieces()
+            for offsets, view in fragment.chunks()
         }
 
     def create_local_plan(self) -> LoadPlan:
@@ -242,10 +260,12 @@ class _Load(DefaultLoadPlanner):
             stored = self.metadata.state_dict_metadata[index.fqn]
             chunk = ChunkStorageMetadata(index.offset, view.shape)
             items += create_read_items_for_chunk_list(index.fqn, stored, [chunk])
+
         return LoadPlan(items)
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
         view = self._views[read_item.dest_index]
         for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
             view = view.narrow(dim, start, length)
+
         return view

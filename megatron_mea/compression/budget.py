@@ -1,4 +1,4 @@
-"""How many component heads each layer gets: the paper's presets, a list, or the best use of a cache budget."""
+"""Chooses how many component heads each layer gets: the paper's presets, a list, or the best use of a cache budget."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from megatron_mea.errors import UserError
 
 PRESETS = ("full", "half", "deep")
 AUTO = "auto"
-_PART = re.compile(r"(\d+)(?:-(\d+))?(?::(\d+))?")
+_LAYER_RANGE = re.compile(r"(\d+)(?:-(\d+))?(?::(\d+))?")
 
 
-def chosen_layers(text: str, num_layers: int) -> dict[int, int | None]:
+def parse_layers(text: str, num_layers: int) -> dict[int, int | None]:
     """The layers to compress, counted from 1 as in the paper, and a number of heads where the list gives one.
 
     Args:
@@ -30,25 +30,31 @@ def chosen_layers(text: str, num_layers: int) -> dict[int, int | None]:
     }
     if text in presets:
         if not presets[text]:
-            raise UserError(key, f"{text}, no layer of {num_layers}", "full, or a list of layers")
+            raise UserError(where=key, got=f"{text}, no layer of {num_layers}", expected="full, or a list of layers")
         return dict.fromkeys(presets[text])
-    found: dict[int, int | None] = {}
+
+    heads_by_layer: dict[int, int | None] = {}
     for part in text.split(","):
-        match = _PART.fullmatch(part.strip())
+        match = _LAYER_RANGE.fullmatch(part.strip())
         if match is None:
-            allowed = f"{', '.join(PRESETS)}, {AUTO}, or a list of layers counted from 1, as 5-12,20 or 5-12:2,20:1"
-            raise UserError(key, text, allowed)
+            expected = f"{', '.join(PRESETS)}, {AUTO}, or a list of layers counted from 1, as 5-12,20 or 5-12:2,20:1"
+            raise UserError(where=key, got=text, expected=expected)
+
         first, last = int(match[1]), int(match[2] or match[1])
         if not 1 <= first <= last <= num_layers:
-            raise UserError(key, part.strip(), f"layers from 1 to {num_layers}, the smaller number first")
+            raise UserError(
+                where=key, got=part.strip(), expected=f"layers from 1 to {num_layers}, the smaller number first"
+            )
+
         for layer in range(first, last + 1):
-            if layer in found:
-                raise UserError(key, f"layer {layer} twice, in {text}", "each layer once")
-            found[layer] = None if match[3] is None else int(match[3])
-    return found
+            if layer in heads_by_layer:
+                raise UserError(where=key, got=f"layer {layer} twice, in {text}", expected="each layer once")
+            heads_by_layer[layer] = None if match[3] is None else int(match[3])
+
+    return heads_by_layer
 
 
-def best_heads(costs: Sequence[Mapping[int, float]], budget: int) -> list[int] | None:
+def allocate_heads(costs: Sequence[Mapping[int, float]], budget: int) -> list[int] | None:
     """The number of heads of each layer with the smallest sum of costs among those of at most `budget` heads in all.
 
     Args:
@@ -60,15 +66,18 @@ def best_heads(costs: Sequence[Mapping[int, float]], budget: int) -> list[int] |
     # best[heads used] = (cost, choice) for the layers so far
     best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
     for options in costs:
-        longer: dict[int, tuple[float, list[int]]] = {}
+        extended: dict[int, tuple[float, list[int]]] = {}
         for used, (cost, choice) in best.items():
-            for heads, more in options.items():
+            for heads, added in options.items():
                 total = used + heads
-                if total <= budget and (total not in longer or cost + more < longer[total][0]):
-                    longer[total] = (cost + more, [*choice, heads])
-        best = longer
+                if total <= budget and (total not in extended or cost + added < extended[total][0]):
+                    extended[total] = (cost + added, [*choice, heads])
+
+        best = extended
+
     if not best:
         return None
-    # Of equal costs the larger cache.
+
+    # Among equal costs, the larger cache.
     used = min(best, key=lambda used: (best[used][0], -used))
     return best[used][1]

@@ -1,4 +1,4 @@
-"""What a model's heads put out on real tokens: a pass over its layers, one of them in memory."""
+"""Second moments of a model's key and value heads on real tokens: a pass over its layers, one of them in memory."""
 
 from __future__ import annotations
 
@@ -6,75 +6,100 @@ from collections.abc import Iterator
 
 import torch
 
-from megatron_mea.compression.origin import SIDES, Origin
-from megatron_mea.compression.virtual import Moments
+from megatron_mea.compression.compressed_model import Moments
+from megatron_mea.compression.source_model import SIDES, SourceModel
 from megatron_mea.data.corpora import Batch
 from megatron_mea.data.windows import Windows, open_windows
-from megatron_mea.model.decoder import Decoder
-from megatron_mea.model.layerwise import one_layer
+from megatron_mea.model.decoder import EMBEDDING, Decoder, StageLayers
+from megatron_mea.model.layerwise import load_layer
 from megatron_mea.progress import progress_bar
 
-TOKENS = 16_384
-"""That a calibration looks at: the moments of a few hundred outputs are known well from far fewer."""
-_BATCH = 4
+CALIBRATION_TOKENS = 16_384
+"""Tokens that a calibration reads: the moments of a few hundred outputs are known well from far fewer."""
+_BATCH_SIZE = 4
 
 
-def open_data(origin: Origin, path: str, where: str, batch: int = _BATCH, tokens: int = 0) -> Windows:
-    """Windows as long as in training, documents masked as in training; as `evaluate` takes them.
+def calibration_windows(
+    *, source_model: SourceModel, path: str, where: str, batch: int = _BATCH_SIZE, tokens: int = 0
+) -> Windows:
+    """Windows of a corpus as `evaluate` reads them: as long as in training, with documents masked as in training.
 
     Raises:
         UserError: the data cannot be read, or is not of this model's vocabulary.
     """
-    mask = origin.source.config.data.document_mask
-    return open_windows([path], where, window_of(origin), batch, origin.model.vocab_size, mask, tokens)
+    mask = source_model.checkpoint.config.data.document_mask
+    return open_windows(
+        paths=[path],
+        where=where,
+        window=window_length(source_model),
+        batch=batch,
+        vocab_size=source_model.model.vocab_size,
+        document_mask=mask,
+        tokens=tokens,
+    )
 
 
-def window_of(origin: Origin) -> int:
-    """Tokens that the model sees at once, as it did in training."""
-    return origin.source.config.data.seq_length
+def window_length(source_model: SourceModel) -> int:
+    """Tokens of a window: as many as in training."""
+    return source_model.checkpoint.config.data.seq_length
 
 
 @torch.no_grad()
-def head_moments(origin: Origin, windows: Windows, layers: set[int]) -> Moments:
-    """E[y y^T] of the composite heads' outputs of those layers (counted from 0), in float64."""
+def head_moments(*, source_model: SourceModel, windows: Windows, layers: set[int]) -> Moments:
+    """E[y y^T], (h d, h d) in float64, of the composite heads' outputs y, by layer (counted from 0) and side."""
     moments = {}
     last = max(layers)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    hidden = [x.cpu() for _, x in embedded(origin, windows, device)]
-    for index in progress_bar(range(last + 1), desc="calibrate", unit="layer"):
-        layer = one_layer(origin.model, index + 1, origin.read, document_mask=windows.document_mask).to(device)
+    embedded = embed_windows(source_model=source_model, windows=windows, device=device)
+    hidden = [hidden_states.cpu() for _, hidden_states in embedded]
+    for layer in progress_bar(range(last + 1), desc="calibrate", unit="layer"):
+        decoder = load_layer(
+            config=source_model.model,
+            layer=StageLayers(blocks=range(layer, layer + 1)),
+            read=source_model.read,
+            document_mask=windows.document_mask,
+        ).to(device)
+
         sums = {}
-        if index in layers:
-            sums = _observe(origin, index, layer, device)
-        for place, batch in enumerate(windows):
+        if layer in layers:
+            sums = _watch_outputs(source_model=source_model, layer=layer, decoder=decoder, device=device)
+
+        for index, batch in enumerate(windows):
             positions = torch.from_numpy(batch.position_ids).to(device)
-            hidden[place] = layer.run(hidden[place].to(device), positions).cpu()
-        count = sum(x.shape[0] * x.shape[1] for x in hidden)
-        moments |= {(index, side): total.cpu() / count for side, total in sums.items()}
+            hidden[index] = decoder.forward_hidden(hidden[index].to(device), positions).cpu()
+
+        count = sum(hidden_states.shape[0] * hidden_states.shape[1] for hidden_states in hidden)
+        moments |= {(layer, side): total.cpu() / count for side, total in sums.items()}
+
     return moments
 
 
-def embedded(origin: Origin, windows: Windows, device: torch.device) -> Iterator[tuple[Batch, torch.Tensor]]:
-    """Every batch and its hidden states (batch, seq, hidden) before the first block."""
-    embedding = one_layer(origin.model, 0, origin.read).to(device)
+def embed_windows(
+    *, source_model: SourceModel, windows: Windows, device: torch.device
+) -> Iterator[tuple[Batch, torch.Tensor]]:
+    """Yields every batch and its hidden states (batch, seq, hidden) before the first block."""
+    embedding = load_layer(config=source_model.model, layer=EMBEDDING, read=source_model.read).to(device)
     for batch in windows:
         positions = torch.from_numpy(batch.position_ids).to(device)
-        yield batch, embedding.run(torch.from_numpy(batch.input_ids).to(device), positions)
+        yield batch, embedding.forward_hidden(torch.from_numpy(batch.input_ids).to(device), positions)
 
 
-def _observe(origin: Origin, index: int, layer: Decoder, device: torch.device) -> dict[str, torch.Tensor]:
-    """Sums over the tokens of y y^T by side, which grow when the layer runs."""
-    attention = layer.layers[0].self_attn
+def _watch_outputs(
+    *, source_model: SourceModel, layer: int, decoder: Decoder, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Hooks a layer, so that it adds the sum over tokens of y y^T to the returned tensors, by side, when it runs."""
+    attention = decoder.blocks[0].self_attn
     sums = {}
     for side in SIDES:
-        rows = origin.composites(index, side)
-        sums[side] = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=device)
-        weight = rows[:, : origin.model.hidden_size].float().to(device)
-        bias = rows[:, -1].float().to(device) if origin.model.attention_bias else None
+        composites = source_model.composite_projection(layer, side)
+        sums[side] = torch.zeros(len(composites), len(composites), dtype=torch.float64, device=device)
+        weight = composites[:, : source_model.model.hidden_size].float().to(device)
+        bias = composites[:, -1].float().to(device) if source_model.model.attention_bias else None
 
-        def see(_: torch.nn.Module, inputs: tuple, total=sums[side], weight=weight, bias=bias) -> None:
+        def accumulate(_: torch.nn.Module, inputs: tuple, *, total=sums[side], weight=weight, bias=bias) -> None:
             outputs = torch.nn.functional.linear(inputs[0], weight, bias).flatten(0, 1).double()
             total += outputs.mT @ outputs
 
-        attention.register_forward_pre_hook(see)
+        attention.register_forward_pre_hook(accumulate)
+
     return sums

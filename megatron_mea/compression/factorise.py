@@ -16,24 +16,25 @@ from dataclasses import dataclass
 import torch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class VirtualHeads:
-    """
+    """Component heads and their combination, which replace the composite heads of a layer and side.
+
     Args:
-        selection: (h' d, h d), the component heads' outputs, and rows of their projection, from the composite heads'.
+        selection: (h' d, h d), maps the composite heads' outputs, or the rows of their projection, to the components'.
         combination: (h', h): composite head j is the sum over c of combination[c, j] component_c.
-        turns: (h, d, d), by which that composite head is still to be multiplied; None: by nothing.
-        lost: the part, of 1, of the mean square of the composite heads' outputs that is lost.
+        rotations: (h, d, d), by which each composite head is still to be multiplied; None: by the identity.
+        lost: the part of the mean square of the composite heads' outputs that is lost, from 0 to 1.
     """
 
     selection: torch.Tensor
     combination: torch.Tensor
-    turns: torch.Tensor | None
+    rotations: torch.Tensor | None
     lost: float
 
 
-def factorise(moment: torch.Tensor, num_heads: int, rank: int, equal_heads: bool = False) -> VirtualHeads:
-    """The components that lose least of the heads as they are, in closed form.
+def factorise(moment: torch.Tensor, *, num_heads: int, rank: int, equal_heads: bool = False) -> VirtualHeads:
+    """The components that lose least of the heads without rotations, in closed form.
 
     Args:
         moment: S, (h d, h d).
@@ -42,18 +43,21 @@ def factorise(moment: torch.Tensor, num_heads: int, rank: int, equal_heads: bool
     """
     blocks = moment.double().unflatten(0, (num_heads, -1)).unflatten(2, (num_heads, -1))
     gram = torch.einsum("iaja->ij", blocks)
-    sizes = gram.diagonal().clamp(min=0).sqrt()
+    head_norms = gram.diagonal().clamp(min=0).sqrt()
     # A head of size zero has no direction to keep.
-    scales = torch.where(sizes > 0, sizes, 1.0) if equal_heads else torch.ones_like(sizes)
+    scales = torch.where(head_norms > 0, head_norms, 1.0) if equal_heads else torch.ones_like(head_norms)
     energies, vectors = torch.linalg.eigh(gram / torch.outer(scales, scales))
-    kept = _with_signs(vectors.flip(1)[:, :rank])
+
+    components = _fix_signs(vectors.flip(1)[:, :rank])
     features = torch.eye(blocks.shape[1], dtype=torch.float64)
-    selection = torch.kron((kept / scales[:, None]).T.contiguous(), features)
+    selection = torch.kron((components / scales[:, None]).T.contiguous(), features)
     lost = energies[: num_heads - rank].clamp(min=0).sum() / energies.clamp(min=0).sum().clamp(min=1e-300)
-    return VirtualHeads(selection, (kept * scales[:, None]).T.contiguous(), None, float(lost))
+    return VirtualHeads(
+        selection=selection, combination=(components * scales[:, None]).T.contiguous(), rotations=None, lost=float(lost)
+    )
 
 
-def _with_signs(vectors: torch.Tensor) -> torch.Tensor:
+def _fix_signs(vectors: torch.Tensor) -> torch.Tensor:
     """Each column's largest entry is positive, so that no linear algebra library decides the sign."""
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
     return vectors * torch.where(largest < 0, -1.0, 1.0)

@@ -1,4 +1,4 @@
-"""What compressing one layer costs: the cross-entropy with every layer but one as it was."""
+"""The `sensitivity` verb: the cross-entropy with a single layer compressed, for every layer."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from typing import Any
 
 import torch
 
-from megatron_mea.compression.calibrate import open_data, window_of
-from megatron_mea.compression.origin import Origin, open_origin, read_model
-from megatron_mea.compression.virtual import Compressed, Factoriser, compressible
-from megatron_mea.data.corpora import IGNORE, Batch, corpus_digest
+from megatron_mea.compression.calibrate import calibration_windows, window_length
+from megatron_mea.compression.compressed_model import CompressedModel, Factoriser, compressible_layers
+from megatron_mea.compression.source_model import SourceModel, open_source_model, read_model
+from megatron_mea.data.corpora import IGNORE_INDEX, Batch, corpus_digest
 from megatron_mea.data.indexed import open_readers
 from megatron_mea.data.windows import Windows
 from megatron_mea.errors import UserError
-from megatron_mea.model.decoder import Decoder
-from megatron_mea.model.layerwise import one_layer
-from megatron_mea.outputs import output_place, written
+from megatron_mea.model.decoder import Decoder, StageLayers, single_layers
+from megatron_mea.model.layerwise import load_layer
+from megatron_mea.outputs import disk_errors, reserve_output
 from megatron_mea.progress import progress_bar
 
 Change = tuple[int, int]
 """A layer, counted from 0, and its number of component heads."""
-_LOGITS, _BYTES, _BATCH = 1 << 26, 1 << 31, 8
+_MAX_LOGITS, _MAX_HIDDEN_BYTES, _MAX_BATCH_SIZE = 1 << 26, 1 << 31, 8
 
 
-def sensitivity(model: str | Path, heads: int, data: str, out: str | Path, aligned: bool) -> str:
+def sensitivity(*, model: str | Path, heads: int, data: str, out: str | Path, aligned: bool) -> str:
     """Compresses one layer at a time, and writes the cross-entropy of each as JSON, with a plot beside it.
 
-    What is done is kept in `OUT.part`, from which the same command goes on.
+    Progress is saved in `OUT.part`, from which the same command resumes.
 
     Args:
         heads: component heads of the layer that is compressed.
@@ -44,79 +44,106 @@ def sensitivity(model: str | Path, heads: int, data: str, out: str | Path, align
         UserError: the model or the data cannot be used, or `out` cannot be written.
     """
     out = Path(out)
-    plot, part = out.with_suffix(".png"), Path(f"{out}.part")
-    places = output_place(out, folder=False), output_place(plot, folder=False)
-    layers = compressible(read_model(model), str(model), heads, "--component-heads")
+    plot, progress_file = out.with_suffix(".png"), Path(f"{out}.part")
+    outputs = reserve_output(out, folder=False), reserve_output(plot, folder=False)
+    layers = compressible_layers(model=read_model(model), name=str(model), heads=heads, where="--component-heads")
     open_readers([data], "--data")
-    with places[0], places[1], written(out), open_origin(model, out) as origin:
-        at_once, groups = passes(origin, [(layer, heads) for layer in layers])
-        windows = open_data(origin, data, "--data", at_once)
-        asked = {
+    with outputs[0], outputs[1], disk_errors(out), open_source_model(model, out) as source_model:
+        batch_size, groups = plan_passes(source_model, [(layer, heads) for layer in layers])
+        windows = calibration_windows(source_model=source_model, path=data, where="--data", batch=batch_size)
+        request = {
             "model": str(model),
             "data": data,
             "component_heads": heads,
             "aligned": aligned,
-            "weights": origin.fingerprint,
-            "tokens_digest": corpus_digest(windows.readers[0], windows.document_mask),
-            "window": window_of(origin),
+            "weights": source_model.fingerprint,
+            "tokens_digest": corpus_digest(windows.readers[0], borders=windows.document_mask),
+            "window": window_length(source_model),
             "passes": len(windows),
         }
-        found = _measure(origin, Factoriser(origin, None, aligned), groups, windows, part, asked)
-        result = asked | _result(origin, heads, layers, found)
+        measured = _measure_layers(
+            source_model=source_model,
+            factoriser=Factoriser(source_model=source_model, moments=None, aligned=aligned),
+            groups=groups,
+            windows=windows,
+            progress_file=progress_file,
+            request=request,
+        )
+
+        result = request | _result(source_model=source_model, heads=heads, layers=layers, measured=measured)
         out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        draw(result, plot)
-        part.unlink(missing_ok=True)
+        draw_plot(result, plot)
+        progress_file.unlink(missing_ok=True)
+
     return _table(result, plot)
 
 
-def _measure(
-    origin: Origin,
+def _measure_layers(
+    *,
+    source_model: SourceModel,
     factoriser: Factoriser,
     groups: Sequence[Sequence[Change]],
     windows: Windows,
-    part: Path,
-    asked: dict[str, Any],
+    progress_file: Path,
+    request: dict[str, Any],
 ) -> dict[str, Any]:
-    """Sums over all data; {"done": passes, "targets": number, "sums": {layer, or "none": nats}}"""
-    found: dict[str, Any] = {"done": 0, "targets": 0, "sums": {}}
+    """Sums the cross-entropy of every change over all windows, and resumes from `progress_file` if it fits `request`.
+
+    Returns:
+        {"done": passes, "targets": number of tokens, "sums": {layer, or "none" for the source model: nats}}
+    """
+    measured: dict[str, Any] = {"done": 0, "targets": 0, "sums": {}}
     try:
-        kept = json.loads(part.read_text(encoding="utf-8"))
-        if kept.pop("asked") == asked:
-            found = kept
+        saved = json.loads(progress_file.read_text(encoding="utf-8"))
+        if saved.pop("asked") == request:
+            measured = saved
     except (OSError, ValueError, KeyError, AttributeError):
         pass
-    steps = len(groups) * (origin.model.num_hidden_layers + 1)
+
+    steps = len(groups) * (source_model.model.num_hidden_layers + 1)
     with progress_bar(total=len(windows) * steps, desc="sensitivity", unit="layer") as bar:
-        bar.update(found["done"] * steps)
-        for index in range(found["done"], len(windows)):
+        bar.update(measured["done"] * steps)
+        for index in range(measured["done"], len(windows)):
             batch, losses = windows[index], {}
             for changes in groups:
-                losses |= losses_of_changes(origin, factoriser, changes, batch, windows.document_mask, bar)
+                losses |= losses_of_changes(
+                    source_model=source_model,
+                    factoriser=factoriser,
+                    changes=changes,
+                    batch=batch,
+                    document_mask=windows.document_mask,
+                    progress=bar,
+                )
+
             for change, loss in losses.items():
                 key = "none" if change is None else str(change[0])
-                found["sums"][key] = found["sums"].get(key, 0.0) + loss
-            found["targets"] += int((batch.targets != IGNORE).sum())
-            found["done"] = index + 1
-            fresh = part.with_suffix(".new")
-            fresh.write_text(json.dumps({"asked": asked} | found), encoding="utf-8")
-            fresh.replace(part)
-    return found
+                measured["sums"][key] = measured["sums"].get(key, 0.0) + loss
+
+            measured["targets"] += int((batch.targets != IGNORE_INDEX).sum())
+            measured["done"] = index + 1
+
+            temporary = progress_file.with_suffix(".new")
+            temporary.write_text(json.dumps({"asked": request} | measured), encoding="utf-8")
+            temporary.replace(progress_file)
+
+    return measured
 
 
-def _result(origin: Origin, heads: int, layers: list[int], found: dict[str, Any]) -> dict[str, Any]:
-    if not found["targets"]:
-        raise UserError("--data", "documents of one token", "a token to predict")
-    losses = {key: total / found["targets"] for key, total in found["sums"].items()}
+def _result(*, source_model: SourceModel, heads: int, layers: list[int], measured: dict[str, Any]) -> dict[str, Any]:
+    if not measured["targets"]:
+        raise UserError(where="--data", got="documents of one token", expected="a token to predict")
+
+    losses = {key: total / measured["targets"] for key, total in measured["sums"].items()}
     rows = [
         {
             "layer": layer + 1,
-            "component_heads_before": origin.model.component_heads[layer],
+            "component_heads_before": source_model.model.component_heads[layer],
             "cross_entropy": losses[str(layer)],
             "difference": losses[str(layer)] - losses["none"],
         }
         for layer in layers
     ]
-    return {"tokens": found["targets"], "cross_entropy": losses["none"], "layers": rows}
+    return {"tokens": measured["targets"], "cross_entropy": losses["none"], "layers": rows}
 
 
 def _table(result: dict[str, Any], plot: Path) -> str:
@@ -127,8 +154,8 @@ def _table(result: dict[str, Any], plot: Path) -> str:
     return "\n".join([*lines, f"plot: {plot}"])
 
 
-def draw(result: dict[str, Any], file: Path) -> None:
-    """The differences by layer as a PNG."""
+def draw_plot(result: dict[str, Any], file: Path) -> None:
+    """Writes a PNG with the rise of the cross-entropy by layer."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4), layout="constrained")
@@ -142,59 +169,63 @@ def draw(result: dict[str, Any], file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def passes(origin: Origin, changes: Sequence[Change]) -> tuple[int, list[Sequence[Change]]]:
-    """How many windows a pass over the layers takes, and the changes of each, so that all hidden states fit in 2 GB."""
-    size = 4 * origin.model.hidden_size * window_of(origin)
-    most = max(_BYTES // size - 1, 1)
-    at_once = min(max(_BYTES // (size * (len(changes) + 1)), 1), _BATCH)
-    return at_once, [changes[first : first + most] for first in range(0, max(len(changes), 1), most)]
+def plan_passes(source_model: SourceModel, changes: Sequence[Change]) -> tuple[int, list[Sequence[Change]]]:
+    """Windows per pass over the layers, and the changes of each pass, so that all hidden states fit in 2 GB."""
+    hidden_bytes = 4 * source_model.model.hidden_size * window_length(source_model)
+    max_changes = max(_MAX_HIDDEN_BYTES // hidden_bytes - 1, 1)
+    batch_size = min(max(_MAX_HIDDEN_BYTES // (hidden_bytes * (len(changes) + 1)), 1), _MAX_BATCH_SIZE)
+    return batch_size, [changes[start : start + max_changes] for start in range(0, max(len(changes), 1), max_changes)]
 
 
 @torch.no_grad()
 def losses_of_changes(
-    origin: Origin,
+    *,
+    source_model: SourceModel,
     factoriser: Factoriser,
     changes: Sequence[Change],
     batch: Batch,
     document_mask: bool,
-    done: object = None,
+    progress: object = None,
 ) -> dict[Change | None, float]:
-    """The summed cross-entropy (nats) of a batch with one layer changed, for every change; None: with none.
+    """The summed cross-entropy (nats) of a batch by change, and by None for the unchanged model.
 
     One pass over the layers, of which one is in memory: the hidden states before a changed layer are those of the
     unchanged model, and behind it every change has its own.
 
     Args:
-        done: a progress bar, which is moved by one with every layer.
+        progress: a progress bar, which is moved by one with every layer.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     positions = torch.from_numpy(batch.position_ids).to(device)
 
-    def made(model: Origin | Compressed, index: int) -> Decoder:
-        return one_layer(model.model, index, model.read, document_mask=document_mask).to(device)
+    def load(model: SourceModel | CompressedModel, layer: StageLayers) -> Decoder:
+        return load_layer(config=model.model, layer=layer, read=model.read, document_mask=document_mask).to(device)
 
-    count = origin.model.num_hidden_layers
+    *layers, head_layer = single_layers(source_model.model)
     hidden: dict[Change | None, torch.Tensor] = {None: torch.from_numpy(batch.input_ids).to(device)}
-    for index in range(count + 1):
-        layer = made(origin, index)
-        before = hidden[None]
-        for change, x in hidden.items():
-            hidden[change] = layer.run(x, positions)
-        for changed, heads in changes:
-            if changed == index - 1:
-                every = list(origin.model.component_heads)
-                every[changed] = heads
-                altered = made(Compressed(origin, every, factoriser), index)
-                hidden[changed, heads] = altered.run(before, positions)
-        if done is not None:
-            done.update()
-    head = made(origin, count + 1)
+    for layer in layers:
+        decoder = load(source_model, layer)
+        layer_input = hidden[None]
+        for change, hidden_states in hidden.items():
+            hidden[change] = decoder.forward_hidden(hidden_states, positions)
+
+        for layer_index, heads in changes:
+            if layer_index in layer.blocks:
+                heads_by_layer = list(source_model.model.component_heads)
+                heads_by_layer[layer_index] = heads
+                compressed = CompressedModel(source_model=source_model, heads=heads_by_layer, factoriser=factoriser)
+                hidden[layer_index, heads] = load(compressed, layer).forward_hidden(layer_input, positions)
+
+        if progress is not None:
+            progress.update()
+
+    head = load(source_model, head_layer)
     targets = torch.from_numpy(batch.targets).to(device)
-    rows = max(_LOGITS // (origin.model.vocab_size * targets.shape[1]), 1)
+    max_rows = max(_MAX_LOGITS // (source_model.model.vocab_size * targets.shape[1]), 1)
     return {
         change: sum(
-            head.loss(head.run(part, positions), wanted).item()
-            for part, wanted in zip(x.split(rows), targets.split(rows), strict=True)
+            head.loss(head.forward_hidden(chunk, positions), chunk_targets).item()
+            for chunk, chunk_targets in zip(hidden_states.split(max_rows), targets.split(max_rows), strict=True)
         )
-        for change, x in hidden.items()
+        for change, hidden_states in hidden.items()
     }

@@ -1,4 +1,4 @@
-"""What must hold across keys: every such rule stands here, and runs before anything is started or allocated."""
+"""Every rule that involves several configuration keys, checked before anything is started or allocated."""
 
 from __future__ import annotations
 
@@ -10,25 +10,27 @@ from megatron_mea.config.schema import Config
 from megatron_mea.errors import Problem
 
 
-def cross_checks(config: Config, needs_data: bool = True) -> Iterator[Problem]:
-    """The contradictions inside one configuration; `needs_data`: it is one to train with."""
+def cross_checks(config: Config, *, needs_data: bool = True) -> Iterator[Problem]:
+    """Contradictions between keys of one configuration; with `needs_data`, an empty `data.train` is one too."""
     if needs_data and not config.data.train:
-        yield Problem("data.train", "a list of 0", "at least 1")
-    yield from _heads(config)
-    yield from _rope(config)
-    yield from _components(config)
-    yield from _lengths(config)
+        yield Problem(where="data.train", got="a list of 0", expected="at least 1")
+
+    yield from _head_problems(config)
+    yield from _rope_problems(config)
+    yield from _component_problems(config)
+    yield from _training_problems(config)
+
     if config.training.compile and config.parallel.zero_stage == 3:
         reason = "DeepSpeed fetches the parameters of every module in hooks, each of which ends a graph"
-        yield Problem("training.compile", True, f"false where parallel.zero_stage is 3: {reason}")
+        yield Problem(where="training.compile", got=True, expected=f"false where parallel.zero_stage is 3: {reason}")
 
 
-def handicaps(config: Config, layout: Layout) -> list[str]:
-    """Warnings about settings that are allowed and known to train badly or slowly."""
-    return [*_small_embeddings(config), *_idle_pipeline(layout)]
+def config_warnings(config: Config, layout: Layout) -> list[str]:
+    """Warnings about allowed settings that are known to train badly or slowly."""
+    return [*_embedding_warnings(config), *_pipeline_warnings(layout)]
 
 
-def _idle_pipeline(layout: Layout) -> Iterator[str]:
+def _pipeline_warnings(layout: Layout) -> Iterator[str]:
     if layout.micro_batches < 2 * layout.pipeline and layout.pipeline > 1:
         yield (
             f"{layout.micro_batches} micro-batches in a pipeline of {layout.pipeline} stages leave each idle for "
@@ -37,87 +39,110 @@ def _idle_pipeline(layout: Layout) -> Iterator[str]:
         )
 
 
-def _small_embeddings(config: Config) -> Iterator[str]:
+def _embedding_warnings(config: Config) -> Iterator[str]:
     model = config.model
     if not model.has_head_norm:
         return
-    embedding = model.embedding_initializer_range or model.initializer_range
+
+    embedding_std = model.embedding_initializer_range or model.initializer_range
     output_std = model.initializer_range / math.sqrt(2 * model.num_hidden_layers)
     gain = model.head_norm_init if model.head_norm_affine else 1.0
     # Differential heads are scaled by 1 - lambda_init, at most 0.8.
     gain *= 0.8 if model.attention_variant == "differential" else 1.0
-    branch = output_std * math.sqrt(model.num_attention_heads * model.head_dim) * gain
-    if embedding < branch / 2:
+    branch_rms = output_std * math.sqrt(model.num_attention_heads * model.head_dim) * gain
+
+    if embedding_std < branch_rms / 2:
         yield (
-            f"the head norm makes each attention branch add RMS {branch:.3g} at the start, and the embeddings have "
-            f"only {embedding:.3g}: that start was measured to cost 0.2 to 0.4 nats early on (docs/initialisation.md). "
-            f"Raise model.embedding_initializer_range to about {branch:.2g} or lower model.head_norm_init."
+            f"the head norm makes each attention branch add RMS {branch_rms:.3g} at the start, and the embeddings have "
+            f"only {embedding_std:.3g}: that start was measured to cost 0.2 to 0.4 nats early on "
+            "(docs/initialisation.md). "
+            f"Raise model.embedding_initializer_range to about {branch_rms:.2g} or lower model.head_norm_init."
         )
 
 
-def _heads(config: Config) -> Iterator[Problem]:
+def _head_problems(config: Config) -> Iterator[Problem]:
     model = config.model
     if model.num_attention_heads % model.num_key_value_heads:
         yield Problem(
-            "model.num_attention_heads",
-            model.num_attention_heads,
-            f"a multiple of model.num_key_value_heads = {model.num_key_value_heads}",
+            where="model.num_attention_heads",
+            got=model.num_attention_heads,
+            expected=f"a multiple of model.num_key_value_heads = {model.num_key_value_heads}",
         )
+
     if model.attention_variant == "differential":
         for key in ("num_attention_heads", "num_key_value_heads"):
             if getattr(model, key) % 2:
-                yield Problem(f"model.{key}", getattr(model, key), "an even number: `differential` heads are pairs")
+                yield Problem(
+                    where=f"model.{key}",
+                    got=getattr(model, key),
+                    expected="an even number: `differential` heads are pairs",
+                )
+
     if config.optimizer.decay_hlc and not model.mixes_heads:
-        allowed = f"false: `{model.attention_variant}` has no matrices that combine heads"
-        yield Problem("optimizer.decay_hlc", True, allowed)
+        expected = f"false: `{model.attention_variant}` has no matrices that combine heads"
+        yield Problem(where="optimizer.decay_hlc", got=True, expected=expected)
     if config.optimizer.decay_hlc and config.optimizer.weight_decay == 0:
-        yield Problem("optimizer.decay_hlc", True, "false where optimizer.weight_decay is 0")
+        yield Problem(where="optimizer.decay_hlc", got=True, expected="false where optimizer.weight_decay is 0")
+
     if model.head_dim % 2:
-        yield Problem("model.head_dim", model.head_dim, "an even number: RoPE rotates pairs of features")
+        yield Problem(
+            where="model.head_dim", got=model.head_dim, expected="an even number: RoPE rotates pairs of features"
+        )
 
 
-def _rope(config: Config) -> Iterator[Problem]:
+def _rope_problems(config: Config) -> Iterator[Problem]:
     scaling = config.model.rope_scaling
     if scaling is None:
         return
+
     if scaling.rope_type == "llama3" and scaling.high_freq_factor <= scaling.low_freq_factor:
         yield Problem(
-            "model.rope_scaling.high_freq_factor",
-            scaling.high_freq_factor,
-            f"more than low_freq_factor = {scaling.low_freq_factor}",
+            where="model.rope_scaling.high_freq_factor",
+            got=scaling.high_freq_factor,
+            expected=f"more than low_freq_factor = {scaling.low_freq_factor}",
         )
+
     if scaling.rope_type == "yarn" and scaling.beta_fast < scaling.beta_slow:
-        yield Problem("model.rope_scaling.beta_fast", scaling.beta_fast, f"at least beta_slow = {scaling.beta_slow}")
+        yield Problem(
+            where="model.rope_scaling.beta_fast",
+            got=scaling.beta_fast,
+            expected=f"at least beta_slow = {scaling.beta_slow}",
+        )
+
     if scaling.rope_type == "dynamic" and config.model.head_dim < 4:
-        yield Problem("model.head_dim", config.model.head_dim, "at least 4 with dynamic RoPE")
+        yield Problem(where="model.head_dim", got=config.model.head_dim, expected="at least 4 with dynamic RoPE")
 
 
-def _components(config: Config) -> Iterator[Problem]:
+def _component_problems(config: Config) -> Iterator[Problem]:
     model = config.model
     where, composite = "model.num_component_heads", model.num_key_value_heads
     heads = model.component_heads
+
     if len(heads) != model.num_hidden_layers:
         yield Problem(
-            where,
-            f"a list of {len(heads)}",
-            f"one number, or one a layer: model.num_hidden_layers = {model.num_hidden_layers}",
+            where=where,
+            got=f"a list of {len(heads)}",
+            expected=f"one number, or one a layer: model.num_hidden_layers = {model.num_hidden_layers}",
         )
+
     if max(heads, default=0) > composite:
-        yield Problem(where, max(heads), f"at most model.num_key_value_heads = {composite}")
+        yield Problem(where=where, got=max(heads), expected=f"at most model.num_key_value_heads = {composite}")
     elif min(heads, default=composite) < composite:
         if not model.has_hlc:
             yield Problem(
-                where,
-                min(heads),
-                f"model.num_key_value_heads = {composite}, since `{model.attention_variant}` does not combine heads",
-                "choose the variant mea or mea_no_norm, or lower model.num_key_value_heads",
+                where=where,
+                got=min(heads),
+                expected=f"model.num_key_value_heads = {composite}, "
+                f"since `{model.attention_variant}` does not combine heads",
+                hint="choose the variant mea or mea_no_norm, or lower model.num_key_value_heads",
             )
         elif model.hlc_mixes != "both":
             yield Problem(
-                "model.hlc_mixes",
-                f"{model.hlc_mixes} with {min(heads)} component heads",
-                f"`both` where component heads are fewer than model.num_key_value_heads = {composite}",
+                where="model.hlc_mixes",
+                got=f"{model.hlc_mixes} with {min(heads)} component heads",
+                expected=f"`both` where component heads are fewer than model.num_key_value_heads = {composite}",
             )
+
     without_effect = {
         "no head combination": () if model.has_hlc else ("hlc_mixes", "hlc_init"),
         "no head norm": () if model.has_head_norm else ("head_norm_affine", "head_norm_init", "head_norm_eps"),
@@ -126,41 +151,57 @@ def _components(config: Config) -> Iterator[Problem]:
         for key in keys:
             default = type(model).model_fields[key].default
             if getattr(model, key) != default:
-                allowed = f"{default}: `{model.attention_variant}` has {reason}"
-                yield Problem(f"model.{key}", getattr(model, key), allowed)
+                expected = f"{default}: `{model.attention_variant}` has {reason}"
+                yield Problem(where=f"model.{key}", got=getattr(model, key), expected=expected)
+
     if model.has_head_norm and not model.head_norm_affine and model.head_norm_init != 1:
-        yield Problem("model.head_norm_init", model.head_norm_init, "1.0 where model.head_norm_affine is false")
+        yield Problem(
+            where="model.head_norm_init", got=model.head_norm_init, expected="1.0 where model.head_norm_affine is false"
+        )
 
 
-def _lengths(config: Config) -> Iterator[Problem]:
+def _training_problems(config: Config) -> Iterator[Problem]:
+    """Problems of the schedule, the sequence length, the profile and the batch."""
     schedule, steps = config.schedule, config.steps
     if schedule.warmup_steps >= steps:
-        yield Problem("schedule.warmup_steps", schedule.warmup_steps, f"fewer than training.steps = {steps}")
+        yield Problem(
+            where="schedule.warmup_steps", got=schedule.warmup_steps, expected=f"fewer than training.steps = {steps}"
+        )
+
     if schedule.kind == "wsd":
-        stable = steps - schedule.warmup_steps
+        steps_after_warmup = steps - schedule.warmup_steps
         if schedule.decay_steps is None:
-            yield Problem("schedule.decay_steps", "nothing", "a number of steps: `wsd` needs it")
-        elif schedule.decay_steps > stable:
+            yield Problem(where="schedule.decay_steps", got="nothing", expected="a number of steps: `wsd` needs it")
+        elif schedule.decay_steps > steps_after_warmup:
             yield Problem(
-                "schedule.decay_steps",
-                schedule.decay_steps,
-                f"at most the steps after warm-up, {max(stable, 0)}",
+                where="schedule.decay_steps",
+                got=schedule.decay_steps,
+                expected=f"at most the steps after warm-up, {max(steps_after_warmup, 0)}",
             )
     elif schedule.decay_steps is not None:
-        yield Problem("schedule.decay_steps", schedule.decay_steps, f"null: `{schedule.kind}` has no decay phase")
+        yield Problem(
+            where="schedule.decay_steps",
+            got=schedule.decay_steps,
+            expected=f"null: `{schedule.kind}` has no decay phase",
+        )
+
     if config.data.seq_length > config.model.max_position_embeddings:
         yield Problem(
-            "data.seq_length",
-            config.data.seq_length,
-            f"at most model.max_position_embeddings = {config.model.max_position_embeddings}",
+            where="data.seq_length",
+            got=config.data.seq_length,
+            expected=f"at most model.max_position_embeddings = {config.model.max_position_embeddings}",
         )
+
     profile = config.logging.profile
     if profile is not None and profile.start + profile.steps - 1 > steps:
-        found = f"start {profile.start}, steps {profile.steps}"
-        yield Problem("logging.profile", found, f"steps that end with training.steps = {steps} at the latest")
+        got = f"start {profile.start}, steps {profile.steps}"
+        yield Problem(
+            where="logging.profile", got=got, expected=f"steps that end with training.steps = {steps} at the latest"
+        )
+
     if config.training.global_batch_size % config.training.micro_batch_size:
         yield Problem(
-            "training.global_batch_size",
-            config.training.global_batch_size,
-            f"a multiple of training.micro_batch_size = {config.training.micro_batch_size}",
+            where="training.global_batch_size",
+            got=config.training.global_batch_size,
+            expected=f"a multiple of training.micro_batch_size = {config.training.micro_batch_size}",
         )

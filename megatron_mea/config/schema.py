@@ -10,18 +10,18 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?")
 
 
-def _as_number(value: Any) -> Any:
-    """YAML 1.1 reads `3e-3` and `1e6` as text; where a number is expected they are numbers."""
+def _parse_float(value: Any) -> Any:
+    """Turns text such as `3e-3` and `1e6`, which YAML 1.1 takes for no number, into a float; else the value itself."""
     return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
 
 
-def _as_integer(value: Any) -> Any:
-    value = _as_number(value)
+def _parse_int(value: Any) -> Any:
+    value = _parse_float(value)
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Int = Annotated[int, BeforeValidator(_as_integer)]
-Float = Annotated[float, BeforeValidator(_as_number)]
+Int = Annotated[int, BeforeValidator(_parse_int)]
+Float = Annotated[float, BeforeValidator(_parse_float)]
 PositiveInt = Annotated[Int, Field(gt=0)]
 PositiveFloat = Annotated[Float, Field(gt=0)]
 Path = Annotated[str, Field(min_length=1)]
@@ -29,14 +29,16 @@ Beta = Annotated[Float, Field(ge=0, lt=1)]
 
 
 def _newest_or_step(value: Any) -> Any:
-    # Not left to the union, whose first member alone would be named.
-    value = _as_integer(value)
+    # Checked here, since pydantic's message would name the first member of the union alone.
+    value = _parse_int(value)
     if value == "newest" or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
         return value
     raise ValueError("newest, or the step of a checkpoint")
 
 
 class Section(BaseModel):
+    """A section of the YAML: immutable, without unknown keys, types taken strictly."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
@@ -104,39 +106,43 @@ class Model(Section):
 
     @property
     def component_heads(self) -> list[int]:
-        """h' of every layer."""
+        """Number of component heads (h') of each layer."""
         heads = self.num_key_value_heads if self.num_component_heads is None else self.num_component_heads
         return list(heads) if isinstance(heads, list) else [heads] * self.num_hidden_layers
 
     @property
     def has_hlc(self) -> bool:
+        """Whether the variant combines keys or values (HLC)."""
         return self.attention_variant in ("mea", "mea_no_norm")
 
     @property
     def mixes_keys(self) -> bool:
+        """Whether layers have `hlc_k`."""
         return self.has_hlc and self.hlc_mixes in ("both", "keys")
 
     @property
     def mixes_values(self) -> bool:
+        """Whether layers have `hlc_v`."""
         return self.has_hlc and self.hlc_mixes in ("both", "values")
 
     @property
     def has_head_norm(self) -> bool:
+        """Whether each query head's output is normalised by itself."""
         return self.attention_variant in ("mea", "plain_norm", "differential")
 
     @property
     def output_dim(self) -> int:
-        """Width of a head's output: differential heads are pairs."""
+        """Features of a head's output: twice `head_dim` for differential heads, which are pairs."""
         return 2 * self.head_dim if self.attention_variant == "differential" else self.head_dim
 
     @property
     def mixes_heads(self) -> bool:
-        """Whether there are matrices that combine heads, of keys and values or of scores."""
+        """Whether layers have matrices that combine heads: `hlc_k`, `hlc_v`, or those of talking heads' scores."""
         return self.mixes_keys or self.mixes_values or self.attention_variant == "talking_heads"
 
     @property
     def rope_parameters(self) -> dict[str, Any]:
-        """RoPE as transformers 5 writes it into a `config.json`."""
+        """The RoPE settings as transformers 5 writes them into a `config.json`."""
         scaling = self.rope_scaling.model_dump(exclude_none=True) if self.rope_scaling else {}
         return {"rope_type": "default", "rope_theta": self.rope_theta} | scaling
 
@@ -246,10 +252,11 @@ class Config(Section):
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the run; `resolve` has filled it in."""
+        """Optimizer steps of the run, which `load._resolve` has filled in."""
         assert self.training.steps is not None
         return self.training.steps
 
     @property
     def tokens_per_step(self) -> int:
+        """Tokens of a global batch."""
         return self.training.global_batch_size * self.data.seq_length

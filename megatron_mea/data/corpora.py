@@ -1,4 +1,4 @@
-"""A list of corpora of the configuration, opened: windows of tokens by sample number."""
+"""The corpora of a configuration as batches of token windows, addressed by sample number."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from megatron_mea.data.indexed import IndexedReader, check_ids, open_readers, sp
 from megatron_mea.data.order import PERIOD, SampleOrder
 from megatron_mea.errors import UserError
 
-IGNORE = -100
+IGNORE_INDEX = -100
 """A target with this id is left out of the loss, as in torch and Hugging Face."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Token ids, their positions, and what should follow each of them; all (samples, seq_length) int64.
+    """Token ids, their positions and their targets (the tokens that should follow), all (samples, seq_length) int64.
 
-    Positions restart at documents where those are masked, and the target across a border is `IGNORE`.
+    With a document mask positions restart at each document, and the last token of a document has `IGNORE_INDEX` as
+    its target.
     """
 
     input_ids: np.ndarray
@@ -30,39 +31,48 @@ class Batch:
     targets: np.ndarray
 
 
-def stack(windows: Sequence[Batch]) -> Batch:
-    """Windows (seq_length,) as one batch."""
-    arrays = ([w.input_ids for w in windows], [w.position_ids for w in windows], [w.targets for w in windows])
-    return Batch(*map(np.stack, arrays))
+def stack_windows(windows: Sequence[Batch]) -> Batch:
+    """Stacks windows, whose arrays are (seq_length,), into one batch."""
+    return Batch(
+        input_ids=np.stack([window.input_ids for window in windows]),
+        position_ids=np.stack([window.position_ids for window in windows]),
+        targets=np.stack([window.targets for window in windows]),
+    )
 
 
-def read_window(reader: IndexedReader, start: int, length: int, document_mask: bool) -> Batch:
-    """The `length` tokens from `start` on, one dimension less than a batch; the corpus has one token more at least."""
+def read_window(*, reader: IndexedReader, start: int, length: int, document_mask: bool) -> Batch:
+    """The window of `length` tokens from token `start` on, as a `Batch` of arrays (length,).
+
+    The corpus must have a token after the window, which is the last target.
+    """
     tokens = reader.tokens[start : start + length + 1].astype(np.int64)
     positions, targets = np.arange(length), tokens[1:].copy()
+
     if document_mask:
-        begins, origin = borders(reader, start, length), np.zeros(length + 1, dtype=np.int64)
-        targets[begins - 1] = IGNORE
-        origin[begins] = begins
-        positions -= np.maximum.accumulate(origin[:-1])
-    return Batch(tokens[:-1], positions, targets)
+        borders = document_borders(reader=reader, start=start, length=length)
+        targets[borders - 1] = IGNORE_INDEX
+        document_start = np.zeros(length + 1, dtype=np.int64)
+        document_start[borders] = borders
+        positions -= np.maximum.accumulate(document_start[:-1])
+
+    return Batch(input_ids=tokens[:-1], position_ids=positions, targets=targets)
 
 
-def borders(reader: IndexedReader, start: int, length: int) -> np.ndarray:
-    """Where in a window, from 1 to `length`, a document begins."""
+def document_borders(*, reader: IndexedReader, start: int, length: int) -> np.ndarray:
+    """Positions in a window, from 1 to `length`, at which a document begins; in order."""
     return reader.document_starts(start + 1, start + length + 1) - start
 
 
 class Corpora:
-    """Windows of `seq_length` tokens, numbered as samples of an endless mixture.
+    """Reads windows of `seq_length` tokens by their number in an endless mixture of corpora.
 
     Args:
         corpora: paths and relative weights.
-        seq_length: tokens of a window; the token after its last is the last target.
+        seq_length: tokens of a window; the token after it is its last target.
         vocab_size: every id must be below it.
         seed: keys the order of the samples; None reads each corpus front to back (validation).
         key: the configuration key of the list, for messages.
-        document_mask: positions restart with every document, and no token has to foretell the next document.
+        document_mask: positions restart with every document, and the last token of a document has no target.
 
     Raises:
         UserError: a corpus is missing, damaged, too short for one window, or has ids beyond the vocabulary.
@@ -70,6 +80,7 @@ class Corpora:
 
     def __init__(
         self,
+        *,
         corpora: Sequence[TrainCorpus],
         seq_length: int,
         vocab_size: int,
@@ -82,83 +93,100 @@ class Corpora:
         self.readers = open_readers(self.paths, key)
         for path, reader in zip(self.paths, self.readers, strict=True):
             if reader.tokens.size <= seq_length:
-                allowed = f"more than data.seq_length = {seq_length} tokens"
-                raise UserError(f"{path}.bin", f"{reader.tokens.size} tokens", allowed)
-            reader.check_ids(vocab_size, *self._allowed_ids)
+                expected = f"more than data.seq_length = {seq_length} tokens"
+                raise UserError(where=f"{path}.bin", got=f"{reader.tokens.size} tokens", expected=expected)
+            reader.check_ids(vocab_size=vocab_size, **self._id_error)
+
         windows = [(reader.tokens.size - 1) // seq_length for reader in self.readers]
         self.weights = [corpus.weight for corpus in corpora]
-        self.order = SampleOrder(windows, self.weights, seed)
+        self.order = SampleOrder(windows=windows, weights=self.weights, seed=seed)
 
     def batch(self, samples: np.ndarray) -> Batch:
-        """The windows of the given sample numbers (n,)."""
-        starts = self._starts(samples)
+        """The windows of these sample numbers (n,), their ids checked against the vocabulary."""
+        locations = self._locate_windows(samples)
         windows = [
-            read_window(self.readers[index], start, self.seq_length, self.document_mask) for index, start in starts
+            read_window(
+                reader=self.readers[index], start=start, length=self.seq_length, document_mask=self.document_mask
+            )
+            for index, start in locations
         ]
-        for (index, _), window in zip(starts, windows, strict=True):
-            for ids in (window.input_ids, window.targets[window.targets != IGNORE]):
-                check_ids(ids, self.vocab_size, f"{self.paths[index]}.bin", *self._allowed_ids)
-        return stack(windows)
+        for (index, _), window in zip(locations, windows, strict=True):
+            for ids in (window.input_ids, window.targets[window.targets != IGNORE_INDEX]):
+                check_ids(ids, vocab_size=self.vocab_size, where=f"{self.paths[index]}.bin", **self._id_error)
 
-    def targets(self, samples: np.ndarray) -> int:
-        """How many targets these samples (n,) have that are not `IGNORE`."""
+        return stack_windows(windows)
+
+    def count_targets(self, samples: np.ndarray) -> int:
+        """Number of targets of these samples (n,) that are not `IGNORE_INDEX`."""
         total = len(samples) * self.seq_length
         if self.document_mask:
-            total -= sum(borders(self.readers[i], start, self.seq_length).size for i, start in self._starts(samples))
+            total -= sum(
+                document_borders(reader=self.readers[index], start=start, length=self.seq_length).size
+                for index, start in self._locate_windows(samples)
+            )
+
         return total
 
-    def _starts(self, samples: np.ndarray) -> list[tuple[int, int]]:
-        """The corpus of each sample, and the token with which its window begins."""
+    def _locate_windows(self, samples: np.ndarray) -> list[tuple[int, int]]:
+        """Index of the corpus and first token of the window of each sample."""
         corpus, window = self.order.locate(samples)
         return list(zip(corpus.tolist(), (window * self.seq_length).tolist(), strict=True))
 
     def describe(self, samples: np.ndarray) -> str:
-        """Where samples come from, for a message: corpus and window of each."""
-        corpus, window = self.order.locate(samples)
-        return ", ".join(f"{self.paths[c]} window {w}" for c, w in zip(corpus, window, strict=True))
+        """Corpus and window of each of these samples (n,), as text for a message."""
+        corpora, windows = self.order.locate(samples)
+        return ", ".join(
+            f"{self.paths[corpus]} window {window}" for corpus, window in zip(corpora, windows, strict=True)
+        )
 
-    def require(self, samples: int, batches: int, batch_size: int) -> None:
-        """Raises UserError where the first `samples` samples have no target, or repeat windows of a corpus."""
+    def require_batches(self, *, samples: int, batches: int, batch_size: int) -> None:
+        """Checks that there is data for `batches` global batches, without repetition.
+
+        Raises:
+            UserError: the first `samples` samples have no target, or repeat windows of a corpus.
+        """
         self.require_target(samples)
         corpus, number = self.order.mixture.locate(np.arange(samples))
+
         for index, path in enumerate(self.paths):
             needed = int(number[corpus == index].max(initial=-1)) + 1
             if needed > self.order.windows[index]:
                 available = self.order.windows[index] * batches // needed
                 raise UserError(
-                    self.key,
-                    f"{path} has {self.order.windows[index]} windows of {self.seq_length} tokens, "
+                    where=self.key,
+                    got=f"{path} has {self.order.windows[index]} windows of {self.seq_length} tokens, "
                     f"enough for {available} global batches of {batch_size}",
-                    f"at least evaluation.batches = {batches} global batches",
-                    "lower evaluation.batches or give more text",
+                    expected=f"at least evaluation.batches = {batches} global batches",
+                    hint="lower evaluation.batches or give more text",
                 )
 
     def require_target(self, samples: int) -> None:
         """Raises UserError where the first `samples` samples have no target at all."""
-        # Mostly the first one has, and the others are not looked at.
-        if not any(self.targets(np.asarray([sample])) for sample in range(samples)):
-            found, mend = f"documents of one token in the first {samples} samples", "set data.document_mask to false"
-            raise UserError(self.key, found, "a token to predict", mend)
+        # Mostly the first sample has one, and the others are not read.
+        if not any(self.count_targets(np.asarray([sample])) for sample in range(samples)):
+            got, hint = f"documents of one token in the first {samples} samples", "set data.document_mask to false"
+            raise UserError(where=self.key, got=got, expected="a token to predict", hint=hint)
 
     @property
     def tokens(self) -> int:
+        """Tokens of all corpora."""
         return sum(reader.tokens.size for reader in self.readers)
 
     def fingerprint(self) -> list[dict[str, Any]]:
-        """What decides on the samples, by corpus: rounded weight, size and a digest; not the path."""
+        """Rounded weight, size and digest of each corpus, which decide on the samples; the path does not."""
         quotas = self.order.mixture.quota
-        # Without the mask, samples are the same wherever documents begin.
+        # Without the mask, borders of documents do not change the samples.
         return [
             {
                 "weight": int(quota),
                 "tokens": int(reader.tokens.size),
-                "digest": corpus_digest(reader, self.document_mask),
+                "digest": corpus_digest(reader, borders=self.document_mask),
             }
             for quota, reader in zip(quotas, self.readers, strict=True)
         ]
 
     def shares(self) -> list[str]:
-        """One line a corpus: path, tokens, weight as given, share of the samples, for the start of the log."""
+        """One line for each corpus: path, tokens, weight of the configuration and share of the samples."""
         rows = zip(self.paths, self.readers, self.weights, self.order.mixture.quota, strict=True)
         return [
             f"{path}: {reader.tokens.size:,} tokens, weight {weight}, {quota / PERIOD:.2%} of the samples"
@@ -166,20 +194,25 @@ class Corpora:
         ]
 
     @property
-    def _allowed_ids(self) -> tuple[str, str]:
-        mend = "prepare the text with the tokenizer of this run, or raise model.vocab_size"
-        return f"ids from 0 up to but not including model.vocab_size = {self.vocab_size}", mend
+    def _id_error(self) -> dict[str, str]:
+        """`expected` and `hint` of the error about an id beyond the vocabulary."""
+        return {
+            "expected": f"ids from 0 up to but not including model.vocab_size = {self.vocab_size}",
+            "hint": "prepare the text with the tokenizer of this run, or raise model.vocab_size",
+        }
 
 
-def corpus_digest(reader: IndexedReader, borders: bool) -> str:
-    """A digest of 64 blocks spread over the tokens, and over the index for `borders`: cheap at any size."""
+def corpus_digest(reader: IndexedReader, *, borders: bool) -> str:
+    """SHA-256 (16 hex digits) of 64 blocks spread over the tokens, with `borders` also over the index: always cheap."""
     digest = hashlib.sha256()
     parts = [(reader.tokens, 1)]
     if borders:
-        # In tokens and not in bytes, which depend on the type of the file.
-        parts += [(reader.offsets, reader.dtype.itemsize), (reader.documents, 1)]
+        # Offsets in tokens: in bytes they depend on the dtype of the file.
+        parts += [(reader.offsets, reader.dtype.itemsize), (reader.document_indices, 1)]
+
     for array, unit in parts:
         digest.update(f"{array.size} ".encode())
         for start, stop in spread_blocks(array.size, 1 << 17):
             digest.update((array[start:stop].astype(np.int64) // unit).tobytes())
+
     return digest.hexdigest()[:16]

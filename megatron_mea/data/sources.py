@@ -1,7 +1,7 @@
-"""Where documents come from: text, JSON lines, parquet, a `datasets` folder or a name on the hub; all streamed.
+"""Streams documents from text, JSON lines, parquet, a `datasets` folder or a name on the hub.
 
-A file is cut into records (a line, a row, a paragraph block) without looking into them, and batches of records are
-read into texts afterwards: cutting is cheap and in order, reading can go on in other processes.
+A file is split into records (a line, a row, a block between blank lines) without parsing them, and batches of records
+are parsed into texts afterwards: splitting is cheap and in order, parsing can run in other processes.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_mea.data.records import BrokenRecords, Records, Unreadable, batched
+from megatron_mea.data.text_records import BrokenRecords, RecordBatch, UnreadableRecord, batch_records
 from megatron_mea.errors import RunError, UserError
 
-_KINDS = ".txt, .jsonl, .jsonl.gz, .jsonl.zst or .parquet"
-_TEXT_KEY = "give the right one with --text-key"
+_FILE_KINDS = ".txt, .jsonl, .jsonl.gz, .jsonl.zst or .parquet"
+_TEXT_KEY_HINT = "give the right one with --text-key"
 
 
-def documents(
-    sources: Sequence[str], text_key: str = "text", split: str = "train", broken: BrokenRecords | None = None
+def read_documents(
+    sources: Sequence[str], *, text_key: str = "text", split: str = "train", broken: BrokenRecords | None = None
 ) -> Iterator[str]:
-    """The texts of all documents of all sources, in order; empty ones are left out.
+    """The texts of all documents of all sources, in order and without empty ones.
 
     Args:
         sources: files, folders (of such files, or written by `datasets`), or names on the Hugging Face hub.
@@ -38,15 +38,17 @@ def documents(
         UserError: a source is missing or unreadable, has no such column, or too many of its lines are broken.
     """
     broken = broken or BrokenRecords()
-    for batch in batches(sources, text_key, split):
+
+    for batch in record_batches(sources=sources, text_key=text_key, split=split):
         texts, problems = batch.texts(text_key)
         yield from texts
         broken.add(len(batch.records), problems)
+
     broken.close()
 
 
-def batches(sources: Sequence[str], text_key: str = "text", split: str = "train") -> Iterator[Records]:
-    """All records of all sources, in order; how they are cut into batches depends on the sources alone.
+def record_batches(sources: Sequence[str], *, text_key: str = "text", split: str = "train") -> Iterator[RecordBatch]:
+    """Batches of all records of all sources, in order; the batches depend on the sources alone.
 
     Raises:
         UserError: a source is missing or unreadable, or has no such column.
@@ -55,57 +57,63 @@ def batches(sources: Sequence[str], text_key: str = "text", split: str = "train"
     for source in sources:
         path = Path(source)
         if path.is_dir() and not _is_datasets_folder(path):
-            for file in _files(path):
-                yield from _reader(file)(file, text_key)
+            for file in _list_files(path):
+                yield from _file_reader(file)(file, text_key)
         elif path.is_file():
-            yield from _reader(path)(path, text_key)
+            yield from _file_reader(path)(path, text_key)
         else:
-            yield from _from_datasets(source, text_key, split)
+            yield from _read_dataset(source=source, text_key=text_key, split=split)
 
 
 def check_sources(sources: Sequence[str]) -> None:
-    """Raises UserError for a source that cannot exist, before any work is done.
+    """Raises UserError for a missing or unknown source, before any work is done.
 
-    Says on stderr which files of a folder will be left out, since their kind is unknown.
+    Prints on stderr which files of a folder will be left out, since their kind is unknown.
     """
     notes = []
     for source in sources:
         path = Path(source)
         if path.is_dir():
             if not _is_datasets_folder(path):
-                _files(path)
-                notes += _left_out(path)
+                _list_files(path)
+                notes += _unknown_file_notes(path)
         elif path.is_file():
-            _reader(path)
-        elif _looks_like_a_file(source):
-            raise UserError(source, "no such file or folder", f"a {_KINDS} file, a folder, or a hub name")
+            _file_reader(path)
+        elif _looks_like_file(source):
+            raise UserError(
+                where=source, got="no such file or folder", expected=f"a {_FILE_KINDS} file, a folder, or a hub name"
+            )
+
     for note in notes:
         print(note, file=sys.stderr)
 
 
-def _left_out(folder: Path) -> Iterator[str]:
-    """A line about the files of unknown kinds, where there are any."""
-    unknown = [path for path in folder.rglob("*") if path.is_file() and _suffix(path) not in _READERS]
+def _unknown_file_notes(folder: Path) -> Iterator[str]:
+    """One line about the files of unknown kinds in `folder`, where there are any."""
+    unknown = [path for path in folder.rglob("*") if path.is_file() and _suffix(path) not in _FILE_READERS]
     names = sorted(str(path.relative_to(folder)) for path in unknown)
     if names:
         first = ", ".join(names[:5]) + (", ..." if names[5:] else "")
         yield f"left out {len(names):,} file(s) of unknown kinds in {folder}: {first}"
 
 
-def _looks_like_a_file(source: str) -> bool:
-    return source.startswith((".", "/", "~")) or source.count("/") > 1 or _suffix(Path(source)) in _READERS
+def _looks_like_file(source: str) -> bool:
+    return source.startswith((".", "/", "~")) or source.count("/") > 1 or _suffix(Path(source)) in _FILE_READERS
 
 
 def _suffix(path: Path) -> str:
-    """The last suffix, with a compression suffix kept together with what it compresses."""
+    """The last suffix in lower case; for compressed files the last two, such as `.jsonl.gz`."""
     last = path.suffix.lower()
     return "".join(path.suffixes[-2:]).lower() if last in (".gz", ".zst") else last
 
 
-def _files(folder: Path) -> list[Path]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and _suffix(path) in _READERS)
+def _list_files(folder: Path) -> list[Path]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and _suffix(path) in _FILE_READERS)
     if not files:
-        raise UserError(str(folder), "no file of a known kind", f"{_KINDS} files, or a folder of `datasets`")
+        raise UserError(
+            where=str(folder), got="no file of a known kind", expected=f"{_FILE_KINDS} files, or a folder of `datasets`"
+        )
+
     return files
 
 
@@ -113,88 +121,97 @@ def _is_datasets_folder(path: Path) -> bool:
     return (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file()
 
 
-def _reader(path: Path) -> Callable[[Path, str], Iterator[Records]]:
+def _file_reader(path: Path) -> Callable[[Path, str], Iterator[RecordBatch]]:
     try:
-        return _READERS[_suffix(path)]
+        return _FILE_READERS[_suffix(path)]
     except KeyError:
-        raise UserError(str(path), f"a file of kind {_suffix(path)!r}", f"{_KINDS}") from None
+        raise UserError(where=str(path), got=f"a file of kind {_suffix(path)!r}", expected=f"{_FILE_KINDS}") from None
 
 
-def _from_text(path: Path, text_key: str) -> Iterator[Records]:
-    return batched(str(path), "line", _blocks(path), _read_block)
+def _read_text_file(path: Path, text_key: str) -> Iterator[RecordBatch]:
+    return batch_records(source=str(path), unit="line", records=_read_blocks(path), parse=_parse_block)
 
 
-def _blocks(path: Path) -> Iterator[tuple[int, bytes]]:
-    """What lies between blank lines; a file without one is one block."""
-    begin, block = 0, []
-    for number, line in _lines(path):
+def _read_blocks(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The blocks between blank lines, each with the number of its first line."""
+    first_line, block = 0, []
+    for number, line in _read_lines(path):
         if not line.isspace():
-            begin = begin if block else number
+            first_line = first_line if block else number
             block.append(line)
         elif block:
-            yield begin, b"".join(block)
+            yield first_line, b"".join(block)
             block = []
+
     if block:
-        yield begin, b"".join(block)
+        yield first_line, b"".join(block)
 
 
-def _read_block(raw: bytes, text_key: str) -> list[str]:
-    """Usually one document; more where a blank line has other blanks than ASCII's, or lines end in a bare \\r."""
+def _parse_block(raw: bytes, text_key: str) -> list[str]:
+    """The documents of a block: usually one, more where a line of Unicode blanks or a bare \\r separates them."""
     documents: list[list[str]] = [[]]
-    for line in io.StringIO(_decoded(raw), newline=None):
+    for line in io.StringIO(_decode_utf8(raw), newline=None):
         if line.isspace():
             documents.append([])
         else:
             documents[-1].append(line)
+
     return ["".join(lines).removesuffix("\n") for lines in documents]
 
 
-def _from_json_lines(path: Path, text_key: str) -> Iterator[Records]:
-    lines = ((number, line) for number, line in _lines(path) if not line.isspace())
-    return batched(str(path), "line", lines, _read_json)
+def _read_json_lines(path: Path, text_key: str) -> Iterator[RecordBatch]:
+    lines = ((number, line) for number, line in _read_lines(path) if not line.isspace())
+    return batch_records(source=str(path), unit="line", records=lines, parse=_parse_json)
 
 
-def _read_json(raw: bytes, text_key: str) -> list[str]:
-    # Without its end, which in a string that was cut off would be what the message speaks of.
-    line = _decoded(raw.rstrip(b"\r\n"))
+def _parse_json(raw: bytes, text_key: str) -> list[str]:
+    # Without its newline, of which the message about a truncated string would complain.
+    line = _decode_utf8(raw.rstrip(b"\r\n"))
     try:
         record = json.loads(line)
-    # Besides broken JSON, numbers and nestings beyond Python's limits.
+    # Broken JSON, and numbers and nestings beyond Python's limits.
     except (ValueError, RecursionError) as error:
-        raise Unreadable(f"broken JSON: {getattr(error, 'msg', error)}", "one JSON object a line") from None
+        raise UnreadableRecord(f"broken JSON: {getattr(error, 'msg', error)}", "one JSON object a line") from None
+
     if not isinstance(record, dict):
-        raise Unreadable(f"a JSON {type(record).__name__}", "one JSON object a line")
+        raise UnreadableRecord(f"a JSON {type(record).__name__}", "one JSON object a line")
+
     if text_key not in record:
-        raise Unreadable(f"the fields {', '.join(record)}", f"text in the field {text_key!r}", _TEXT_KEY)
-    return _read_value(record[text_key], text_key)
+        raise UnreadableRecord(
+            got=f"the fields {', '.join(record)}", expected=f"text in the field {text_key!r}", hint=_TEXT_KEY_HINT
+        )
+
+    return _parse_value(record[text_key], text_key)
 
 
-def _read_value(text: Any, text_key: str) -> list[str]:
+def _parse_value(text: Any, text_key: str) -> list[str]:
     if isinstance(text, UnicodeDecodeError):
-        raise _not_utf8(text)
+        raise _utf8_error(text)
     if not isinstance(text, str):
-        raise Unreadable(type(text).__name__, f"text in the field {text_key!r}", _TEXT_KEY)
+        raise UnreadableRecord(got=type(text).__name__, expected=f"text in the field {text_key!r}", hint=_TEXT_KEY_HINT)
+
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        # JSON can spell half of a surrogate pair, which is no character.
-        raise Unreadable(f"no Unicode text ({error.reason})", "text that UTF-8 can write") from None
+        # JSON can escape half of a surrogate pair, which is no character.
+        raise UnreadableRecord(f"no Unicode text ({error.reason})", "text that UTF-8 can write") from None
+
     return [text]
 
 
-def _decoded(raw: bytes) -> str:
+def _decode_utf8(raw: bytes) -> str:
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
-        raise _not_utf8(error, line=raw.count(b"\n", 0, error.start)) from None
+        raise _utf8_error(error, line=raw.count(b"\n", 0, error.start)) from None
 
 
-def _not_utf8(error: UnicodeDecodeError, line: int = 0) -> Unreadable:
-    return Unreadable(f"not UTF-8 ({error.reason})", "UTF-8 text", line=line)
+def _utf8_error(error: UnicodeDecodeError, line: int = 0) -> UnreadableRecord:
+    return UnreadableRecord(got=f"not UTF-8 ({error.reason})", expected="UTF-8 text", line=line)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Line numbers from 1 and lines; `.gz` and `.zst` are decompressed on the way."""
+def _read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(line number from 1, line) of each line of a file, decompressed where it is `.gz` or `.zst`."""
     try:
         with _open_binary(path) as stream:
             first = stream.readline().removeprefix(codecs.BOM_UTF8)
@@ -202,24 +219,29 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield 1, first
             yield from enumerate(stream, start=2)
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(str(path), f"not readable: {error}", "a readable, whole file") from None
+        raise UserError(where=str(path), got=f"not readable: {error}", expected="a readable, whole file") from None
 
 
 def _open_binary(path: Path) -> io.BufferedReader:
     if path.suffix.lower() in (".gz", ".zst") and path.stat().st_size == 0:
-        # Decompression takes it for the end of a good stream.
+        # Decompression would take it for the end of an intact stream.
         raise EOFError("0 bytes: a truncated archive")
+
     if path.suffix.lower() == ".gz":
         return io.BufferedReader(gzip.open(path), 1 << 17)
+
     if path.suffix.lower() == ".zst":
         import pyarrow
 
         return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"), 1 << 17)
+
     return path.open("rb", 1 << 17)
 
 
-def _from_parquet(path: Path, text_key: str) -> Iterator[Records]:
-    return batched(str(path), "row", enumerate(_parquet_values(path, text_key)), _read_value)
+def _read_parquet(path: Path, text_key: str) -> Iterator[RecordBatch]:
+    return batch_records(
+        source=str(path), unit="row", records=enumerate(_parquet_values(path, text_key)), parse=_parse_value
+    )
 
 
 def _parquet_values(path: Path, text_key: str) -> Iterator[Any]:
@@ -228,43 +250,49 @@ def _parquet_values(path: Path, text_key: str) -> Iterator[Any]:
 
     try:
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
-            _check_column(str(path), file.schema_arrow.names, text_key)
+            _check_column(source=str(path), names=file.schema_arrow.names, text_key=text_key)
             for batch in file.iter_batches(batch_size=256, columns=[text_key]):
-                yield from _values(batch.column(0))
+                yield from _arrow_values(batch.column(0))
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise UserError(str(path), f"not readable as parquet: {error}", "a parquet file") from None
+        raise UserError(where=str(path), got=f"not readable as parquet: {error}", expected="a parquet file") from None
 
 
-def _values(column: Any) -> list[Any]:
-    """The values of an Arrow column; where one is no UTF-8, the error that says so."""
+def _arrow_values(column: Any) -> list[Any]:
+    """The values of an Arrow column, with a UnicodeDecodeError in place of each that is no UTF-8."""
     try:
         return column.to_pylist()
     except UnicodeDecodeError:
-        return [_value(scalar) for scalar in column]
+        return [_arrow_value(scalar) for scalar in column]
 
 
-def _value(scalar: Any) -> Any:
+def _arrow_value(scalar: Any) -> Any:
     try:
         return scalar.as_py()
     except UnicodeDecodeError as error:
         return error
 
 
-def _from_datasets(source: str, text_key: str, split: str) -> Iterator[Records]:
-    return batched(source, "row", enumerate(_dataset_values(source, text_key, split)), _read_value)
+def _read_dataset(*, source: str, text_key: str, split: str) -> Iterator[RecordBatch]:
+    return batch_records(
+        source=source,
+        unit="row",
+        records=enumerate(_dataset_values(source=source, text_key=text_key, split=split)),
+        parse=_parse_value,
+    )
 
 
-def _dataset_values(source: str, text_key: str, split: str) -> Iterator[Any]:
+def _dataset_values(*, source: str, text_key: str, split: str) -> Iterator[Any]:
     data = _open_dataset(source, split)
-    # Not known before the first record, where a script or a web server makes the records.
+    # The columns of a stream are unknown before its first record.
     if data.column_names is not None:
-        _check_column(source, data.column_names, text_key)
-        # The others may be pictures, which would be decoded for nothing.
+        _check_column(source=source, names=data.column_names, text_key=text_key)
+        # Other columns may hold pictures, which would be decoded for nothing.
         data = data.select_columns([text_key])
+
     rows = 0
     try:
-        for values in _columns(data, source, text_key):
-            for value in values:
+        for column in _column_batches(data=data, source=source, text_key=text_key):
+            for value in column:
                 yield value
                 rows += 1
     except UserError:
@@ -273,22 +301,23 @@ def _dataset_values(source: str, text_key: str, split: str) -> Iterator[Any]:
         raise RunError(f"{source} broke off after {rows:,} rows: {_reason(error)}") from error
 
 
-def _columns(data: Any, source: str, text_key: str) -> Iterator[list[Any]]:
-    """The column of a dataset, some values at a time."""
+def _column_batches(*, data: Any, source: str, text_key: str) -> Iterator[list[Any]]:
+    """The text column of a dataset, some values at a time."""
     import datasets
 
     if isinstance(data, datasets.Dataset):
-        # As Arrow holds it: a loop over records would end at the first text that is no UTF-8.
+        # As Arrow tables: iterating over records would end at the first text that is no UTF-8.
         for table in data.with_format("arrow").iter(256):
-            yield _values(table.column(text_key))
+            yield _arrow_values(table.column(text_key))
         return
+
     for record in data:
-        _check_column(source, list(record), text_key)
+        _check_column(source=source, names=list(record), text_key=text_key)
         yield [record[text_key]]
 
 
 def _open_dataset(source: str, split: str) -> Any:
-    """A folder of `datasets`, or a stream of NAME or NAME:CONFIG on the hub."""
+    """Opens a folder of `datasets`, or a stream of NAME or NAME:CONFIG on the hub."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -297,14 +326,18 @@ def _open_dataset(source: str, split: str) -> Any:
             name, _, config = source.partition(":")
             return datasets.load_dataset(name, config or None, split=split, streaming=True)
         data = datasets.load_from_disk(source)
-    # What a missing hub, a misspelt name and a broken folder raise differs by release and by network.
+    # The exceptions for a missing hub, a misspelt name and a broken folder differ by release and by network.
     except Exception as error:
-        found = f"neither a file nor a loadable dataset ({_reason(error)})"
-        raise UserError(source, found, f"a {_KINDS} file, a folder, or a hub name") from None
+        got = f"neither a file nor a loadable dataset ({_reason(error)})"
+        raise UserError(where=source, got=got, expected=f"a {_FILE_KINDS} file, a folder, or a hub name") from None
+
     if isinstance(data, datasets.DatasetDict):
         if split not in data:
-            raise UserError(source, f"the splits {', '.join(data)}", f"a split {split!r}", "give --split")
+            raise UserError(
+                where=source, got=f"the splits {', '.join(data)}", expected=f"a split {split!r}", hint="give --split"
+            )
         data = data[split]
+
     return data
 
 
@@ -313,15 +346,17 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
-def _check_column(source: str, names: Sequence[str], text_key: str) -> None:
+def _check_column(*, source: str, names: Sequence[str], text_key: str) -> None:
     if text_key not in names:
-        raise UserError(source, f"the columns {', '.join(names)}", f"a column {text_key!r}", _TEXT_KEY)
+        raise UserError(
+            where=source, got=f"the columns {', '.join(names)}", expected=f"a column {text_key!r}", hint=_TEXT_KEY_HINT
+        )
 
 
-_READERS: dict[str, Callable[[Path, str], Iterator[Records]]] = {
-    ".txt": _from_text,
-    ".jsonl": _from_json_lines,
-    ".jsonl.gz": _from_json_lines,
-    ".jsonl.zst": _from_json_lines,
-    ".parquet": _from_parquet,
+_FILE_READERS: dict[str, Callable[[Path, str], Iterator[RecordBatch]]] = {
+    ".txt": _read_text_file,
+    ".jsonl": _read_json_lines,
+    ".jsonl.gz": _read_json_lines,
+    ".jsonl.zst": _read_json_lines,
+    ".parquet": _read_parquet,
 }

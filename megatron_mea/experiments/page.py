@@ -29,42 +29,43 @@ img { max-width: 100%; height: auto; background: #fff; }
 
 
 def render(
+    *,
     results: Sequence[Result],
     differences: Sequence[Difference],
     tokens: Sequence[float],
     figures: dict[str, tuple[str, bytes]],
     notes: Sequence[str],
 ) -> str:
-    """HTML.
+    """The whole page as HTML.
 
     Args:
         tokens: at which the fits are extrapolated.
-        figures: PNG by name, with what it shows.
-        notes: what is missing, and why.
+        figures: {name: (caption, PNG)}
+        notes: remarks on missing figures.
     """
-    schedules = {(each.run.config.schedule.kind, each.run.config.schedule.warmup_steps) for each in results}
+    schedules = {(result.run.config.schedule.kind, result.run.config.schedule.warmup_steps) for result in results}
     schedule = ", ".join(f"{kind} after {steps:,} steps of warm-up" for kind, steps in sorted(schedules))
-    title = f"{len(results)} runs of {len({each.run.variant for each in results})} variants"
+    title = f"{len(results)} runs of {len({result.run.variant for result in results})} variants"
     parts = [
         f"<h1>{title}</h1>",
-        f"<p>{_size(results)}; schedule: {schedule}. In brackets are 95&nbsp;% intervals; losses are in nats a "
+        f"<p>{_format_sizes(results)}; schedule: {schedule}. In brackets are 95&nbsp;% intervals; losses are in nats a "
         "token.</p>",
-        *(f"<p>{escape(caution)}</p>" for caution in cautions([each.run for each in results])),
+        *(f"<p>{escape(caution)}</p>" for caution in cautions([result.run for result in results])),
         "<h2>Variants</h2>",
-        _variants(results),
+        _variants_table(results),
         "<h2>Stability</h2>",
-        _verdicts(results),
+        _stability_table(results),
         *(f'<p class="note">{escape(rule)}</p>' for rule in RULES),
         "<h2>Differences, paired by seed</h2>",
-        _differences(differences),
+        _differences_table(differences),
         "<h2>Runs</h2>",
-        _runs(results, tokens),
+        _runs_table(results, tokens),
         '<p class="note">L(D) = (D<sub>c</sub> / D)<sup>&alpha;</sup> + L<sub>0</sub> (arXiv 2601.19611, eq. 35) is '
         "fitted by least squares to the losses after warm-up. Intervals are of a bootstrap that draws residuals in "
         "blocks of neighbouring steps: they know the noise of the losses, not what another seed would change, nor "
         "whether the law holds beyond the run.</p>",
         "<h2>Figures</h2>",
-        *(_figure(*figures[name]) for name in figures),
+        *(_format_figure(caption, png) for caption, png in figures.values()),
         *(f'<p class="note">{escape(note)}</p>' for note in notes),
     ]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}'
@@ -75,41 +76,45 @@ def render(
     )
 
 
-def _size(results: Sequence[Result]) -> str:
-    """Parameters of the models, and tokens of the runs."""
+def _format_sizes(results: Sequence[Result]) -> str:
+    """The number of parameters of the models and of tokens of the runs, as text."""
     counts = []
-    for model in {each.run.variant: each.run.config.model for each in results}.values():
+    for model in {result.run.variant: result.run.config.model for result in results}.values():
         shapes = parameter_shapes(model)
-        ends = sum(math.prod(shape) for name, shape in shapes.items() if "embed_tokens" in name or "lm_head" in name)
-        counts.append(sum(map(math.prod, shapes.values())) - ends)
-    tokens = [each.run.config.steps * each.run.config.tokens_per_step for each in results]
-    return f"{_span(counts)} parameters beside embedding and head; {_span(tokens)} tokens a run"
+        sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+        ends = sum(size for name, size in sizes.items() if "embed_tokens" in name or "lm_head" in name)
+        counts.append(sum(sizes.values()) - ends)
+
+    tokens = [result.run.config.steps * result.run.config.tokens_per_step for result in results]
+    return f"{_format_range(counts)} parameters beside embedding and head; {_format_range(tokens)} tokens a run"
 
 
-def _span(numbers: Sequence[int]) -> str:
+def _format_range(numbers: Sequence[int]) -> str:
     low, high = min(numbers), max(numbers)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-def _variants(results: Sequence[Result]) -> str:
+def _variants_table(results: Sequence[Result]) -> str:
     rows = []
-    for variant in dict.fromkeys(each.run.variant for each in results):
-        own = [each for each in results if each.run.variant == variant]
-        whole = [each.run for each in own if each.run.is_whole]
-        stable = [each.run.lr for each in own if all(o.verdict.stable for o in own if o.run.lr == each.run.lr)]
-        best = next((each for each in own if each.best), None)
+    for variant in dict.fromkeys(result.run.variant for result in results):
+        variant_results = [result for result in results if result.run.variant == variant]
+        complete = [result.run for result in variant_results if result.run.is_complete]
+        unstable_rates = {result.run.lr for result in variant_results if not result.verdict.stable}
+        stable = [result.run.lr for result in variant_results if result.run.lr not in unstable_rates]
+        best = next((result for result in variant_results if result.best), None)
         rate = best_rate(results, variant)
         rows.append(
             [
                 variant,
                 f"{max(stable):g}" if stable else "none",
                 f"{best.run.lr:g}" if best else "none",
-                _asymptote(best) if best else "",
+                _format_asymptote(best) if best else "",
                 f"{rate:g}" if rate is not None else "none",
-                _mean([run.final_validation for run in whole if run.lr == rate]),
-                _mean([run.final_loss for run in whole if run.lr == rate]),
+                _format_mean([run.final_validation for run in complete if run.lr == rate]),
+                _format_mean([run.final_loss for run in complete if run.lr == rate]),
             ]
         )
+
     lowest = "rate of the lowest final loss"
     names = ["variant", "largest stable rate", "rate of the lowest L0", "L0", lowest, "validation loss", "loss"]
     return _table(names, rows) + (
@@ -118,41 +123,46 @@ def _variants(results: Sequence[Result]) -> str:
     )
 
 
-def _verdicts(results: Sequence[Result]) -> str:
-    rates = sorted({each.run.lr for each in results})
+def _stability_table(results: Sequence[Result]) -> str:
+    rates = sorted({result.run.lr for result in results})
     rows = []
-    for variant in dict.fromkeys(each.run.variant for each in results):
+    for variant in dict.fromkeys(result.run.variant for result in results):
         row = [escape(variant)]
         for rate in rates:
-            own = [each for each in results if (each.run.variant, each.run.lr) == (variant, rate)]
-            row.append(" ".join(_verdict(each) for each in own))
+            variant_results = [result for result in results if (result.run.variant, result.run.lr) == (variant, rate)]
+            row.append(" ".join(_format_verdict(result) for result in variant_results))
         rows.append(row)
-    return _table(["variant", *(f"{rate:g}" for rate in rates)], rows, escaped=True)
+
+    return _table(names=["variant", *(f"{rate:g}" for rate in rates)], rows=rows, escaped=True)
 
 
-def _verdict(result: Result) -> str:
+def _format_verdict(result: Result) -> str:
     kind = result.verdict.kind
-    state = "" if result.run.is_whole or kind == "diverged" else " (failed)" if result.run.failed else " (unfinished)"
+    state = (
+        "" if result.run.is_complete or kind == "diverged" else " (failed)" if result.run.failed else " (unfinished)"
+    )
     return f'<span class="{kind}" title="{escape(result.verdict.detail)}">{kind}</span>{state}'
 
 
-def _differences(differences: Sequence[Difference]) -> str:
+def _differences_table(differences: Sequence[Difference]) -> str:
     rows = []
-    for each in differences:
-        interval = each.interval
+    for difference in differences:
+        interval = difference.interval
         rows.append(
             [
-                each.variant,
-                each.baseline,
-                each.rates,
-                each.what,
-                f"{each.mean:+.4f}",
+                difference.variant,
+                difference.baseline,
+                difference.rates,
+                difference.metric,
+                f"{difference.mean:+.4f}",
                 f"{interval[0]:+.4f} to {interval[1]:+.4f}" if interval else "one seed",
-                ", ".join(f"{value:+.4f}" for value in each.values),
+                ", ".join(f"{value:+.4f}" for value in difference.values),
             ]
         )
+
     if not rows:
         return "<p>None: no whole run of plain attention, at a stable rate, shares a seed with another variant's.</p>"
+
     names = ["variant", "less", "learning rate", "of the", "mean difference", "95 % (t)", "seeds"]
     return _table(names, rows) + (
         '<p class="note">Below zero the first is better. Pairs share a seed: the same batches, and the same start of '
@@ -160,59 +170,62 @@ def _differences(differences: Sequence[Difference]) -> str:
     )
 
 
-def _runs(results: Sequence[Result], tokens: Sequence[float]) -> str:
+def _runs_table(results: Sequence[Result], tokens: Sequence[float]) -> str:
     names = ["variant", "rate", "seed", "steps", "verdict", "L0", "alpha", "Dc", "loss", "validation loss"]
     names += [f"loss at {count:.3g} tokens" for count in tokens] + ["remarks"]
     rows, best = [], []
-    for each in results:
-        run, fit = each.run, each.fit
+    for result in results:
+        run, fit = result.run, result.fit
         done = int(run.steps[-1]) if len(run.steps) else 0
-        remarks = (each.verdict.detail, each.no_fit and f"no fit: {each.no_fit}", each.caution, run.failed)
+        no_fit = result.no_fit_reason and f"no fit: {result.no_fit_reason}"
+        remarks = (result.verdict.detail, no_fit, result.caution, run.failed)
         rows.append(
             [
                 escape(run.variant),
                 f"{run.lr:g}",
                 str(run.seed),
                 f"{done:,} of {run.config.steps:,}",
-                _verdict(each),
-                _asymptote(each),
+                _format_verdict(result),
+                _format_asymptote(result),
                 f"{fit.alpha:.3f}" if fit else "",
                 f"{fit.critical_tokens:.3g}" if fit else "",
                 f"{run.final_loss:.4f}" if done else "",
-                _mean([run.final_validation]),
-                *(_extrapolated(each, count) for count in tokens),
+                _format_mean([run.final_validation]),
+                *(_format_prediction(result, count) for count in tokens),
                 escape("; ".join(filter(None, remarks))),
             ]
         )
-        best.append(each.best)
-    return _table(names, rows, escaped=True, marked=best)
+        best.append(result.best)
+
+    return _table(names=names, rows=rows, escaped=True, marked=best)
 
 
-def _asymptote(result: Result) -> str:
+def _format_asymptote(result: Result) -> str:
     if result.fit is None:
         return "not identified" if len(result.run.loss) else ""
-    low, high = result.fit.interval()
+    low, high = result.fit.asymptote_interval()
     return f"{result.fit.asymptote:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def _extrapolated(result: Result, tokens: float) -> str:
+def _format_prediction(result: Result, tokens: float) -> str:
     if result.fit is None:
         return ""
-    low, high = result.fit.interval_at(tokens)
-    return f"{float(result.fit.at(tokens)):.3f} [{low:.3f}, {high:.3f}]"
+    low, high = result.fit.predict_interval(tokens)
+    return f"{float(result.fit.predict(tokens)):.3f} [{low:.3f}, {high:.3f}]"
 
 
-def _mean(values: Iterable[float | None]) -> str:
+def _format_mean(values: Iterable[float | None]) -> str:
     known = [value for value in values if value is not None]
     if not known:
         return ""
+
     mean = sum(known) / len(known)
     spread = (sum((value - mean) ** 2 for value in known) / max(len(known) - 1, 1)) ** 0.5
     return f"{mean:.4f}" + (f" ± {spread:.4f} ({len(known)})" if len(known) > 1 else "")
 
 
 def _table(
-    names: Sequence[str], rows: Sequence[Sequence[str]], escaped: bool = False, marked: Sequence[bool] = ()
+    names: Sequence[str], rows: Sequence[Sequence[str]], *, escaped: bool = False, marked: Sequence[bool] = ()
 ) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in names)
     body = ""
@@ -222,7 +235,7 @@ def _table(
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _figure(caption: str, png: bytes) -> str:
+def _format_figure(caption: str, png: bytes) -> str:
     source = base64.b64encode(png).decode()
     caption = escape(caption)
     image = f'<img alt="{caption}" src="data:image/png;base64,{source}">'

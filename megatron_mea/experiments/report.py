@@ -1,4 +1,4 @@
-"""The `report` verb: what runs say together, as a page, a table and figures."""
+"""The `report` verb: a page, tables and figures about a set of runs."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from megatron_mea.experiments import figures
-from megatron_mea.experiments.heads import read_heads
 from megatron_mea.experiments.page import render
+from megatron_mea.experiments.read_head_stats import read_head_stats
 from megatron_mea.experiments.results import Result, differences, evaluate_runs
-from megatron_mea.experiments.runs import Run
-from megatron_mea.outputs import output_place, written
+from megatron_mea.experiments.runs import RunRecord
+from megatron_mea.outputs import disk_errors, reserve_output
 
 COLUMNS = ("variant", "lr", "seed", "L0", "L0_low", "L0_high", "alpha", "stable", "best")
 
 
-def report(runs: Sequence[Run], out: str, tokens: Sequence[float] = ()) -> str:
+def report(runs: Sequence[RunRecord], out: str, *, tokens: Sequence[float] = ()) -> str:
     """Writes the page `out`, and beside it OUT.csv, OUT-curves.csv and a PNG a figure; returns what to print.
 
     Args:
@@ -30,69 +30,86 @@ def report(runs: Sequence[Run], out: str, tokens: Sequence[float] = ()) -> str:
     """
     page = Path(out)
     results = evaluate_runs(runs)
-    drawn, notes = _figures(results)
-    files: dict[Path, bytes] = {page.with_name(f"{page.stem}-{name}.png"): png for name, (_, png) in drawn.items()}
-    files[page.with_name(f"{page.stem}-curves.csv")] = _curves(results).encode()
-    files[page.with_suffix(".csv")] = _table(results).encode()
-    files[page] = render(results, differences(results), tokens, drawn, notes).encode()
-    with ExitStack() as places:
+    figures_by_name, notes = _draw_figures(results)
+    files: dict[Path, bytes] = {
+        page.with_name(f"{page.stem}-{name}.png"): png for name, (_, png) in figures_by_name.items()
+    }
+    files[page.with_name(f"{page.stem}-curves.csv")] = _curves_csv(results).encode()
+    files[page.with_suffix(".csv")] = _results_csv(results).encode()
+    files[page] = render(
+        results=results, differences=differences(results), tokens=tokens, figures=figures_by_name, notes=notes
+    ).encode()
+
+    with ExitStack() as outputs:
         # The page first: it is what the user named.
         for path in reversed(files):
-            places.enter_context(output_place(path, folder=False))
+            outputs.enter_context(reserve_output(path, folder=False))
+
         for path, content in files.items():
-            with written(path):
-                scratch = path.with_name(f".{path.name}.tmp")
-                scratch.write_bytes(content)
-                scratch.replace(path)
-    stable = sum(each.verdict.stable for each in results)
-    fitted = sum(each.fit is not None for each in results)
+            with disk_errors(path):
+                temporary = path.with_name(f".{path.name}.tmp")
+                temporary.write_bytes(content)
+                temporary.replace(path)
+
+    stable = sum(result.verdict.stable for result in results)
+    fitted = sum(result.fit is not None for result in results)
     return (
         f"wrote {page} and {len(files) - 1} files beside it: {len(results)} runs, {stable} stable, {fitted} with an "
         "identified fit"
     )
 
 
-def _figures(results: Sequence[Result]) -> tuple[dict[str, tuple[str, bytes]], list[str]]:
-    """PNG by name, with what it shows; and what is missing."""
-    drawn, notes = {"rates": ("Final loss over the learning rate. " + figures.MARKS, figures.rates(results))}, []
-    for variant in dict.fromkeys(each.run.variant for each in results):
+def _draw_figures(results: Sequence[Result]) -> tuple[dict[str, tuple[str, bytes]], list[str]]:
+    """{name: (caption, PNG)}, and notes about figures that are missing."""
+    caption = "Final loss over the learning rate. " + figures.MARKER_LEGEND
+    figures_by_name, notes = {"rates": (caption, figures.draw_rates(results))}, []
+    for variant in dict.fromkeys(result.run.variant for result in results):
         caption = f"{variant}: loss, smoothed; dotted the fit; marks: validation loss at the end. Below: gradient norm."
-        drawn[f"curves-{variant}"] = (caption, figures.curves(results, variant))
-        own = [each for each in results if each.run.variant == variant]
-        shown = next((each for each in own if each.best), own[0])
-        heads = read_heads(shown.run.dir)
-        which = f"{variant}, rate {shown.run.lr:g}, seed {shown.run.seed}"
-        for kind, png in figures.combinations(heads).items():
-            drawn[f"{kind}-{variant}"] = (f"{which}: {kind} over training.", png)
-        if (png := figures.outputs(heads)) is not None:
-            drawn[f"heads-{variant}"] = (f"{which}: root mean square of each head's output, before the head norm.", png)
+        figures_by_name[f"curves-{variant}"] = (caption, figures.draw_curves(results, variant))
+
+        variant_results = [result for result in results if result.run.variant == variant]
+        shown = next((result for result in variant_results if result.best), variant_results[0])
+        history = read_head_stats(shown.run.dir)
+        label = f"{variant}, rate {shown.run.lr:g}, seed {shown.run.seed}"
+
+        for kind, png in figures.draw_combinations(history).items():
+            figures_by_name[f"{kind}-{variant}"] = (f"{label}: {kind} over training.", png)
+
+        if (png := figures.draw_head_outputs(history)) is not None:
+            figures_by_name[f"heads-{variant}"] = (
+                f"{label}: root mean square of each head's output, before the head norm.",
+                png,
+            )
         else:
-            notes.append(f"{which}: no records of heads, which training makes at validations with logging.tensorboard.")
-    return drawn, notes
+            notes.append(f"{label}: no records of heads, which training makes at validations with logging.tensorboard.")
+
+    return figures_by_name, notes
 
 
-def _table(results: Sequence[Result]) -> str:
-    """A row a run; numbers of a fit that is not identified are left out."""
+def _results_csv(results: Sequence[Result]) -> str:
+    """CSV text with a row a run; constants of a fit that is not identified are left out."""
     stream = io.StringIO()
-    rows = csv.writer(stream, lineterminator="\n")
-    rows.writerow(COLUMNS)
-    for each in results:
-        fit = each.fit
-        constants = [fit.asymptote, *fit.interval(), fit.alpha] if fit else [""] * 4
-        flags = [str(flag).lower() for flag in (each.verdict.stable, each.best)]
-        rows.writerow([each.run.variant, each.run.lr, each.run.seed, *constants, *flags])
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for result in results:
+        fit = result.fit
+        constants = [fit.asymptote, *fit.asymptote_interval(), fit.alpha] if fit else [""] * 4
+        flags = [str(flag).lower() for flag in (result.verdict.stable, result.best)]
+        writer.writerow([result.run.variant, result.run.lr, result.run.seed, *constants, *flags])
+
     return stream.getvalue()
 
 
-def _curves(results: Sequence[Result]) -> str:
-    """A row a logged step."""
+def _curves_csv(results: Sequence[Result]) -> str:
+    """CSV text with a row a logged step of every run."""
     stream = io.StringIO()
-    rows = csv.writer(stream, lineterminator="\n")
-    rows.writerow(("variant", "lr", "seed", "step", "tokens", "loss", "grad_norm", "validation_loss"))
-    for each in results:
-        run = each.run
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(("variant", "lr", "seed", "step", "tokens", "loss", "grad_norm", "validation_loss"))
+    for result in results:
+        run = result.run
         validation = dict(run.validation.tolist())
         for step, tokens, loss, norm in zip(run.steps, run.tokens, run.loss, run.grad_norm, strict=True):
             numbers = f"{loss:.5g}", f"{norm:.4g}", validation.get(tokens, "")
-            rows.writerow((run.variant, run.lr, run.seed, int(step), int(tokens), *numbers))
+            writer.writerow((run.variant, run.lr, run.seed, int(step), int(tokens), *numbers))
+
     return stream.getvalue()

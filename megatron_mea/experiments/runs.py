@@ -15,13 +15,13 @@ from megatron_mea.errors import UserError
 
 CONFIG, METRICS = "config.yaml", "metrics.jsonl"
 SUBMITTED = "slurm/config.yaml"
-"""Of a run that a sweep or `submit` made, before it has begun."""
-_MEASURED = ("loss", "grad_norm", "validation_loss")
+"""Where a sweep or `submit` leaves the configuration of a run that has not begun."""
+_METRIC_KEYS = ("loss", "grad_norm", "validation_loss")
 
 
-@dataclass(frozen=True)
-class Run:
-    """What a run has recorded.
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """A run's configuration and the metrics that it logged.
 
     Args:
         steps, tokens, loss, grad_norm: (rows,) of the rows with a loss.
@@ -52,20 +52,22 @@ class Run:
         return self.config.training.seed
 
     @property
-    def is_whole(self) -> bool:
+    def is_complete(self) -> bool:
+        """Whether the last step of the configuration was logged."""
         return bool(len(self.steps)) and self.steps[-1] >= self.config.steps
 
     @property
     def final_loss(self) -> float:
-        """Mean over the last tenth of the rows."""
+        """Mean loss (nats) over the last tenth of the rows."""
         return float(self.loss[-max(1, len(self.loss) // 10) :].mean())
 
     @property
     def final_validation(self) -> float | None:
+        """The last validation loss (nats); None where there was no validation."""
         return float(self.validation[-1, 1]) if len(self.validation) else None
 
 
-def find_runs(paths: Sequence[str]) -> list[Run]:
+def find_runs(paths: Sequence[str]) -> list[RunRecord]:
     """The runs in folders, each a run or a sweep's `--out`, also those that have not begun; by variant, rate and seed.
 
     Raises:
@@ -73,11 +75,14 @@ def find_runs(paths: Sequence[str]) -> list[Run]:
     """
     folders: dict[Path, None] = {}
     for path in map(Path, paths):
-        found = [path] if _is_run(path) else sorted(filter(_is_run, path.iterdir())) if path.is_dir() else []
-        if not found:
-            what = "no such folder" if not path.exists() else "a file" if path.is_file() else "no run in it"
-            raise UserError(str(path), what, f"a run folder (with {CONFIG}), or a folder of run folders")
-        folders |= dict.fromkeys(each.resolve() for each in found)
+        run_folders = [path] if _is_run(path) else sorted(filter(_is_run, path.iterdir())) if path.is_dir() else []
+        if not run_folders:
+            problem = "no such folder" if not path.exists() else "a file" if path.is_file() else "no run in it"
+            raise UserError(
+                where=str(path), got=problem, expected=f"a run folder (with {CONFIG}), or a folder of run folders"
+            )
+        folders |= dict.fromkeys(folder.resolve() for folder in run_folders)
+
     return sorted(map(read_run, folders), key=lambda run: (run.variant, run.lr, run.seed))
 
 
@@ -85,55 +90,68 @@ def _is_run(path: Path) -> bool:
     return any((path / name).is_file() for name in (CONFIG, SUBMITTED))
 
 
-def read_run(path: Path) -> Run:
+def read_run(path: Path) -> RunRecord:
     """One folder; a last line that is being written is left out, and a run that has not begun has no rows."""
-    rows = list(_rows(path / METRICS)) if (path / METRICS).exists() else []
+    rows = list(_read_rows(path / METRICS)) if (path / METRICS).exists() else []
     trained = [row for row in rows if row.get("loss") is not None]
 
     def column(name: str) -> np.ndarray:
         return np.array([row.get(name, np.nan) for row in trained], dtype=float)
 
     validation = [(row["tokens"], row["validation_loss"]) for row in rows if row.get("validation_loss") is not None]
-    config = _config(path / (CONFIG if (path / CONFIG).is_file() else SUBMITTED))
-    columns = (column(name) for name in ("step", "tokens", "loss", "grad_norm"))
-    measured = np.array(validation, dtype=float).reshape(-1, 2)
-    return Run(path, config, *columns, measured, _reason(path / "DIVERGED"), _failure(path))
+    config = _read_config(path / (CONFIG if (path / CONFIG).is_file() else SUBMITTED))
+    return RunRecord(
+        dir=path,
+        config=config,
+        steps=column("step"),
+        tokens=column("tokens"),
+        loss=column("loss"),
+        grad_norm=column("grad_norm"),
+        validation=np.array(validation, dtype=float).reshape(-1, 2),
+        diverged=_read_reason(path / "DIVERGED"),
+        failed=_failure_reason(path),
+    )
 
 
-def _config(path: Path) -> Config:
+def _read_config(path: Path) -> Config:
     try:
         return load_config(path)
     except UserError as error:
         # One of many files: the key alone does not say which.
-        raise UserError.of(error.problems, f"in {path}") from None
+        raise UserError.from_problems(error.problems, f"in {path}") from None
 
 
-def _rows(path: Path) -> Iterable[dict]:
+def _read_rows(path: Path) -> Iterable[dict]:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            sum(float(value) for value in (row["step"], row["tokens"], *(row.get(name) or 0 for name in _MEASURED)))
+            sum(float(value) for value in (row["step"], row["tokens"], *(row.get(name) or 0 for name in _METRIC_KEYS)))
         except (ValueError, KeyError, TypeError):
             if number == len(lines):
                 return
-            raise UserError(f"{path}:{number}", "no row of metrics", "a JSON object of numbers: step, tokens") from None
+            raise UserError(
+                where=f"{path}:{number}", got="no row of metrics", expected="a JSON object of numbers: step, tokens"
+            ) from None
         yield row
 
 
-def _reason(path: Path) -> str:
+def _read_reason(path: Path) -> str:
     try:
         return str(json.loads(path.read_text(encoding="utf-8"))["reason"])
     except (OSError, ValueError, KeyError, TypeError):
         return ""
 
 
-def _failure(path: Path) -> str:
-    """As a sweep on this machine left it, or as a SLURM job did (launch/job.sh): a status, then the reason."""
-    if reason := _reason(path / "FAILED"):
+def _failure_reason(path: Path) -> str:
+    """Why a run failed, as a sweep on this machine or a SLURM job (launch/job.sh) noted it; empty where it did not."""
+    if reason := _read_reason(path / "FAILED"):
         return reason
-    ended = sorted((path / "slurm").glob("ended-*"), key=lambda each: each.stat().st_mtime)
+
+    ended = sorted((path / "slurm").glob("ended-*"), key=lambda file: file.stat().st_mtime)
     if not ended:
         return ""
+
+    # The first line is the exit status, the rest the reason.
     status, _, reason = ended[-1].read_text(encoding="utf-8").partition("\n")
     return "" if status.strip() == "0" else reason.strip()

@@ -14,29 +14,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_mea import failures
-from megatron_mea.cluster import slurm
-from megatron_mea.cluster.script import Site, render
-from megatron_mea.cluster.submit import (
-    Resources,
-    check_resources,
-    check_run,
-    config_of_jobs,
-    files_of_jobs,
-    header,
-    note_jobs,
-)
 from megatron_mea.config import Config, dump_config
 from megatron_mea.config.load import load_config
 from megatron_mea.errors import RunError, UserError
-from megatron_mea.outputs import output_place, written
-from megatron_mea.training import records
-from megatron_mea.training.before import look_at
+from megatron_mea.outputs import disk_errors, reserve_output
+from megatron_mea.slurm import scheduler
+from megatron_mea.slurm.job_files import job_config_path, job_files, record_jobs
+from megatron_mea.slurm.resources import Resources, check_resources
+from megatron_mea.slurm.script import Site, render
+from megatron_mea.slurm.submit import check_run, template_values
+from megatron_mea.training import metrics
+from megatron_mea.training.startup import read_run_state
 
-MIXING = ("mea", "mea_no_norm")
-_POLL = 0.2
+_HLC_VARIANTS = ("mea", "mea_no_norm")
+_POLL_SECONDS = 0.2
 
 
 def combinations(
+    *,
     path: str,
     overrides: Sequence[str],
     variants: Sequence[str],
@@ -58,20 +53,23 @@ def combinations(
         variants or [base.model.attention_variant], learning_rates or [str(base.optimizer.lr)], seeds or [""]
     ):
         name = f"{variant}-lr{rate}" + (f"-seed{seed}" if seed else "")
-        given = [f"model.attention_variant={variant}", f"optimizer.lr={rate}", f"run.dir={out / name}"]
-        given += [f"training.seed={seed}"] if seed else []
-        given += [] if variant in MIXING else ["model.num_component_heads=null"]
-        config = load_config(path, [*overrides, *given])
+        settings = [f"model.attention_variant={variant}", f"optimizer.lr={rate}", f"run.dir={out / name}"]
+        settings += [f"training.seed={seed}"] if seed else []
+        settings += [] if variant in _HLC_VARIANTS else ["model.num_component_heads=null"]
+        config = load_config(path, [*overrides, *settings])
         # 1e-3 and 0.001 are the same.
-        what = (config.model.attention_variant, config.optimizer.lr, config.training.seed)
-        if what in configs:
-            raise UserError("sweep", f"{Path(configs[what].run.dir).name} and {name}", "each combination once")
-        configs[what] = config
+        key = (config.model.attention_variant, config.optimizer.lr, config.training.seed)
+        if key in configs:
+            raise UserError(
+                where="sweep", got=f"{Path(configs[key].run.dir).name} and {name}", expected="each combination once"
+            )
+        configs[key] = config
+
     return list(configs.values())
 
 
 def run_here(configs: Sequence[Config], at_once: int = 1) -> str:
-    """Trains them on this machine, each in a process of its own, and skips those that have ended.
+    """Trains runs on this machine, each in a process of its own, and skips those that have ended.
 
     A run that diverges is a result. What each prints goes to `train.log` in its folder.
 
@@ -83,27 +81,29 @@ def run_here(configs: Sequence[Config], at_once: int = 1) -> str:
         RunError: some failed; the others were trained all the same.
     """
     if at_once < 1:
-        raise UserError("--at-once", at_once, "at least 1")
+        raise UserError(where="--at-once", got=at_once, expected="at least 1")
+
     # All of them before the first is trained, which may take days.
-    ended = {config.run.dir: _has_ended(config) for config in configs}
-    with output_place(Path(configs[0].run.dir).parent, folder=True):
+    has_ended = {config.run.dir: _has_ended(config) for config in configs}
+    with reserve_output(Path(configs[0].run.dir).parent, folder=True):
         pass
-    waiting = deque(config for config in configs if not ended[config.run.dir])
-    slots: list[_Run | None] = [None] * min(at_once, len(waiting))
-    failed, done, begin = [], 0, time.monotonic()
-    count = len(waiting)
+
+    pending = deque(config for config in configs if not has_ended[config.run.dir])
+    slots: list[_SweepRun | None] = [None] * min(at_once, len(pending))
+    failed, done, start = [], 0, time.monotonic()
+    count = len(pending)
     print(f"{len(configs)} runs, {len(configs) - count} of them done before; each writes train.log", flush=True)
     try:
-        while waiting or any(slots):
+        while pending or any(slots):
             for slot, run in enumerate(slots):
                 if run is not None and run.process.poll() is not None:
                     done, slots[slot], failure = done + 1, None, run.failure()
                     failed += [f"{run.dir}: {failure}"] if failure else []
-                    left = (time.monotonic() - begin) / done * (count - done)
-                    print(f"run {done} of {count}: {run.dir} {run.result()} | {_clock(left)} left", flush=True)
-                if slots[slot] is None and waiting:
-                    slots[slot] = _Run(waiting.popleft(), slot, len(slots))
-            time.sleep(_POLL)
+                    time_left = _format_time((time.monotonic() - start) / done * (count - done))
+                    print(f"run {done} of {count}: {run.dir} {run.result()} | {time_left} left", flush=True)
+                if slots[slot] is None and pending:
+                    slots[slot] = _SweepRun(config=pending.popleft(), slot=slot, slots=len(slots))
+            time.sleep(_POLL_SECONDS)
     except BaseException:
         # Asked to stop, or the disk refused something: the runs in hand save.
         for run in filter(None, slots):
@@ -111,61 +111,72 @@ def run_here(configs: Sequence[Config], at_once: int = 1) -> str:
         for run in filter(None, slots):
             run.process.wait()
         raise
+
     if failed:
         raise RunError("\n  ".join([f"{len(failed)} of {len(configs)} runs failed:", *failed]))
+
     return f"{len(configs)} runs are done: megatron-mea report {Path(configs[0].run.dir).parent} --out report.html"
 
 
-class _Run:
+class _SweepRun:
     """A run of this machine, in a process of its own."""
 
-    def __init__(self, config: Config, slot: int, slots: int) -> None:
+    def __init__(self, *, config: Config, slot: int, slots: int) -> None:
         self.dir = Path(config.run.dir)
-        self._note, self._failed = self.dir / "slurm" / "failed-sweep", self.dir / records.FAILED
-        path = config_of_jobs(config)
-        with written(self.dir):
+        self._note, self._failed = self.dir / "slurm" / "failed-sweep", self.dir / metrics.FAILED
+        path = job_config_path(config)
+        with disk_errors(self.dir):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(dump_config(config), encoding="utf-8")
-            for left in (self._note, self._failed):
-                left.unlink(missing_ok=True)
+            for marker in (self._note, self._failed):
+                marker.unlink(missing_ok=True)
+
             log = (self.dir / "train.log").open("ab")
+
         with log:
             command = [sys.executable, "-m", "megatron_mea", "train", str(path)]
-            environment = os.environ | _share(slot, slots) | {failures.NOTE: str(self._note)}
+            environment = (
+                os.environ | _slot_environment(slot, slots) | {failures.FAILURE_FILE_VARIABLE: str(self._note)}
+            )
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
     def failure(self) -> str | None:
         """Why it failed, which is left in the folder too; None where it did not."""
-        if self.process.returncode == 0 or (self.dir / records.DIVERGED).exists():
+        if self.process.returncode == 0 or (self.dir / metrics.DIVERGED).exists():
             return None
+
         note = self._note.read_text() if self._note.exists() else ""
         reason = note.partition("\n")[2].strip() or f"status {self.process.returncode}; see {self.dir}/train.log"
-        records.write_atomically(self._failed, json.dumps({"status": self.process.returncode, "reason": reason}) + "\n")
+        metrics.write_atomically(self._failed, json.dumps({"status": self.process.returncode, "reason": reason}) + "\n")
         return reason
 
     def result(self) -> str:
-        for mark in (records.DIVERGED, records.FAILED):
-            if (self.dir / mark).exists():
-                return mark.lower()
+        """How the run ended, with its last losses, for people."""
+        for marker in (metrics.DIVERGED, metrics.FAILED):
+            if (self.dir / marker).exists():
+                return marker.lower()
+
         try:
             row = json.loads((self.dir / "metrics.jsonl").read_text().splitlines()[-1])
         except (OSError, ValueError, IndexError):
             return "ended"
+
         losses = [f"{key.replace('_', ' ')} {row[key]:.4f}" for key in ("loss", "validation_loss") if key in row]
         return ", ".join([f"at step {row['step']}", *losses])
 
 
 def _has_ended(config: Config) -> bool:
     """Whether a run is finished, or diverged with these very settings: it would do so again."""
-    if look_at(config).finished is not None:
+    if read_run_state(config).finished_step is not None:
         return True
-    trained = config_of_jobs(config)
-    diverged = (Path(config.run.dir) / records.DIVERGED).exists()
+
+    trained = job_config_path(config)
+    diverged = (Path(config.run.dir) / metrics.DIVERGED).exists()
     return diverged and trained.is_file() and trained.read_text(encoding="utf-8") == dump_config(config)
 
 
-def _share(slot: int, slots: int) -> dict[str, str]:
-    """Environment of one of several runs on this machine: threads, and a GPU where there are some."""
+def _slot_environment(slot: int, slots: int) -> dict[str, str]:
+    """Environment variables of a run on this machine: its share of the threads, and a GPU where there are some."""
     # Not before all runs have been checked: it takes seconds.
     import torch
 
@@ -176,16 +187,19 @@ def _share(slot: int, slots: int) -> dict[str, str]:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = visible.split(",") if visible else [str(gpu) for gpu in range(gpus)]
         share["CUDA_VISIBLE_DEVICES"] = names[slot % gpus]
+
     return share
 
 
-def _clock(seconds: float) -> str:
+def _format_time(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
-def submit_array(configs: Sequence[Config], out: Path, resources: Resources, at_once: int | None, dry_run: bool) -> str:
-    """Submits those that have not ended as the elements of an array; returns what to print.
+def submit_array(
+    *, configs: Sequence[Config], out: Path, resources: Resources, at_once: int | None, dry_run: bool
+) -> str:
+    """Submits the runs that have not ended as the elements of a SLURM array; returns what to print.
 
     Args:
         at_once: elements that may run at the same time; None: as many as the cluster lets.
@@ -193,36 +207,41 @@ def submit_array(configs: Sequence[Config], out: Path, resources: Resources, at_
     Raises:
         UserError: a run or the resources would fail; nothing was submitted.
     """
-    open_ones = [config for config in configs if not _has_ended(config)]
-    if not open_ones:
+    remaining = [config for config in configs if not _has_ended(config)]
+    if not remaining:
         return f"all {len(configs)} runs are done"
     if at_once is not None and at_once < 1:
-        raise UserError("--at-once", at_once, "at least 1")
-    warnings = list(dict.fromkeys(line for config in open_ones for line in check_run(config, resources)[2]))
-    site, state = Site.read(), out.resolve() / "slurm"
-    path = state / "sweep.sbatch"
-    options, more = check_resources(open_ones, resources, site, needs_scheduler=not dry_run)
-    values = header(open_ones, resources, path, "%A_%a.log")
-    runs = [str(Path(config.run.dir).resolve()) for config in open_ones]
+        raise UserError(where="--at-once", got=at_once, expected="at least 1")
+
+    warnings = list(dict.fromkeys(line for config in remaining for line in check_run(config, resources)[2]))
+    site, log_folder = Site.read(), out.resolve() / "slurm"
+    path = log_folder / "sweep.sbatch"
+    options, more_warnings = check_resources(
+        configs=remaining, resources=resources, site=site, needs_scheduler=not dry_run
+    )
+    values = template_values(configs=remaining, resources=resources, script=path, log="%A_%a.log")
+    runs = [str(Path(config.run.dir).resolve()) for config in remaining]
     values |= {
         "ARRAY": f"0-{len(runs) - 1}" + (f"%{at_once}" if at_once else ""),
         "RUNS": runs,
-        "STEPS": open_ones[0].steps,
+        "STEPS": remaining[0].steps,
     }
-    script = render("sweep.sbatch", site, options, values)
-    warned = [f"warning: {line}" for line in [*warnings, *more]]
+    script = render(name="sweep.sbatch", site=site, options=options, values=values)
+    warning_lines = [f"warning: {line}" for line in [*warnings, *more_warnings]]
     if dry_run:
-        return "\n".join([script, *(f"# {line}" for line in warned)])
-    expected = slurm.check_script(script)
-    with files_of_jobs(open_ones, path, script) as jobs:
-        jobs.append(job := slurm.submit(str(path)))
-        for index, config in enumerate(open_ones):
-            note_jobs(config, [f"{job}_{index}"])
-    lines = [f"Submitted batch job {job}", *warned]
+        return "\n".join([script, *(f"# {line}" for line in warning_lines)])
+
+    expected = scheduler.check_script(script)
+    with job_files(configs=remaining, path=path, script=script) as jobs:
+        jobs.append(job := scheduler.submit(str(path)))
+        for index, config in enumerate(remaining):
+            record_jobs(config, [f"{job}_{index}"])
+
+    lines = [f"Submitted batch job {job}", *warning_lines]
     lines += [f"  {job}_{index}  {run}" for index, run in enumerate(runs)]
     lines += [
         f"  scheduler     {expected}",
-        f"  logs          {state}/{job}_*.log",
+        f"  logs          {log_folder}/{job}_*.log",
         f"  state         squeue --array --job {job}",
         f"  save, stop    scancel --batch --signal=USR1 {job}_0",
         f"  cancel        scancel {job}",

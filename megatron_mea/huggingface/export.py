@@ -1,4 +1,4 @@
-"""From a checkpoint to a Hugging Face folder, a tensor at a time: the model need not fit into memory."""
+"""The `export` verb: from a checkpoint to a Hugging Face folder, with one tensor at a time in memory."""
 
 from __future__ import annotations
 
@@ -13,29 +13,34 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig
 
-from megatron_mea.checkpoint.folder import GENERATION, SPARE
+from megatron_mea.checkpoint.folder import GENERATION, OVERHEAD_BYTES
 from megatron_mea.checkpoint.tensors import read_tensors, weight_shapes
 from megatron_mea.data.corpora import Corpora
 from megatron_mea.data.tokenizer import copy_tokenizer, load_tokenizer
 from megatron_mea.errors import UserError
-from megatron_mea.huggingface.card import model_card
 from megatron_mea.huggingface.importing import import_model, read_settings
-from megatron_mea.huggingface.place import is_hugging_face
-from megatron_mea.huggingface.proof import compare
-from megatron_mea.huggingface.shards import SHARD_BYTES, write_safetensors
-from megatron_mea.huggingface.source import CheckpointSource, open_checkpoint, token_ids
-from megatron_mea.huggingface.targets import Target, make_target
-from megatron_mea.outputs import check_free_folder, output_place, require_space, written
+from megatron_mea.huggingface.locate import is_hf_folder
+from megatron_mea.huggingface.model_card import model_card
+from megatron_mea.huggingface.parity_check import check_parity
+from megatron_mea.huggingface.safetensors_writer import SHARD_BYTES, write_safetensors
+from megatron_mea.huggingface.source import CheckpointSource, open_checkpoint, special_token_ids
+from megatron_mea.huggingface.targets import ExportTarget, make_export_target
+from megatron_mea.outputs import check_free_folder, disk_errors, require_space, reserve_output
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_LENGTH, _LOGITS = 256, 1 << 26
-"""As many tokens of two windows are compared, and so many logits at most: half a gigabyte of each model."""
+_MAX_TOKENS, _MAX_LOGITS = 256, 1 << 26
+"""Limits of the parity check: tokens of each of its two windows, and logits of each model (half a gigabyte)."""
 
 _M_MMAP_THRESHOLD = -3
 
 
 def export(
-    model: str | Path, out: str | Path, dtype: str = "fp32", kind: str = "transformers", shard_bytes: int = SHARD_BYTES
+    model: str | Path,
+    out: str | Path,
+    *,
+    dtype: str = "fp32",
+    kind: str = "transformers",
+    shard_bytes: int = SHARD_BYTES,
 ) -> str:
     """Writes weights, configuration, tokenizer, model card and modeling files, then compares logits.
 
@@ -44,81 +49,101 @@ def export(
         out: must not exist or be empty; it appears when everything, the comparison included, is done.
         dtype: `fp32` (the master weights) or `bf16`.
         kind: `transformers`, `stock` or `vllm`.
-        shard_bytes: of a file at most.
+        shard_bytes: largest size of a safetensors file.
 
     Returns:
-        What was written and how far the logits are from the trainer's, for the user.
+        A message for the user: what was written, and how far its logits are from the trainer's.
 
     Raises:
-        UserError: nothing to export, a kind that this model cannot be, or `out` is not free.
+        UserError: there is nothing to export, this model cannot be of that kind, or `out` is not free.
         ExportError: the logits differ.
-        RunError: the disk refuses.
+        RunError: the disk fails.
     """
     out = Path(out)
     check_free_folder(out)
-    if is_hugging_face(model):
-        # What its target cannot be is refused before anything is read.
-        make_target(kind, read_settings(Path(model))[1])
+    if is_hf_folder(model):
+        # An impossible target is refused before any weight is read.
+        make_export_target(kind, read_settings(Path(model))[1])
         with (
-            output_place(out, folder=True),
+            reserve_output(out, folder=True),
             tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch,
         ):
             checkpoint = Path(scratch) / "checkpoint"
             import_model(model, checkpoint)
-            return export(checkpoint, out, dtype, kind, shard_bytes)
+            return export(model=checkpoint, out=out, dtype=dtype, kind=kind, shard_bytes=shard_bytes)
+
     _return_freed_memory()
     source = open_checkpoint(model)
-    ids = token_ids(source.tokenizer, source.config.model.vocab_size)
-    target = make_target(kind, source.config.model, dtype=_DTYPES[dtype], **ids)
-    with output_place(out, folder=True), written(out):
-        require_space(out, sum(prod(one.shape) for one in target.tensors.values()) * _DTYPES[dtype].itemsize + SPARE)
+    ids = special_token_ids(source.tokenizer, source.config.model.vocab_size)
+    target = make_export_target(kind, source.config.model, dtype=_DTYPES[dtype], **ids)
+    with reserve_output(out, folder=True), disk_errors(out):
+        num_elements = sum(prod(recipe.shape) for recipe in target.tensors.values())
+        require_space(out, num_elements * _DTYPES[dtype].itemsize + OVERHEAD_BYTES)
+
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
             folder = Path(scratch) / "export"
-            said = _write_and_compare(source, target, folder, dtype, shard_bytes)
+            parity = _write_and_compare(
+                source=source, target=target, folder=folder, dtype=dtype, shard_bytes=shard_bytes
+            )
             if out.exists():
                 out.rmdir()
             shutil.move(folder, out)
-    return "\n".join([f"wrote {out}: step {source.meta.step}, {dtype}", *target.notes, said])
+
+    return "\n".join([f"wrote {out}: step {source.meta.step}, {dtype}", *target.notes, parity])
 
 
 def _return_freed_memory() -> None:
-    """Tells glibc to give back what is freed; it would keep blocks of up to 32 MB, and more with every layer."""
+    """Makes glibc return freed memory to the system: it would retain blocks of up to 32 MB, more with every layer."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
-def _write_and_compare(source: CheckpointSource, target: Target, folder: Path, dtype: str, shard_bytes: int) -> str:
+def _write_and_compare(
+    *, source: CheckpointSource, target: ExportTarget, folder: Path, dtype: str, shard_bytes: int
+) -> str:
+    """Writes all files of the export to `folder`, checks its logits, and describes the result for the user."""
     folder.mkdir()
-    shapes = weight_shapes(source.folder)
+    master_shapes = weight_shapes(source.folder)
 
-    def masters(name: str) -> torch.Tensor:
-        return read_tensors(source.folder, {name: shapes[name]})[name]
+    def read_master(name: str) -> torch.Tensor:
+        return read_tensors(source.folder, {name: master_shapes[name]})[name]
 
-    def made(name: str) -> torch.Tensor:
+    def read_exported(name: str) -> torch.Tensor:
         recipe = target.tensors[name]
-        return recipe.make(*map(masters, recipe.sources))
+        return recipe.make(*map(read_master, recipe.sources))
 
-    sizes = {name: recipe.shape for name, recipe in target.tensors.items()}
-    files = write_safetensors(folder, sizes, _DTYPES[dtype], made, shard_bytes)
+    shapes = {name: recipe.shape for name, recipe in target.tensors.items()}
+    files = write_safetensors(folder, shapes, dtype=_DTYPES[dtype], read=read_exported, shard_bytes=shard_bytes)
     target.config.save_pretrained(folder)
     if (source.folder / GENERATION).is_file():
-        # As it is: transformers loads settings that it refuses to save.
+        # Copied, since transformers loads settings that it refuses to save.
         shutil.copy(source.folder / GENERATION, folder)
     else:
         GenerationConfig.from_model_config(target.config).save_pretrained(folder)
+
     for module in target.modules:
         shutil.copy(module.__file__, folder)
+
     copy_tokenizer(source.tokenizer, folder)
-    (folder / "README.md").write_text(model_card(source, target, dtype))
+    (folder / "README.md").write_text(model_card(source=source, target=target, dtype=dtype))
     for file in folder.iterdir():
         file.chmod(0o666 & ~_umask())
 
-    tokens = _real_tokens(source)
-    agreement = compare(target, folder, files, _DTYPES[dtype], made, source.config.model, masters, tokens)
-    kind = "real" if source.tokenizer.is_dir() else "random"
+    tokens = _parity_tokens(source)
+    parity = check_parity(
+        target=target,
+        folder=folder,
+        files=files,
+        dtype=_DTYPES[dtype],
+        read_exported=read_exported,
+        model=source.config.model,
+        read_master=read_master,
+        tokens=tokens,
+    )
+    token_kind = "real" if source.tokenizer.is_dir() else "random"
     return (
-        f"logits of {agreement.tokens} {kind} tokens differ from the trainer's by at most {agreement.difference:.2g} "
-        f"(they reach {agreement.scale:.3g})" + ("" if dtype == "fp32" else f", before the rounding to {dtype}")
+        f"logits of {parity.tokens} {token_kind} tokens differ from the trainer's by at most {parity.difference:.2g} "
+        f"(they reach {parity.scale:.3g})" + ("" if dtype == "fp32" else f", before the rounding to {dtype}")
     )
 
 
@@ -128,23 +153,29 @@ def _umask() -> int:
     return mask
 
 
-def _real_tokens(source: CheckpointSource) -> torch.Tensor:
-    """(2, up to 256) tokens of the run's own data, or of a sentence where the data is not at hand.
+def _parity_tokens(source: CheckpointSource) -> torch.Tensor:
+    """Tokens (2, up to 256) for the parity check: of the run's data, else of a sentence, else random ids.
 
-    Without a tokenizer, which an imported checkpoint may lack, ids at random.
+    The data may be gone, and an imported checkpoint may lack a tokenizer.
     """
     data, vocab = source.config.data, source.config.model.vocab_size
-    length = max(min(data.seq_length, _LENGTH, _LOGITS // (2 * vocab)), 1)
+    length = max(min(data.seq_length, _MAX_TOKENS, _MAX_LOGITS // (2 * vocab)), 1)
     for corpora in (data.validation, data.train):
         if not corpora:
             continue
+
         try:
-            batch = Corpora(corpora, length, vocab, None, "data").batch(torch.arange(2).numpy())
+            batch = Corpora(corpora=corpora, seq_length=length, vocab_size=vocab, seed=None, key="data").batch(
+                torch.arange(2).numpy()
+            )
         except (UserError, IndexError):
             continue
+
         return torch.from_numpy(batch.input_ids.copy())
+
     if not source.tokenizer.is_dir():
         return torch.randint(vocab, (2, length), generator=torch.Generator().manual_seed(0))
+
     tokenizer = load_tokenizer(source.tokenizer, str(source.tokenizer))
     text = "In the beginning God created the heaven and the earth. " * 8
     ids = tokenizer(text, add_special_tokens=False)["input_ids"][:length]

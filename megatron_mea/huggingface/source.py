@@ -1,4 +1,4 @@
-"""What the commands call MODEL: a checkpoint folder, a run folder or a Hugging Face folder, opened as one thing."""
+"""Opens the MODEL of a command: a checkpoint folder, a run folder or a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
-from megatron_mea.checkpoint.folder import GENERATION, TOKENIZER, Meta, checkpoint_folder, damage
+from megatron_mea.checkpoint.folder import GENERATION, TOKENIZER, CheckpointMetadata, checkpoint_folder, find_corruption
 from megatron_mea.checkpoint.tensors import read_tensors, weight_shapes
 from megatron_mea.config import Config
 from megatron_mea.config.load import parse_config
 from megatron_mea.data.tokenizer import load_tokenizer
 from megatron_mea.errors import UserError
-from megatron_mea.huggingface.convert import to_hf_config
-from megatron_mea.huggingface.modeling_mea import MEAForCausalLM
-from megatron_mea.huggingface.modeling_mea_vllm import MEAServedForCausalLM
-from megatron_mea.huggingface.place import is_hugging_face
+from megatron_mea.exported.modeling_mea import MEAForCausalLM
+from megatron_mea.exported.modeling_mea_vllm import MEAServedForCausalLM
+from megatron_mea.huggingface.hf_config import to_hf_config
+from megatron_mea.huggingface.locate import is_hf_folder
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CheckpointSource:
     """A verified checkpoint: its folder, its meta.json, and its configuration."""
 
     folder: Path
-    meta: Meta
+    meta: CheckpointMetadata
     config: Config
 
     @property
     def tokenizer(self) -> Path:
-        """A folder; an imported checkpoint may lack it."""
+        """The tokenizer's folder, which an imported checkpoint may lack."""
         return self.folder / TOKENIZER
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -42,39 +42,44 @@ class CheckpointSource:
 
 
 def open_checkpoint(path: str | Path) -> CheckpointSource:
-    """A checkpoint, or the newest one of a run folder, with its checksums verified.
+    """Opens a checkpoint, or the newest one of a run folder, and verifies its checksums.
 
     Raises:
         UserError: nothing of the kind stands there, or it is damaged.
     """
     folder = checkpoint_folder(path)
-    problem = damage(folder)
+    problem = find_corruption(folder)
     if problem is not None:
-        raise UserError(str(folder), problem, "a whole checkpoint", "use an older one of the run")
-    meta = Meta.read(folder)
-    return CheckpointSource(folder, meta, parse_config(meta.config, needs_data=False))
+        raise UserError(
+            where=str(folder), got=problem, expected="a whole checkpoint", hint="use an older one of the run"
+        )
+
+    meta = CheckpointMetadata.read(folder)
+    return CheckpointSource(folder=folder, meta=meta, config=parse_config(meta.config, needs_data=False))
 
 
 def load_model(path: str | Path) -> tuple[PreTrainedModel, Path, Config | None]:
-    """Any MODEL as a transformers model in float32, its tokenizer folder, and a checkpoint's configuration.
+    """Loads any MODEL as a transformers model in float32, with its tokenizer folder and a checkpoint's configuration.
 
     No code from a folder is run, and weights are read from safetensors alone.
 
     Raises:
         UserError: MODEL is none of the three kinds, or cannot be loaded.
     """
-    if not is_hugging_face(path):
+    if not is_hf_folder(path):
         source = open_checkpoint(path)
-        return causal_lm(source), source.tokenizer, source.config
+        return build_causal_lm(source), source.tokenizer, source.config
+
     logging.disable_progress_bar()
     try:
-        description = json.loads(Path(path, "config.json").read_text())
-        if not isinstance(description, dict):
-            raise ValueError(f"config.json holds a {type(description).__name__}")
-        kind = description.get("model_type")
-        ours = {"mea": MEAForCausalLM, "mea_vllm": MEAServedForCausalLM}
-        loader = ours.get(kind, AutoModelForCausalLM)
-        model, info = loader.from_pretrained(
+        config_json = json.loads(Path(path, "config.json").read_text())
+        if not isinstance(config_json, dict):
+            raise ValueError(f"config.json holds a {type(config_json).__name__}")
+
+        model_type = config_json.get("model_type")
+        own_classes = {"mea": MEAForCausalLM, "mea_vllm": MEAServedForCausalLM}
+        model_class = own_classes.get(model_type, AutoModelForCausalLM)
+        model, info = model_class.from_pretrained(
             str(path),
             dtype=torch.float32,
             use_safetensors=True,
@@ -83,40 +88,49 @@ def load_model(path: str | Path) -> tuple[PreTrainedModel, Path, Config | None]:
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-        # transformers fills what is missing with fresh numbers.
+
+        # transformers initializes missing tensors at random.
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if info[problem]:
                 raise ValueError(f"{problem.replace('_', ' ')}: {', '.join(map(str, sorted(info[problem])))}")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(str(path), f"not loadable ({reason})", "a Hugging Face causal language model") from None
+        raise UserError(
+            where=str(path), got=f"not loadable ({reason})", expected="a Hugging Face causal language model"
+        ) from None
+
     return model.eval(), Path(path), None
 
 
-def token_ids(tokenizer: Path, vocab_size: int) -> dict[str, int | None]:
-    """The special ids of a tokenizer folder, as a configuration names them; none where there is no folder.
+def special_token_ids(tokenizer: Path, vocab_size: int) -> dict[str, int | None]:
+    """The special token ids of a tokenizer, by the names of a configuration; empty where there is no folder.
 
     An imported tokenizer may have more ids than the model, such as a padding token that was added afterwards.
     """
     if not tokenizer.is_dir():
         return {}
+
     loaded = load_tokenizer(tokenizer, str(tokenizer))
     ids = {key: getattr(loaded, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    ids = {key: one if one is not None and one < vocab_size else None for key, one in ids.items()}
-    # Without a padding token batches are padded with the end-of-document token, as is usual.
+    ids = {key: token_id if token_id is not None and token_id < vocab_size else None for key, token_id in ids.items()}
+
+    # Without a padding token, batches are padded with the end-of-document token, as is usual.
     return ids | {"pad_token_id": ids["eos_token_id"] if ids["pad_token_id"] is None else ids["pad_token_id"]}
 
 
-def causal_lm(source: CheckpointSource, dtype: torch.dtype = torch.float32) -> MEAForCausalLM:
+def build_causal_lm(source: CheckpointSource, dtype: torch.dtype = torch.float32) -> MEAForCausalLM:
     """The exported model of a checkpoint, in memory."""
     with torch.device("meta"):
-        ids = token_ids(source.tokenizer, source.config.model.vocab_size)
-        model = MEAForCausalLM(to_hf_config(source.config.model, dtype=dtype, **ids))
+        ids = special_token_ids(source.tokenizer, source.config.model.vocab_size)
+        model = MEAForCausalLM(to_hf_config(model=source.config.model, dtype=dtype, **ids))
+
     weights = {name: tensor.to(dtype) for name, tensor in source.weights().items()}
     if source.config.model.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+
     model.load_state_dict(weights, strict=True, assign=True)
     model.tie_weights()
     if (source.folder / GENERATION).is_file():
         model.generation_config = GenerationConfig.from_pretrained(source.folder)
+
     return model.eval()

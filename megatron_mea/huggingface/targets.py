@@ -1,4 +1,4 @@
-"""What `export` can write: which configuration, which tensors out of which parameters, which files beside them."""
+"""Export targets: the configuration, the tensors and the modeling files that `export` writes."""
 
 from __future__ import annotations
 
@@ -24,23 +24,24 @@ from transformers import (
 from megatron_mea.attention.hlc import fold_weight
 from megatron_mea.config.schema import Model
 from megatron_mea.errors import UserError
-from megatron_mea.huggingface import configuration_mea, modeling_mea, modeling_mea_vllm, rotary_mea
-from megatron_mea.huggingface.convert import to_hf_config
-from megatron_mea.huggingface.modeling_mea import MEAForCausalLM
-from megatron_mea.huggingface.modeling_mea_vllm import MEAServedConfig, MEAServedForCausalLM
+from megatron_mea.exported import attention_mea, configuration_mea, modeling_mea, modeling_mea_vllm, rotary_mea
+from megatron_mea.exported.modeling_mea import MEAForCausalLM
+from megatron_mea.exported.modeling_mea_vllm import MEAServedConfig, MEAServedForCausalLM
+from megatron_mea.huggingface.hf_config import to_hf_config
 from megatron_mea.model.decoder import parameter_shapes
 
 _CPU_WIDTHS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Head widths of vLLM's attention on CPUs."""
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How a tensor of an export is made.
+@dataclass(frozen=True, kw_only=True)
+class TensorRecipe:
+    """How to compute a tensor of an export.
 
     Args:
         shape: of the result.
         sources: names of the parameters, whose float32 masters `make` gets in this order.
+        make: computes the result in float32.
     """
 
     shape: tuple[int, ...]
@@ -48,186 +49,238 @@ class Recipe:
     make: Callable[..., torch.Tensor] = lambda source: source
 
 
-@dataclass(frozen=True)
-class Target:
-    """Everything that a folder of one kind holds, but for tokenizer and model card.
+@dataclass(frozen=True, kw_only=True)
+class ExportTarget:
+    """The content of an exported folder, except for tokenizer and model card.
 
     Args:
         tensors: by exported name.
-        modules: what travels with the folder; none where transformers has the architecture.
-        classes: their `auto_map`.
-        notes: what the user should know, in the card too.
+        modules: source files to copy to the folder; none where transformers has the architecture.
+        classes: the `auto_map` to their classes.
+        notes: remarks for the user and for the model card.
     """
 
     config: PreTrainedConfig
     model_class: type[PreTrainedModel]
-    tensors: Mapping[str, Recipe]
+    tensors: Mapping[str, TensorRecipe]
     modules: tuple[ModuleType, ...] = ()
     classes: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
-def make_target(name: str, model: Model, **fields: Any) -> Target:
+def make_export_target(name: str, model: Model, **fields: Any) -> ExportTarget:
     """The target `transformers`, `stock` or `vllm` for a model.
 
     Args:
-        fields: further fields of the configuration: dtype, token ids.
+        fields: further fields of the configuration, such as dtype and token ids.
 
     Raises:
-        UserError: the model cannot be that; the message says why and what it can be.
+        UserError: the model cannot be exported so; the message says why, and which target can be.
     """
-    target = {"transformers": _transformers, "stock": _stock, "vllm": _vllm}[name](model, fields)
+    target = {"transformers": _transformers_target, "stock": _stock_target, "vllm": _vllm_target}[name](model, fields)
     target.config.architectures = [target.model_class.__name__]
     if target.classes:
         target.config.auto_map = dict(target.classes)
+
     return target
 
 
-def _as_trained(model: Model) -> dict[str, Recipe]:
-    return {name: Recipe(shape, (name,)) for name, shape in parameter_shapes(model).items()}
+def _trained_tensors(model: Model) -> dict[str, TensorRecipe]:
+    """The parameters as trained, by name."""
+    return {name: TensorRecipe(shape=shape, sources=(name,)) for name, shape in parameter_shapes(model).items()}
 
 
-def _transformers(model: Model, fields: dict[str, Any]) -> Target:
+def _transformers_target(model: Model, fields: dict[str, Any]) -> ExportTarget:
+    """The weights as trained, with our own modeling files."""
     classes = {
         "AutoConfig": "configuration_mea.MEAConfig",
         "AutoModel": "modeling_mea.MEAModel",
         "AutoModelForCausalLM": "modeling_mea.MEAForCausalLM",
         "AutoModelForSequenceClassification": "modeling_mea.MEAForSequenceClassification",
     }
-    modules = (configuration_mea, rotary_mea, modeling_mea)
-    return Target(to_hf_config(model, **fields), MEAForCausalLM, _as_trained(model), modules, classes)
+    modules = (configuration_mea, rotary_mea, attention_mea, modeling_mea)
+    return ExportTarget(
+        config=to_hf_config(model, **fields),
+        model_class=MEAForCausalLM,
+        tensors=_trained_tensors(model),
+        modules=modules,
+        classes=classes,
+    )
 
 
-def _stock(model: Model, fields: dict[str, Any]) -> Target:
-    """Composite heads are linear in the weights (eq. 18), so without a head norm a plain model computes the same."""
+def _stock_target(model: Model, fields: dict[str, Any]) -> ExportTarget:
+    """A plain model of a stock architecture, with HLC folded into the weights (eq. 18), which a head norm rules out."""
     if model.attention_variant == "talking_heads":
-        allowed = "transformers: no stock architecture mixes the scores of its heads"
-        raise UserError("--target", "stock, for the variant talking_heads", allowed)
+        expected = "transformers: no stock architecture mixes the scores of its heads"
+        raise UserError(where="--target", got="stock, for the variant talking_heads", expected=expected)
+
     if model.has_head_norm:
         raise UserError(
-            "--target",
-            f"stock, for the variant {model.attention_variant}",
-            f"transformers{', or vllm' if model.has_hlc else ''}: no stock architecture norms the outputs of its "
-            "heads, and the norm cannot be folded into weights",
+            where="--target",
+            got=f"stock, for the variant {model.attention_variant}",
+            expected=f"transformers{', or vllm' if model.has_hlc else ''}: no stock architecture norms the outputs of "
+            "its heads, and the norm cannot be folded into weights",
         )
+
     composites = model.num_key_value_heads
-    config_class, model_class, own = _stock_classes(model)
-    shared = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    shared += ("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_parameters", "max_position_embeddings")
-    shared += ("tie_word_embeddings", "initializer_range")
-    values = {name: getattr(model, name) for name in shared}
+    config_class, model_class, own_fields = _stock_classes(model)
+    shared_keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    shared_keys += ("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_parameters", "max_position_embeddings")
+    shared_keys += ("tie_word_embeddings", "initializer_range")
+    shared_fields = {name: getattr(model, name) for name in shared_keys}
     if config_class is Qwen2Config:
-        del values["head_dim"]
-    config = config_class(**values | own | fields)
+        del shared_fields["head_dim"]
+
+    config = config_class(**shared_fields | own_fields | fields)
     rows = composites * model.head_dim
     tensors = {}
-    for name, recipe in _as_trained(model).items():
+    for name, recipe in _trained_tensors(model).items():
         layer, _, parameter = name.rpartition("self_attn.")
-        which = parameter[:1]
+        side = parameter[:1]
         if parameter.startswith("hlc_"):
             continue
-        mixed = {"k": model.mixes_keys, "v": model.mixes_values}.get(which, False)
-        if mixed and parameter.startswith(f"{which}_proj"):
-            combination = f"{layer}self_attn.hlc_{which}.weight"
-            recipe = Recipe((rows, *recipe.shape[1:]), (name, combination), _fold)
+
+        is_combined = {"k": model.mixes_keys, "v": model.mixes_values}.get(side, False)
+        if is_combined and parameter.startswith(f"{side}_proj"):
+            combination = f"{layer}self_attn.hlc_{side}.weight"
+            recipe = TensorRecipe(shape=(rows, *recipe.shape[1:]), sources=(name, combination), make=_fold_in_float64)
+
         tensors[name] = recipe
-        if parameter == "o_proj.weight" and own.get("attention_bias"):
-            # Of these architectures the output has a bias too, where the inputs have.
+        if parameter == "o_proj.weight" and own_fields.get("attention_bias"):
+            # In these architectures o_proj has a bias where q_proj, k_proj and v_proj have.
             hidden = model.hidden_size
-            tensors[f"{layer}self_attn.o_proj.bias"] = Recipe((hidden,), (), lambda hidden=hidden: torch.zeros(hidden))
+            tensors[f"{layer}self_attn.o_proj.bias"] = TensorRecipe(
+                shape=(hidden,), sources=(), make=lambda hidden=hidden: torch.zeros(hidden)
+            )
+
     kind = config_class.model_type.capitalize()
     notes = [f"A plain {kind}, which computes the same and needs no code: the head combination is folded into weights."]
     if not model.has_hlc:
         notes = [f"A plain {kind}, which needs no code."]
+
     if min(model.component_heads) < composites:
         counts = ", ".join(map(str, sorted(set(model.component_heads))))
         notes.append(
             f"The saving of the cache is given up: it holds {composites} heads a layer, with MEA's own files {counts}."
         )
-    return Target(config, model_class, tensors, notes=tuple(notes))
+
+    return ExportTarget(config=config, model_class=model_class, tensors=tensors, notes=tuple(notes))
 
 
-def _fold(projection: torch.Tensor, combination: torch.Tensor) -> torch.Tensor:
+def _fold_in_float64(projection: torch.Tensor, combination: torch.Tensor) -> torch.Tensor:
     return fold_weight(projection.double(), combination.double()).to(projection.dtype)
 
 
 def _stock_classes(model: Model) -> tuple[type[PreTrainedConfig], type[PreTrainedModel], dict[str, Any]]:
-    """(configuration, model, fields of its own) of the architecture that is this one without MEA."""
+    """(configuration class, model class, own fields) of the stock architecture that equals this model without MEA."""
     if model.qk_norm:
         return Qwen3Config, Qwen3ForCausalLM, {"attention_bias": model.attention_bias}
     if model.attention_bias and model.num_attention_heads * model.head_dim == model.hidden_size:
         return Qwen2Config, Qwen2ForCausalLM, {}
     if model.hidden_size % model.num_attention_heads == 0:
         return LlamaConfig, LlamaForCausalLM, {"attention_bias": model.attention_bias}
+
     if model.attention_bias:
         raise UserError(
-            "--target",
-            f"stock, with biases and a hidden size of {model.hidden_size} for {model.num_attention_heads} heads",
-            "transformers, or vllm: Llama wants a hidden size that its heads divide, Qwen2 heads that make it up",
+            where="--target",
+            got=f"stock, with biases and a hidden size of {model.hidden_size} for {model.num_attention_heads} heads",
+            expected="transformers, or vllm: Llama wants a hidden size that its heads divide, Qwen2 heads that make it "
+            "up",
         )
+
     return MistralConfig, MistralForCausalLM, {"sliding_window": None}
 
 
-def _vllm(model: Model, fields: dict[str, Any]) -> Target:
-    """The weights as trained; a configuration that says what the cache holds."""
+def _vllm_target(model: Model, fields: dict[str, Any]) -> ExportTarget:
+    """The weights as trained, with a configuration whose key/value heads are those of the cache."""
     composites, dim = model.num_key_value_heads, model.head_dim
-    found = f"vllm, for the variant {model.attention_variant}"
+    got = f"vllm, for the variant {model.attention_variant}"
     if model.attention_variant in ("differential", "talking_heads"):
-        raise UserError("--target", found, "transformers: vLLM attends once a layer, and hands out no scores")
+        raise UserError(
+            where="--target", got=got, expected="transformers: vLLM attends once a layer, and hands out no scores"
+        )
+
     if not model.has_hlc:
-        one = "stock" if model.attention_variant == "plain" else "transformers"
-        raise UserError("--target", found, f"{one}: this variant caches its heads as they are, and vLLM loads that")
+        alternative = "stock" if model.attention_variant == "plain" else "transformers"
+        raise UserError(
+            where="--target",
+            got=got,
+            expected=f"{alternative}: this variant caches its heads as they are, and vLLM loads that",
+        )
+
     if min(model.component_heads) == composites:
-        one = "transformers" if model.has_head_norm else "stock"
+        alternative = "transformers" if model.has_head_norm else "stock"
         reason = f"as many component as composite heads ({composites}) leave nothing to save, and vLLM loads that"
-        raise UserError("--target", found, f"{one}: {reason}")
+        raise UserError(where="--target", got=got, expected=f"{alternative}: {reason}")
+
     if model.qk_norm:
         raise UserError(
-            "--target",
-            "vllm, with qk_norm",
-            "transformers, which vLLM loads too and caches composite heads of: the norm scales every composite key "
-            "by a number of its own, for which vLLM's attention on one shared head has no place",
+            where="--target",
+            got="vllm, with qk_norm",
+            expected="transformers, which vLLM loads too and caches composite heads of: the norm scales every "
+            "composite key by a number of its own, for which vLLM's attention on one shared head has no place",
         )
-    # The heads of a layer's cache and their width. With h' = h composite heads take no more room and are narrower.
+
+    # (heads, width) of each layer's cache. With h' = h, composite heads take no more room and are narrower.
     shapes = [(1, count * dim) if count < composites else (composites, dim) for count in model.component_heads]
-    if refused := sorted({width for _, width in shapes if not _kernels(width)}):
+    if refused := sorted({width for _, width in shapes if not _vllm_kernels(width)}):
         raise UserError(
-            "--target",
-            f"vllm, with a cache of heads {', '.join(map(str, refused))} wide",
-            "transformers: vLLM's kernels take multiples of 8 up to 256 (FlashAttention) and 32 or more (Triton)",
+            where="--target",
+            got=f"vllm, with a cache of heads {', '.join(map(str, refused))} wide",
+            expected="transformers: vLLM's kernels take multiples of 8 up to 256 (FlashAttention) and 32 or more "
+            "(Triton)",
         )
-    config = _served_config(model, shapes, fields)
+
+    config = _vllm_config(model=model, shapes=shapes, fields=fields)
     classes = {
         "AutoConfig": "modeling_mea_vllm.MEAServedConfig",
         "AutoModel": "modeling_mea_vllm.MEAServedModel",
         "AutoModelForCausalLM": "modeling_mea_vllm.MEAServedForCausalLM",
     }
     gain = composites * model.num_hidden_layers / sum(model.component_heads)
-    kernels = "; ".join(f"width {width}: {', '.join(_kernels(width))}" for width in sorted({w for _, w in shapes}))
+    widths = sorted({width for _, width in shapes})
+    kernels = "; ".join(f"width {width}: {', '.join(_vllm_kernels(width))}" for width in widths)
     notes = (
         "For vLLM (`vllm serve this/folder --trust-remote-code --model-impl transformers`).",
         f"Its cache holds {gain:.3g} times the tokens that it would hold of composite heads. Kernels: {kernels}.",
     )
-    modules = (configuration_mea, rotary_mea, modeling_mea, modeling_mea_vllm)
-    return Target(config, MEAServedForCausalLM, _as_trained(model), modules, classes, notes)
+    modules = (configuration_mea, rotary_mea, attention_mea, modeling_mea, modeling_mea_vllm)
+    return ExportTarget(
+        config=config,
+        model_class=MEAServedForCausalLM,
+        tensors=_trained_tensors(model),
+        modules=modules,
+        classes=classes,
+        notes=notes,
+    )
 
 
-def _served_config(model: Model, shapes: list[tuple[int, int]], fields: dict[str, Any]) -> MEAServedConfig:
+def _vllm_config(*, model: Model, shapes: list[tuple[int, int]], fields: dict[str, Any]) -> MEAServedConfig:
+    """The configuration for vLLM, with the (heads, width) of each layer's cache."""
     trained = to_hf_config(model, **fields).to_dict()
     del trained["model_type"]
-    # The shape of most layers stands in the configuration itself, that of the others by layer.
-    usual = max(sorted(set(shapes)), key=shapes.count)
-    served = dict(zip(("num_key_value_heads", "head_dim"), usual, strict=True))
-    own = {"num_composite_heads": model.num_key_value_heads, "component_head_dim": model.head_dim}
-    others = {str(layer): dict(zip(served, shape, strict=True)) for layer, shape in enumerate(shapes) if shape != usual}
-    return MEAServedConfig.from_dict(trained | served | own | ({"per_layer_config": others} if others else {}))
+
+    # The shape of most layers goes to the top level, the others to `per_layer_config`.
+    common_shape = max(sorted(set(shapes)), key=shapes.count)
+    cache_fields = dict(zip(("num_key_value_heads", "head_dim"), common_shape, strict=True))
+    composite_fields = {"num_composite_heads": model.num_key_value_heads, "component_head_dim": model.head_dim}
+    per_layer = {
+        str(layer): dict(zip(cache_fields, shape, strict=True))
+        for layer, shape in enumerate(shapes)
+        if shape != common_shape
+    }
+    served = trained | cache_fields | composite_fields
+    if per_layer:
+        served["per_layer_config"] = per_layer
+
+    return MEAServedConfig.from_dict(served)
 
 
-def _kernels(width: int) -> list[str]:
-    """Those of vLLM 0.32 that take heads so wide; FlexAttention, which takes all and is slow, is left out."""
-    takes = {
+def _vllm_kernels(width: int) -> list[str]:
+    """Kernels of vLLM 0.32 for heads of this width; FlexAttention, which takes any and is slow, is left out."""
+    supports = {
         "FlashAttention": width % 8 == 0 and width <= 256,
         "Triton": width >= 32,
         "CPU": width in _CPU_WIDTHS,
     }
-    return [name for name, does in takes.items() if does]
+    return [name for name, supported in supports.items() if supported]

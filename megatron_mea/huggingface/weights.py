@@ -1,4 +1,4 @@
-"""Weights alone, out of a checkpoint or a Hugging Face folder, read in pieces: what `run.init_from` begins with."""
+"""Weights of a checkpoint or a Hugging Face folder, read in chunks, with which `run.init_from` begins a run."""
 
 from __future__ import annotations
 
@@ -8,23 +8,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_mea.checkpoint.folder import Meta, damage
+from megatron_mea.checkpoint.folder import CheckpointMetadata, find_corruption
 from megatron_mea.checkpoint.tensors import Fragment, read_fragments, weight_shapes
 from megatron_mea.config.load import parse_config
 from megatron_mea.config.schema import Model
 from megatron_mea.errors import Problem, UserError
-from megatron_mea.huggingface.description import read_description
-from megatron_mea.huggingface.place import INIT_FROM, is_hugging_face, named_checkpoint
-from megatron_mea.huggingface.stored import check_names, read_stored, stored_tensors, without_tied_head
+from megatron_mea.huggingface.hf_config import read_hf_config
+from megatron_mea.huggingface.locate import INIT_FROM, is_hf_folder, named_checkpoint
+from megatron_mea.huggingface.safetensors_reader import (
+    check_tensors,
+    fill_fragments,
+    scan_safetensors,
+    without_tied_head,
+)
 from megatron_mea.model.decoder import parameter_shapes
 
-_SAME = (
+_MUST_MATCH = (
     *("attention_variant", "num_attention_heads", "num_key_value_heads", "num_component_heads", "head_dim"),
     *("hlc_mixes", "qk_norm", "attention_bias", "tie_word_embeddings", "head_norm_affine"),
 )
-"""Settings that say what the weights mean, which equal shapes do not."""
-_TOLD = ("rope_parameters", "max_position_embeddings", "rms_norm_eps", "head_norm_eps")
-"""Settings that somebody may mean to change when training goes on: a warning."""
+"""Settings that must be equal for weights of equal shapes to mean the same."""
+_WARN_IF_CHANGED = ("rope_parameters", "max_position_embeddings", "rms_norm_eps", "head_norm_eps")
+"""Settings that a user may change on purpose: a difference is a warning."""
 
 
 @dataclass(frozen=True)
@@ -32,23 +37,23 @@ class WeightSource:
     """Weights that a run begins with.
 
     Args:
-        warnings: lines to print: settings that are other than those that the weights were trained with.
-        read: fills fragments of the master weights; for every rank by itself.
+        warnings: lines to print: settings that differ from those that the weights were trained with.
+        read: fills fragments of the master weights; no collective.
     """
 
     warnings: list[str]
     read: Callable[[Iterable[Fragment]], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StoredModel:
     """A model that lies in a folder.
 
     Args:
         model: its settings.
         shapes: of its tensors, by exported name.
-        read: fills fragments of them; for every rank by itself.
-        folder: the checkpoint, where a run folder was named; or the Hugging Face folder.
+        read: fills fragments of its tensors; no collective.
+        folder: the checkpoint (the newest one of a run folder), or the Hugging Face folder.
     """
 
     model: Model
@@ -57,63 +62,86 @@ class StoredModel:
     folder: Path
 
 
-def open_stored(path: Path, key: str, rank: int = 0, world_size: int = 1) -> StoredModel:
-    """A checkpoint, a run's newest one, or a Hugging Face folder.
+def open_stored_model(path: Path, key: str, *, rank: int = 0, world_size: int = 1) -> StoredModel:
+    """Opens a checkpoint, the newest one of a run folder, or a Hugging Face folder.
 
-    No code from a folder is run, and nothing but shapes is read yet, apart from a checkpoint's checksums, of which
-    each of `world_size` callers verifies its share, and that of what all of them read here.
+    No code from a folder is run. Of the tensors only shapes are read yet; of a checkpoint each of `world_size` callers
+    verifies the checksums of its share of the files, and of those that all of them read here.
 
     Args:
-        key: the one that named the folder, for messages.
+        key: the configuration key that named the folder, for messages.
 
     Raises:
         UserError: nothing of the kind stands there, or it is damaged.
     """
-    if is_hugging_face(path):
-        model = stored_settings(path, key)
-        found = without_tied_head(path, key, stored_tensors(path, key), model.tie_word_embeddings)
-        shapes = {name: one.shape for name, one in found.items()}
-        return StoredModel(model, shapes, partial(read_stored, found), path)
+    if is_hf_folder(path):
+        model = read_model_settings(path, key)
+        tensors = without_tied_head(
+            path=path, where=key, tensors=scan_safetensors(path, key), tied=model.tie_word_embeddings
+        )
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        return StoredModel(model=model, shapes=shapes, read=partial(fill_fragments, tensors), folder=path)
+
     folder = named_checkpoint(path, key)
-    if problem := damage(folder, rank, world_size):
-        raise UserError(key, f"{folder}: {problem}", "a whole checkpoint", "use an older one of the run")
-    return StoredModel(stored_settings(folder, key), weight_shapes(folder), partial(read_fragments, folder), folder)
+    if problem := find_corruption(folder=folder, rank=rank, world_size=world_size):
+        raise UserError(
+            where=key, got=f"{folder}: {problem}", expected="a whole checkpoint", hint="use an older one of the run"
+        )
+
+    return StoredModel(
+        model=read_model_settings(folder, key),
+        shapes=weight_shapes(folder),
+        read=partial(read_fragments, folder),
+        folder=folder,
+    )
 
 
-def stored_settings(path: Path, key: str) -> Model:
-    """The settings alone of what `open_stored` opens; nothing is verified.
+def read_model_settings(path: Path, key: str) -> Model:
+    """Reads the settings of the model that `open_stored_model` would open, and verifies nothing.
 
     Raises:
         UserError: nothing of the kind stands there.
     """
-    if is_hugging_face(path):
-        return read_description(path, key).model
-    return parse_config(Meta.read(named_checkpoint(path, key)).config, needs_data=False).model
+    if is_hf_folder(path):
+        return read_hf_config(path, key).model
+
+    return parse_config(CheckpointMetadata.read(named_checkpoint(path, key)).config, needs_data=False).model
 
 
-def open_weights(path: Path, model: Model, rank: int = 0, world_size: int = 1) -> WeightSource:
-    """The weights of a folder, as `open_stored` opens it, for a model of these settings.
+def open_weights(path: Path, model: Model, *, rank: int = 0, world_size: int = 1) -> WeightSource:
+    """Opens the weights of a folder, as `open_stored_model` does, for a model of these settings.
 
     Raises:
         UserError: nothing of the kind stands there, it is damaged, or a name, a shape or a setting does not fit.
     """
-    stored = open_stored(path, INIT_FROM, rank, world_size)
-    ours, settings = _described(model), _described(stored.model)
-    other = [key for key in ours if key in settings and settings[key] != ours[key]]
+    stored = open_stored_model(path=path, key=INIT_FROM, rank=rank, world_size=world_size)
+    settings, stored_settings = _effective_settings(model), _effective_settings(stored.model)
+    differing = [key for key in settings if key in stored_settings and stored_settings[key] != settings[key]]
     problems = [
-        Problem(f"model.{key}", ours[key], f"{settings[key]}, as in {INIT_FROM} = {path}")
-        for key in other
-        if key in _SAME
+        Problem(where=f"model.{key}", got=settings[key], expected=f"{stored_settings[key]}, as in {INIT_FROM} = {path}")
+        for key in differing
+        if key in _MUST_MATCH
     ]
-    problems += check_names(path, INIT_FROM, stored.shapes, parameter_shapes(model), "the section `model`")
+    problems += check_tensors(
+        path=path,
+        where=INIT_FROM,
+        shapes=stored.shapes,
+        expected=parameter_shapes(model),
+        expected_by="the section `model`",
+    )
     if problems:
-        raise UserError.of(problems)
-    told = [key for key in other if key in _TOLD]
-    return WeightSource([f"model.{key} is {ours[key]}, and {settings[key]} in {path}" for key in told], stored.read)
+        raise UserError.from_problems(problems)
+
+    warnings = [
+        f"model.{key} is {settings[key]}, and {stored_settings[key]} in {path}"
+        for key in differing
+        if key in _WARN_IF_CHANGED
+    ]
+    return WeightSource(warnings, stored.read)
 
 
-def _described(model: Model) -> dict[str, Any]:
-    """Those of the settings above that have an effect, as a config.json of transformers 5 describes them."""
+def _effective_settings(model: Model) -> dict[str, Any]:
+    """The settings in `_MUST_MATCH` and `_WARN_IF_CHANGED` that affect this model, normalised for comparison."""
     fields = model.model_dump(mode="json")
     fields |= {"num_component_heads": model.component_heads, "rope_parameters": model.rope_parameters}
     effective = {
@@ -123,4 +151,4 @@ def _described(model: Model) -> dict[str, Any]:
         "head_norm_eps": model.has_head_norm,
         "max_position_embeddings": model.rope_parameters["rope_type"] == "dynamic",
     }
-    return {key: fields[key] for key in (*_SAME, *_TOLD) if effective.get(key, True)}
+    return {key: fields[key] for key in (*_MUST_MATCH, *_WARN_IF_CHANGED) if effective.get(key, True)}

@@ -1,265 +1,358 @@
-"""The decoder as a flat list of layers: embedding, blocks, head."""
+"""A Llama-like decoder, or one pipeline stage of it: embedding, transformer blocks, final norm, language-model head."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megatron_mea.attention.attention import Attention
-from megatron_mea.attention.documents import Attend, causal, visible_tokens, within_documents
-from megatron_mea.attention.folds import Folds, fold
-from megatron_mea.attention.talking_heads import talking
+from megatron_mea.attention.document_mask import (
+    AttentionFn,
+    causal_attention,
+    document_attention,
+    visible_tokens_mask,
+)
+from megatron_mea.attention.folds import FoldedKV, fold_kv
+from megatron_mea.attention.mea import MultiheadExplicitAttention
+from megatron_mea.attention.talking_heads import talking_heads_attention
 from megatron_mea.config.schema import Model
-from megatron_mea.huggingface.convert import to_hf_config
-from megatron_mea.huggingface.rotary_mea import inverse_frequencies, rotary_cos_sin
-from megatron_mea.parallel.collectives import enter, leave
+from megatron_mea.exported.rotary_mea import inverse_frequencies, rotary_cos_sin
+from megatron_mea.parallel.activation_checkpoint import maybe_checkpoint
+from megatron_mea.parallel.collectives import enter_tp_region, exit_tp_region
 from megatron_mea.parallel.cross_entropy import chunk_size, linear_cross_entropy_sum
-from megatron_mea.parallel.grid import ALONE, TensorGroup
+from megatron_mea.parallel.grid import NO_TP, TensorGroup
 from megatron_mea.parallel.layers import Embedding, Linear, RMSNorm, cross_entropy_sum
-from megatron_mea.parallel.parameter import declare, named_specs, normal
-from megatron_mea.parallel.recompute import recomputed
+from megatron_mea.parallel.parameter import normal, parameters_by_name, sharded_parameter
 
-Recompute = Literal["none", "selective", "full"]
+ActivationCheckpointing = Literal["none", "selective", "full"]
 
 
-class FeedForward(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)).
+@dataclass(frozen=True, kw_only=True)
+class StageLayers:
+    """The layers that a pipeline stage holds.
 
     Args:
-        recompute: keep gate and up as they are projected, and make the rest anew in the backward pass.
+        embedding: whether it holds the token embedding, as the first stage does.
+        blocks: global indices of its transformer blocks, counted from 0.
+        head: whether it holds the final norm and the language-model head, as the last stage does.
     """
 
-    def __init__(self, config: Model, layer: int, tp: TensorGroup = ALONE, recompute: bool = False) -> None:
+    embedding: bool = False
+    blocks: range = range(0)
+    head: bool = False
+
+
+EMBEDDING, HEAD = StageLayers(embedding=True), StageLayers(head=True)
+
+
+def all_layers(config: Model) -> StageLayers:
+    """Every layer of the model, as one stage without pipeline parallelism."""
+    return StageLayers(embedding=True, blocks=range(config.num_hidden_layers), head=True)
+
+
+def single_layers(config: Model) -> list[StageLayers]:
+    """Each layer as a stage of its own, in the order of the forward pass: embedding, every block, head."""
+    blocks = [StageLayers(blocks=range(index, index + 1)) for index in range(config.num_hidden_layers)]
+    return [EMBEDDING, *blocks, HEAD]
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward: down_proj(silu(gate_proj(x)) * up_proj(x)).
+
+    Args:
+        recompute: save only the outputs of gate_proj and up_proj, and recompute the rest in backward.
+    """
+
+    def __init__(self, config: Model, layer: int, *, tp: TensorGroup = NO_TP, recompute: bool = False) -> None:
         super().__init__()
         self.tp, self.recompute = tp, recompute
         name = f"model.layers.{layer}.mlp"
         hidden, inner, std = config.hidden_size, config.intermediate_size, config.initializer_range
-        self.gate_proj = Linear(f"{name}.gate_proj", hidden, inner, std, tp=tp, shard_dim=0)
-        self.up_proj = Linear(f"{name}.up_proj", hidden, inner, std, tp=tp, shard_dim=0)
         output_std = std / math.sqrt(2 * config.num_hidden_layers)
-        self.down_proj = Linear(f"{name}.down_proj", inner, hidden, output_std, tp=tp, shard_dim=1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = enter(x, self.tp)
-        return leave(recomputed(self._down, self.gate_proj(x), self.up_proj(x), when=self.recompute), self.tp)
+        def input_projection(suffix: str) -> Linear:
+            return Linear(name=f"{name}.{suffix}", in_features=hidden, out_features=inner, std=std, tp=tp, shard_dim=0)
 
-    def _down(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        self.gate_proj, self.up_proj = input_projection("gate_proj"), input_projection("up_proj")
+        self.down_proj = Linear(
+            name=f"{name}.down_proj", in_features=inner, out_features=hidden, std=output_std, tp=tp, shard_dim=1
+        )
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(batch, seq, hidden) -> (batch, seq, hidden)"""
+        hidden_states = enter_tp_region(hidden_states, self.tp)
+        gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
+        output = maybe_checkpoint(self._gate_and_project, gate, up, enabled=self.recompute)
+        return exit_tp_region(output, self.tp)
+
+    def _gate_and_project(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """(batch, seq, intermediate), twice -> this rank's partial down_proj output (batch, seq, hidden)."""
         return self.down_proj(F.silu(gate) * up)
 
 
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
+class TransformerBlock(nn.Module):
+    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: Model, layer: int, tp: TensorGroup = ALONE, recompute: bool = False) -> None:
+    def __init__(self, config: Model, layer: int, *, tp: TensorGroup = NO_TP, recompute: bool = False) -> None:
         super().__init__()
 
-        def norm(which: str) -> RMSNorm:
-            name = f"model.layers.{layer}.{which}"
-            return RMSNorm(name, config.hidden_size, config.rms_norm_eps, tp=tp, partial=tp.sequence_parallel)
+        def norm(suffix: str) -> RMSNorm:
+            return RMSNorm(
+                name=f"model.layers.{layer}.{suffix}",
+                size=config.hidden_size,
+                eps=config.rms_norm_eps,
+                tp=tp,
+                reduce_weight_grad=tp.sequence_parallel,
+            )
 
         self.input_layernorm = norm("input_layernorm")
-        self.self_attn = Attention(config, layer, tp, recompute)
+        self.self_attn = MultiheadExplicitAttention(config=config, layer=layer, tp=tp, recompute=recompute)
         self.post_attention_layernorm = norm("post_attention_layernorm")
-        self.mlp = FeedForward(config, layer, tp, recompute)
+        self.mlp = MLP(config=config, layer=layer, tp=tp, recompute=recompute)
 
     def forward(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend, folded: Folds
+        self,
+        hidden_states: torch.Tensor,
+        *,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        attend: AttentionFn,
+        folded: FoldedKV,
     ) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend, folded)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        """(batch, seq, hidden), with cos and sin (batch, 1, seq, d), -> (batch, seq, hidden)"""
+        attended = self.self_attn(self.input_layernorm(hidden_states), cos=cos, sin=sin, attend=attend, folded=folded)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
-class Projection(nn.Module):
-    """The language-model head, its rows cut over the tensor group.
+class LMHead(nn.Module):
+    """The language-model head, its rows sharded over the tensor group.
 
     Args:
-        weight: (vocab_size, hidden_size), this rank's rows; a tied embedding's, or its own.
+        weight: this rank's rows of (vocab_size, hidden_size); the embedding's where they are tied.
     """
 
-    def __init__(self, config: Model, weight: nn.Parameter, tp: TensorGroup = ALONE) -> None:
+    def __init__(self, config: Model, weight: nn.Parameter, *, tp: TensorGroup = NO_TP) -> None:
         super().__init__()
-        self.tp, self.vocab_size, self.rows = tp, config.vocab_size, tp.span(config.vocab_size)
+        self.tp, self.vocab_size, self.rows = tp, config.vocab_size, tp.local_range(config.vocab_size)
         self.weight = weight
 
-    def forward(self, x: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
-        """(batch, seq, hidden) -> logits (batch, seq, this rank's part of the vocabulary).
+    def forward(self, hidden_states: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        """(batch, seq, hidden) -> logits (batch, seq, this rank's shard of the vocabulary).
 
-        With targets (batch, seq) -> the sum of the cross-entropies, a float32 scalar, of logits that are made in chunks
-        where there are many.
+        With targets (batch, seq) -> the sum of the cross-entropies (nats), a float32 scalar; the logits of many tokens
+        are computed in chunks.
         """
-        weight, own = self.weight, self.rows.stop - self.rows.start
-        # The last ranks' parts may be longer than their share of the vocabulary. Only then: the gradient of a slice is
-        # a matrix of zeros and a copy.
-        weight = weight if own == len(weight) else weight[:own]
+        num_rows = self.rows.stop - self.rows.start
+        # Only the last ranks' padded shards are sliced: backward of a slice fills a matrix of zeros and copies.
+        weight = self.weight if num_rows == len(self.weight) else self.weight[:num_rows]
         if targets is None:
-            return F.linear(x, weight)
-        x, targets = x.flatten(0, 1), targets.flatten()
-        # The largest part decides: ranks must agree.
-        chunk = chunk_size(len(x), -(-self.vocab_size // self.tp.size))
-        if chunk < len(x):
-            return linear_cross_entropy_sum(x, weight, targets, self.rows.start, self.tp, chunk)
-        logits = F.linear(x, weight)
+            return F.linear(hidden_states, weight)
+
+        # shape: (batch, seq, hidden) -> (tokens, hidden), (batch, seq) -> (tokens,)
+        hidden_states, targets = hidden_states.flatten(0, 1), targets.flatten()
+
+        # The largest shard decides, since ranks must agree.
+        chunk = chunk_size(len(hidden_states), -(-self.vocab_size // self.tp.size))
+        if chunk < len(hidden_states):
+            return linear_cross_entropy_sum(
+                hidden_states, weight, targets, offset=self.rows.start, tp=self.tp, chunk=chunk
+            )
+
+        logits = F.linear(hidden_states, weight)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return cross_entropy_sum(logits, targets, self.vocab_size, self.tp)
-
-
-class Head(nn.Module):
-    """Final norm and language-model head; the latter takes targets instead of making logits."""
-
-    def __init__(self, config: Model, weight: nn.Parameter, tp: TensorGroup = ALONE) -> None:
-        super().__init__()
-        self.tp = tp
-        self.norm = RMSNorm("model.norm", config.hidden_size, config.rms_norm_eps, tp=tp, partial=tp.sequence_parallel)
-        self.project = Projection(config, weight, tp)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(batch, seq, hidden) -> what is projected, (batch, seq, hidden), whole on every rank"""
-        return enter(self.norm(x), self.tp)
+        return cross_entropy_sum(logits, targets, vocab_size=self.vocab_size, tp=self.tp)
 
 
 class Decoder(nn.Module):
-    """A Llama-like decoder, or one pipeline stage of it.
+    """A Llama-like decoder, or one pipeline stage of it, on one rank of a tensor group.
+
+    `embed_tokens`, `norm` and `lm_head` are None on a stage that does not hold them; `layers` maps global indices to
+    the stage's blocks.
 
     Args:
         config: the `model` section.
-        recompute: what is made anew in the backward pass instead of being kept: `full`, each block; `selective`, what
-            follows from its projections without a matrix of parameters: attention, its norms and the gate.
-        compiled: blocks are compiled, where they are trained.
-        fold_outside: fold a block's keys and values outside of what is recomputed and compiled. Not where parameters
-            are partitioned (ZeRO 3): there they exist inside their module's forward pass alone.
         tp: the tensor group of this rank.
-        stage: which layers to make: 0 is the embedding, then the blocks, the last one the head; None: all.
-            Where embeddings are tied and the two ends lie on different stages, each has a copy of the matrix.
-        document_mask: attention stays inside documents, which begin where position ids are zero.
+        stage: the layers to build; None for all. Where embeddings are tied and the first and last stage differ, each
+            holds a copy of the matrix.
+        document_mask: whether attention stays inside documents, which begin where position ids are zero.
+        activation_checkpointing: what is recomputed in backward instead of being saved: with `full` every block, with
+            `selective` attention, its norms and the SwiGLU product, but no matrix product of a weight.
+        compile_blocks: whether training runs the blocks through torch.compile.
+        fold_outside: whether a block's key and value projections are folded outside of the activation checkpoint and
+            the compiled code. Impossible with ZeRO 3, where full parameters exist only during their module's forward.
     """
 
     def __init__(
         self,
         config: Model,
-        recompute: Recompute = "none",
-        tp: TensorGroup = ALONE,
-        stage: range | None = None,
+        *,
+        tp: TensorGroup = NO_TP,
+        stage: StageLayers | None = None,
         document_mask: bool = False,
-        compiled: bool = False,
+        activation_checkpointing: ActivationCheckpointing = "none",
+        compile_blocks: bool = False,
         fold_outside: bool = True,
     ) -> None:
         super().__init__()
-        self.tp, self.vocab_size = tp, config.vocab_size
-        self.hf_config = to_hf_config(config)
-        # No buffer: those are rounded with the parameters, and have no memory on the device "meta".
-        self._frequencies = torch.tensor(inverse_frequencies(self.hf_config)[0], dtype=torch.float64, device="cpu")
-        self.recompute, self.document_mask, self.fold_outside = recompute, document_mask, fold_outside
-        self._trained = _compiled(config.num_hidden_layers) if compiled else run_block
-        self.heads_talk = config.attention_variant == "talking_heads"
-        stage = range(config.num_hidden_layers + 2) if stage is None else stage
-        self.layers = nn.ModuleList()
-        embed = None
-        for index in stage:
-            if index == 0:
-                embed = _embedding(config, tp)
-                self.layers.append(embed)
-            elif index <= config.num_hidden_layers:
-                self.layers.append(Block(config, index - 1, tp, recompute == "selective"))
-            else:
-                self.layers.append(Head(config, _head_weight(config, embed, tp), tp))
+        self.config, self.tp = config, tp
+        self.activation_checkpointing = activation_checkpointing
+        self.document_mask, self.fold_outside = document_mask, fold_outside
+        self._training_block = _compile_run_block(config.num_hidden_layers) if compile_blocks else run_block
+        # No buffer: buffers are rounded to the parameter dtype, and have no memory on the device "meta".
+        self._inv_freq = torch.tensor(inverse_frequencies(config)[0], dtype=torch.float64, device="cpu")
+
+        stage = all_layers(config) if stage is None else stage
+        selective = activation_checkpointing == "selective"
+        self.embed_tokens = _build_embedding(config, tp) if stage.embedding else None
+        self.layers = nn.ModuleDict(
+            {
+                str(index): TransformerBlock(config=config, layer=index, tp=tp, recompute=selective)
+                for index in stage.blocks
+            }
+        )
+        self.norm: RMSNorm | None = None
+        self.lm_head: LMHead | None = None
+        if stage.head:
+            self.norm = RMSNorm(
+                name="model.norm",
+                size=config.hidden_size,
+                eps=config.rms_norm_eps,
+                tp=tp,
+                reduce_weight_grad=tp.sequence_parallel,
+            )
+            weight = _lm_head_weight(config=config, embed_tokens=self.embed_tokens, tp=tp)
+            self.lm_head = LMHead(config=config, weight=weight, tp=tp)
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The sum of the cross-entropies (nats) of all targets that are not `IGNORE`; a float32 scalar.
+        """The sum of the cross-entropies (nats) of all targets that are not `IGNORE_INDEX`; a float32 scalar.
 
         All arguments are (batch, seq); `targets[:, i]` is what should follow `input_ids[:, i]`.
         """
-        return self.loss(self.run(input_ids, position_ids), targets)
+        return self.loss(self.forward_hidden(input_ids, position_ids), targets)
 
-    def loss(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """What `run` returns on the last stage, and targets (batch, seq) -> the sum of the cross-entropies"""
-        return self.layers[-1].project(x, targets)
+    def loss(self, hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Output of `forward_hidden` on the last stage, targets (batch, seq) -> sum of the cross-entropies (nats)"""
+        return self.lm_head(hidden_states, targets)
 
-    def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """What `run` returns on the last stage -> (batch, seq, this rank's part of the vocabulary)"""
-        return self.layers[-1].project(x)
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Output of `forward_hidden` on the last stage -> logits (batch, seq, this rank's shard of the vocabulary)."""
+        return self.lm_head(hidden_states)
 
     @property
-    def blocks(self) -> list[Block]:
-        """Of this stage."""
-        return [layer for layer in self.layers if isinstance(layer, Block)]
+    def blocks(self) -> list[TransformerBlock]:
+        """Transformer blocks of this pipeline stage, in order."""
+        return list(self.layers.values())
 
-    def run(self, x: torch.Tensor, position_ids: torch.Tensor, folded: Sequence[Folds] | None = None) -> torch.Tensor:
-        """Through the layers of this stage, but for the projection to logits.
+    def forward_hidden(
+        self, hidden_states: torch.Tensor, position_ids: torch.Tensor, *, folded: Sequence[FoldedKV] | None = None
+    ) -> torch.Tensor:
+        """Runs the layers of this stage up to, but without, the projection to logits.
 
         Args:
-            x: (batch, seq) token ids on the first stage, hidden states (batch, seq, hidden) on the others, with
-                sequence parallelism this rank's part of the sequence.
+            hidden_states: (batch, seq) token ids on the first stage, (batch, seq, hidden) on the others; with sequence
+                parallelism this rank's shard of the sequence.
             position_ids: (batch, seq)
-            folded: of every block, what is folded already.
+            folded: folded key and value projections of every block; None to fold here where that is cheapest.
 
         Returns:
-            hidden states; on the last stage those behind the final norm, whole on every rank.
+            (batch, seq, hidden); on the last stage the output of the final norm, the full sequence on every rank.
         """
-        angles: tuple[torch.Tensor, ...] | None = None
-        attend: Attend = causal
-        given = iter(folded) if folded is not None else None
-        for layer in self.layers:
-            if not isinstance(layer, Block):
-                x = layer(x)
-                continue
-            if angles is None:
-                self._frequencies = self._frequencies.to(position_ids.device)
-                cos_sin = rotary_cos_sin(self.hf_config, position_ids, x.dtype, self._frequencies)
-                # shape: (batch, seq, d) -> (batch, 1, seq, d), the same for all heads
-                angles = tuple(angle.unsqueeze(1) for angle in cos_sin)
-                attend = self._attend(position_ids)
-            if given is not None:
-                folds = next(given)
+        if self.embed_tokens is not None:
+            hidden_states = self.embed_tokens(hidden_states)
+        if self.layers:
+            hidden_states = self._forward_blocks(hidden_states, position_ids, folded=folded)
+        if self.norm is not None:
+            hidden_states = enter_tp_region(self.norm(hidden_states), self.tp)
+
+        return hidden_states
+
+    def _forward_blocks(
+        self, hidden_states: torch.Tensor, position_ids: torch.Tensor, *, folded: Sequence[FoldedKV] | None
+    ) -> torch.Tensor:
+        self._inv_freq = self._inv_freq.to(position_ids.device)
+        cos_sin = rotary_cos_sin(
+            config=self.config, position_ids=position_ids, dtype=hidden_states.dtype, inv_freq=self._inv_freq
+        )
+        # shape: (batch, seq, d) -> (batch, 1, seq, d), the same for all heads
+        cos, sin = (angle.unsqueeze(1) for angle in cos_sin)
+
+        attend = self._attention_fn(position_ids)
+        # Validation runs uncompiled, since compiled code does not call the hooks that observe it.
+        block_fn = self._training_block if torch.is_grad_enabled() else run_block
+
+        for index, block in enumerate(self.blocks):
+            if folded is not None:
+                folded_kv = folded[index]
             else:
-                folds = fold(layer.self_attn, position_ids.numel()) if self.fold_outside else (None, None)
-            # Hooks that watch a validation are not seen by what is compiled.
-            run = self._trained if torch.is_grad_enabled() else run_block
-            x = recomputed(run, layer, x, *angles, attend, folds, when=self.recompute == "full")
-        return x
+                folded_kv = fold_kv(block.self_attn, position_ids.numel()) if self.fold_outside else (None, None)
 
-    def _attend(self, position_ids: torch.Tensor) -> Attend:
-        """How tokens of these positions (batch, seq) attend to one another, in every block."""
-        if self.heads_talk:
-            return talking(visible_tokens(position_ids, self.document_mask))
-        return within_documents(position_ids) if self.document_mask else causal
+            hidden_states = maybe_checkpoint(
+                block_fn,
+                block,
+                hidden_states,
+                cos=cos,
+                sin=sin,
+                attend=attend,
+                folded=folded_kv,
+                enabled=self.activation_checkpointing == "full",
+            )
+
+        return hidden_states
+
+    def _attention_fn(self, position_ids: torch.Tensor) -> AttentionFn:
+        """The attention function of all blocks for tokens at these positions (batch, seq)."""
+        if self.config.attention_variant == "talking_heads":
+            return talking_heads_attention(visible_tokens_mask(position_ids, document_mask=self.document_mask))
+
+        return document_attention(position_ids) if self.document_mask else causal_attention
 
 
-def run_block(
-    block: Block, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend, folded: Folds
-) -> torch.Tensor:
-    """What is compiled: one function, so that blocks of one shape share their code."""
-    return block(x, cos, sin, attend, folded)
+def run_block(block: TransformerBlock, hidden_states: torch.Tensor, **arguments: object) -> torch.Tensor:
+    """A block's forward pass, as the one function to compile so that blocks of one shape share their code."""
+    return block(hidden_states, **arguments)
 
 
-def _compiled(layers: int) -> Callable[..., torch.Tensor]:
-    """`run_block` compiled; torch gives up silently at more graphs of a function than it allows, 8 of itself."""
+def _compile_run_block(num_layers: int) -> Callable[..., torch.Tensor]:
+    """Returns `run_block` compiled, with torch's limit of graphs per function (8, then silently eager) raised."""
     import torch._dynamo
 
-    # Layers may all differ in their number of component heads.
-    limit = max(torch._dynamo.config.recompile_limit, 4 * layers)
+    # Each layer may have another number of component heads, and so another graph.
+    limit = max(torch._dynamo.config.recompile_limit, 4 * num_layers)
     torch._dynamo.config.recompile_limit = limit
     torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 8 * limit)
     return torch.compile(run_block, dynamic=False)
 
 
-def _embedding(config: Model, tp: TensorGroup) -> Embedding:
+def _build_embedding(config: Model, tp: TensorGroup) -> Embedding:
     std = config.embedding_initializer_range or config.initializer_range
-    return Embedding("model.embed_tokens", config.vocab_size, config.hidden_size, std, tp)
+    return Embedding(
+        name="model.embed_tokens", vocab_size=config.vocab_size, hidden_size=config.hidden_size, std=std, tp=tp
+    )
 
 
-def _head_weight(config: Model, embed: Embedding | None, tp: TensorGroup) -> nn.Parameter:
+def _lm_head_weight(*, config: Model, embed_tokens: Embedding | None, tp: TensorGroup) -> nn.Parameter:
+    """This rank's rows of the head's matrix; of a tied one the embedding's, or a copy where another stage holds it."""
     if config.tie_word_embeddings:
-        return (embed or _embedding(config, tp)).weight
-    shape = (config.vocab_size, config.hidden_size)
-    return declare("lm_head.weight", shape, "matrix", normal(config.initializer_range), tp, 0)
+        return (embed_tokens or _build_embedding(config, tp)).weight
+
+    return sharded_parameter(
+        name="lm_head.weight",
+        global_shape=(config.vocab_size, config.hidden_size),
+        kind="matrix",
+        initialize=normal(config.initializer_range),
+        tp=tp,
+        shard_dim=0,
+    )
 
 
 def parameter_shapes(config: Model) -> dict[str, tuple[int, ...]]:
-    """Global shape of every parameter by exported name; allocates nothing."""
+    """Maps exported names to global shapes of all parameters; allocates nothing."""
     with torch.device("meta"):
-        return {name: parameter.spec.shape for name, parameter in named_specs(Decoder(config)).items()}
+        parameters = parameters_by_name(Decoder(config))
+    return {name: parameter.spec.global_shape for name, parameter in parameters.items()}

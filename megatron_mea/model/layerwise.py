@@ -1,4 +1,4 @@
-"""A model run a layer at a time, for those that do not fit into memory."""
+"""Running a model one layer at a time, for models that do not fit into memory."""
 
 from __future__ import annotations
 
@@ -7,24 +7,26 @@ from collections.abc import Callable
 import torch
 
 from megatron_mea.config.schema import Model
-from megatron_mea.model.decoder import Decoder
+from megatron_mea.model.decoder import Decoder, StageLayers
 
 
-def one_layer(
+def load_layer(
+    *,
     config: Model,
-    index: int,
+    layer: StageLayers,
     read: Callable[[str], torch.Tensor],
     dtype: torch.dtype = torch.float32,
     document_mask: bool = False,
 ) -> Decoder:
-    """One of the decoder's flat list of layers with its parameters, which take no gradient.
+    """Builds one layer of the decoder and loads its parameters, which take no gradient.
 
     Args:
-        index: 0 is the embedding, then the blocks, the last one the head.
-        read: a whole parameter by its name.
+        layer: an entry of `single_layers`.
+        read: returns the full tensor of a parameter, given its exported name.
     """
     with torch.device("meta"):
-        layer = Decoder(config, stage=range(index, index + 1), document_mask=document_mask)
-    weights = {key: read(parameter.spec.name).to(dtype) for key, parameter in layer.named_parameters()}
-    layer.load_state_dict(weights, assign=True)
-    return layer.requires_grad_(False)
+        decoder = Decoder(config=config, stage=layer, document_mask=document_mask)
+
+    weights = {key: read(parameter.spec.name).to(dtype) for key, parameter in decoder.named_parameters()}
+    decoder.load_state_dict(weights, assign=True)
+    return decoder.requires_grad_(requires_grad=False)

@@ -1,8 +1,9 @@
 """Collectives with gradients over a tensor group, after Megatron-LM (arXiv 1909.08053, 2205.05198).
 
-Inside a tensor-parallel region every rank computes with its part of a matrix. A gradient that leaves the region is
-the sum over the ranks, so `enter` is the identity with an all-reduce behind it, and `leave` the other way round;
-with sequence parallelism they gather and scatter along the sequence. All are the identity in a group of one.
+Inside a tensor-parallel region every rank computes with its shard of a matrix. A gradient that leaves the region is
+the sum over the ranks, so `enter_tp_region` is the identity forward and an all-reduce backward, and `exit_tp_region`
+the other way round (Megatron's copy_to and reduce_from). With sequence parallelism they are an all-gather and a
+reduce-scatter along the sequence. All are the identity in a group of one.
 """
 
 from __future__ import annotations
@@ -12,27 +13,29 @@ import torch.distributed as dist
 
 from megatron_mea.parallel.grid import TensorGroup
 
-SEQUENCE = 1
-"""The dimension of (batch, seq, hidden) that sequence parallelism cuts."""
+SEQUENCE_DIM = 1
+"""The dimension of (batch, seq, hidden) that sequence parallelism shards."""
 
 
-def all_reduce(x: torch.Tensor, tp: TensorGroup, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
-    """A reduced copy of `x`; without a gradient."""
+def all_reduce(x: torch.Tensor, *, tp: TensorGroup, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
+    """Returns a copy of `x` reduced over the tensor group; no gradient passes."""
     x = x.detach().contiguous().clone()
     if tp.size > 1:
         dist.all_reduce(x, op=op, group=tp.group)
+
     return x
 
 
-def all_gather(x: torch.Tensor, dim: int, tp: TensorGroup) -> torch.Tensor:
-    """Equal parts joined at `dim`; without a gradient."""
-    rows = x.detach().movedim(dim, 0).contiguous()
-    parts = rows.new_empty((tp.size * rows.shape[0], *rows.shape[1:]))
-    dist.all_gather_into_tensor(parts, rows, group=tp.group)
-    return parts.movedim(0, dim)
+def all_gather(x: torch.Tensor, *, dim: int, tp: TensorGroup) -> torch.Tensor:
+    """Concatenates the equally large shards of all ranks along `dim`; no gradient passes."""
+    # The collective concatenates along the first dimension.
+    shard = x.detach().movedim(dim, 0).contiguous()
+    full = shard.new_empty((tp.size * shard.shape[0], *shard.shape[1:]))
+    dist.all_gather_into_tensor(full, shard, group=tp.group)
+    return full.movedim(0, dim)
 
 
-class _Copy(torch.autograd.Function):
+class _CopyToRegion(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, tp):
         ctx.tp = tp
@@ -40,94 +43,89 @@ class _Copy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return all_reduce(gradient, ctx.tp), None
+        return all_reduce(gradient, tp=ctx.tp), None
 
 
-class _Reduce(torch.autograd.Function):
+class _ReduceFromRegion(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, tp):
-        return all_reduce(x, tp)
+        return all_reduce(x, tp=tp)
 
     @staticmethod
     def backward(ctx, gradient):
         return gradient, None
 
 
-class _Gather(torch.autograd.Function):
-    """Joins equal parts at `dim`; the gradient of the whole is summed over ranks and cut again."""
+class _GatherFromRegion(torch.autograd.Function):
+    """All-gather of equally large shards along `dim`; the gradient is reduce-scattered."""
 
     @staticmethod
-    def forward(ctx, x, dim, tp):
+    def forward(ctx, x, dim, tp):  # noqa: PLR0917 - torch passes by position
         ctx.dim, ctx.tp = dim, tp
-        return all_gather(x, dim, tp)
+        return all_gather(x, dim=dim, tp=tp)
 
     @staticmethod
     def backward(ctx, gradient):
-        return _reduce_scatter(gradient, ctx.dim, ctx.tp), None, None
+        return _reduce_scatter(gradient, dim=ctx.dim, tp=ctx.tp), None, None
 
 
 class _ReduceScatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, dim, tp):
+    def forward(ctx, x, dim, tp):  # noqa: PLR0917 - torch passes by position
         ctx.dim, ctx.tp = dim, tp
-        return _reduce_scatter(x, dim, tp)
+        return _reduce_scatter(x, dim=dim, tp=tp)
 
     @staticmethod
     def backward(ctx, gradient):
-        # Two matrix products read it.
-        return all_gather(gradient, ctx.dim, ctx.tp).contiguous(), None, None
+        # Contiguous, since two matrix products read it.
+        return all_gather(gradient, dim=ctx.dim, tp=ctx.tp).contiguous(), None, None
 
 
-class _Scatter(torch.autograd.Function):
-    """Keeps this rank's part of what all ranks hold alike; the gradient is joined again."""
-
-    @staticmethod
-    def forward(ctx, x, dim, tp):
-        ctx.dim, ctx.tp = dim, tp
-        return x.chunk(tp.size, dim)[tp.rank].contiguous()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return all_gather(gradient, ctx.dim, ctx.tp), None, None
+def _reduce_scatter(x: torch.Tensor, *, dim: int, tp: TensorGroup) -> torch.Tensor:
+    """Sums `x` over the tensor group and returns this rank's shard of the sum along `dim`."""
+    full = x.movedim(dim, 0).contiguous()
+    shard = full.new_empty((full.shape[0] // tp.size, *full.shape[1:]))
+    dist.reduce_scatter_tensor(shard, full, group=tp.group)
+    return shard.movedim(0, dim)
 
 
-def _reduce_scatter(x: torch.Tensor, dim: int, tp: TensorGroup) -> torch.Tensor:
-    rows = x.movedim(dim, 0).contiguous()
-    part = rows.new_empty((rows.shape[0] // tp.size, *rows.shape[1:]))
-    dist.reduce_scatter_tensor(part, rows, group=tp.group)
-    return part.movedim(0, dim)
+def enter_tp_region(x: torch.Tensor, tp: TensorGroup) -> torch.Tensor:
+    """Returns (batch, seq, hidden) in full on every rank; its gradient is summed over the tensor group.
 
-
-def enter(x: torch.Tensor, tp: TensorGroup) -> torch.Tensor:
-    """Into a region: (batch, seq, hidden), whole on every rank; the gradient comes out summed over ranks."""
+    Megatron's copy_to_tensor_model_parallel_region, or gather_from_sequence_parallel_region with sequence parallelism.
+    """
     if tp.size == 1:
         return x
-    # What is gathered lies sequence first: copied once here, where several matrices read it.
-    return _Gather.apply(x, SEQUENCE, tp).contiguous() if tp.sequence_parallel else _Copy.apply(x, tp)
+
+    # The gathered tensor lies sequence first: copied once here, where several matrices read it.
+    return (
+        _GatherFromRegion.apply(x, SEQUENCE_DIM, tp).contiguous()
+        if tp.sequence_parallel
+        else _CopyToRegion.apply(x, tp)
+    )
 
 
-def leave(x: torch.Tensor, tp: TensorGroup) -> torch.Tensor:
-    """Out of a region: partial sums (batch, seq, hidden) become sums, cut along the sequence where that is asked."""
+def exit_tp_region(x: torch.Tensor, tp: TensorGroup) -> torch.Tensor:
+    """Sums partial results (batch, seq, hidden) over the tensor group; sequence parallelism shards the sum.
+
+    Megatron's reduce_from_tensor_model_parallel_region, or reduce_scatter_to_sequence_parallel_region.
+    """
     if tp.size == 1:
         return x
-    return _ReduceScatter.apply(x, SEQUENCE, tp) if tp.sequence_parallel else _Reduce.apply(x, tp)
+
+    return _ReduceScatter.apply(x, SEQUENCE_DIM, tp) if tp.sequence_parallel else _ReduceFromRegion.apply(x, tp)
 
 
-def reduce_sum(x: torch.Tensor, tp: TensorGroup) -> torch.Tensor:
-    """Partial sums become sums on every rank; the gradient passes."""
-    return x if tp.size == 1 else _Reduce.apply(x, tp)
+def reduce_from_tp_region(x: torch.Tensor, tp: TensorGroup) -> torch.Tensor:
+    """Sums `x` over the tensor group on every rank; the gradient passes unchanged."""
+    return x if tp.size == 1 else _ReduceFromRegion.apply(x, tp)
 
 
-def shared(parameter: torch.Tensor, tp: TensorGroup) -> torch.Tensor:
-    """A parameter that all ranks hold alike, where each uses it on its own part: its gradient comes out complete."""
-    return parameter if tp.size == 1 else _Copy.apply(parameter, tp)
+def copy_to_tp_region(parameter: torch.Tensor, tp: TensorGroup) -> torch.Tensor:
+    """Returns a replicated parameter that each rank uses on its own shard; its gradient is summed over the ranks."""
+    return parameter if tp.size == 1 else _CopyToRegion.apply(parameter, tp)
 
 
-def gather(x: torch.Tensor, dim: int, tp: TensorGroup) -> torch.Tensor:
-    """Equal parts joined at `dim`, for a use that differs by rank; the gradient is summed and cut again."""
-    return x if tp.size == 1 else _Gather.apply(x, dim, tp)
-
-
-def scatter_sequence(x: torch.Tensor, tp: TensorGroup) -> torch.Tensor:
-    """(batch, seq, hidden) held alike by all ranks becomes this rank's part of the sequence."""
-    return _Scatter.apply(x, SEQUENCE, tp) if tp.size > 1 and tp.sequence_parallel else x
+def gather_from_tp_region(x: torch.Tensor, *, dim: int, tp: TensorGroup) -> torch.Tensor:
+    """Concatenates equal shards along `dim`, for a use that differs by rank; the gradient is reduce-scattered."""
+    return x if tp.size == 1 else _GatherFromRegion.apply(x, dim, tp)

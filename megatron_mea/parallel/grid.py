@@ -1,4 +1,4 @@
-"""Which ranks do what: the only place that knows a process group's members."""
+"""Process groups and coordinates of a rank: tensor, data and pipeline parallelism."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TensorGroup:
-    """The ranks that share the layers' matrices between them (tensor parallelism); size 1 is a group of one.
+    """The ranks over which the layers' matrices are sharded (tensor parallelism); size 1 is a group of one.
 
     Args:
-        size, rank: number of ranks, and which of them this is.
+        size, rank: number of ranks, and this rank's index among them.
         group: torch process group; None where size is 1.
-        sequence_parallel: between the matrices, activations are cut along the sequence instead of repeated.
+        sequence_parallel: outside of tensor-parallel regions, activations are sharded along the sequence instead of
+            replicated.
     """
 
     size: int = 1
@@ -21,46 +22,48 @@ class TensorGroup:
     group: Any = None
     sequence_parallel: bool = False
 
-    def span(self, total: int, rank: int | None = None) -> slice:
-        """The part of `total` rows that a rank works on: equal parts, the last ones shorter, as torch.chunk cuts."""
+    def local_range(self, total: int, rank: int | None = None) -> slice:
+        """Rows of `total` that a rank (default: this one) works on, split like torch.chunk: the last may get fewer."""
         rank = self.rank if rank is None else rank
-        part = -(-total // self.size)
-        return slice(min(rank * part, total), min((rank + 1) * part, total))
+        shard_size = -(-total // self.size)
+        return slice(min(rank * shard_size, total), min((rank + 1) * shard_size, total))
 
 
-ALONE = TensorGroup()
+NO_TP = TensorGroup()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Grid:
-    """Where this rank stands: rank = (pipeline_rank * data_size + data_rank) * tensor.size + tensor.rank.
+    """Coordinates of this rank: rank = (pipeline_rank * data_size + data_rank) * tp.size + tp.rank.
 
     Args:
-        tensor: the ranks that share its matrices.
-        data_rank, data_size: which samples of a batch it sees, of how many parts.
-        pipeline_rank, pipeline_size: which stage's layers it holds, of how many.
-        ends: process group of the first and the last stage of this pipeline; None on other stages, or where there
-            is one stage.
-        mpu: the object that tells DeepSpeed the same.
+        tp: the tensor group of this rank.
+        data_rank, data_size: index of this rank's part of a batch, and the number of parts.
+        pipeline_rank, pipeline_size: index of this rank's pipeline stage, and the number of stages.
+        embedding_group: process group of the first and the last stage of this pipeline; None on other stages, or
+            where there is one stage.
+        mpu: the same as an object of the interface that DeepSpeed calls.
     """
 
-    tensor: TensorGroup
+    tp: TensorGroup
     data_rank: int
     data_size: int
     pipeline_rank: int
     pipeline_size: int
-    ends: Any
+    embedding_group: Any
     mpu: Any
 
     @property
     def is_last_stage(self) -> bool:
+        """Whether this rank holds the language-model head."""
         return self.pipeline_rank == self.pipeline_size - 1
 
     @property
     def stage_size(self) -> int:
-        """How many ranks hold this stage."""
-        return self.data_size * self.tensor.size
+        """Number of ranks that hold this pipeline stage."""
+        return self.data_size * self.tp.size
 
     @property
     def stage_rank(self) -> int:
-        return self.data_rank * self.tensor.size + self.tensor.rank
+        """Index of this rank among those of its pipeline stage."""
+        return self.data_rank * self.tp.size + self.tp.rank

@@ -1,4 +1,4 @@
-"""The building blocks that hold parameters: linear map, embedding, RMSNorm, and losses over a cut vocabulary."""
+"""The building blocks that hold parameters: linear map, embedding, RMSNorm, and losses over a sharded vocabulary."""
 
 from __future__ import annotations
 
@@ -7,138 +7,182 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from megatron_mea.data.corpora import IGNORE
-from megatron_mea.parallel.collectives import all_reduce, leave, reduce_sum, shared
-from megatron_mea.parallel.grid import ALONE, TensorGroup
-from megatron_mea.parallel.parameter import constant, declare, normal
+from megatron_mea.data.corpora import IGNORE_INDEX
+from megatron_mea.parallel.collectives import all_reduce, copy_to_tp_region, exit_tp_region, reduce_from_tp_region
+from megatron_mea.parallel.grid import NO_TP, TensorGroup
+from megatron_mea.parallel.parameter import constant, normal, sharded_parameter
 
 
 class Linear(nn.Module):
     """y = x W^T (+ b), with W (out_features, in_features) as Hugging Face stores it.
 
     Args:
-        shard_dim: 0 cuts the outputs over the tensor group (the bias too), 1 the inputs, so that outputs are
-            partial sums. The caller enters and leaves the tensor-parallel region.
+        shard_dim: 0 shards the outputs over the tensor group (the bias too), 1 the inputs, so that outputs are
+            partial sums. The caller enters and exits the tensor-parallel region.
     """
 
     def __init__(
         self,
+        *,
         name: str,
         in_features: int,
         out_features: int,
         std: float,
         bias: bool = False,
-        tp: TensorGroup = ALONE,
+        tp: TensorGroup = NO_TP,
         shard_dim: int | None = None,
     ) -> None:
         super().__init__()
         assert not (bias and shard_dim == 1), "a bias behind partial sums would be added once a rank"
-        self.weight = declare(f"{name}.weight", (out_features, in_features), "matrix", normal(std), tp, shard_dim)
+
+        self.weight = sharded_parameter(
+            name=f"{name}.weight",
+            global_shape=(out_features, in_features),
+            kind="matrix",
+            initialize=normal(std),
+            tp=tp,
+            shard_dim=shard_dim,
+        )
         self.bias = None
         if bias:
-            self.bias = declare(f"{name}.bias", (out_features,), "vector", constant(0.0), tp, shard_dim)
+            self.bias = sharded_parameter(
+                name=f"{name}.bias",
+                global_shape=(out_features,),
+                kind="vector",
+                initialize=constant(0.0),
+                tp=tp,
+                shard_dim=shard_dim,
+            )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in_features) -> (..., out_features), or this rank's shards of both."""
         return F.linear(x, self.weight, self.bias)
 
 
 class Embedding(nn.Module):
-    """Token embedding (vocab_size, hidden_size), its rows cut over the tensor group."""
+    """Token embedding (vocab_size, hidden_size), its rows sharded over the tensor group."""
 
-    def __init__(self, name: str, vocab_size: int, hidden_size: int, std: float, tp: TensorGroup = ALONE) -> None:
+    def __init__(self, *, name: str, vocab_size: int, hidden_size: int, std: float, tp: TensorGroup = NO_TP) -> None:
         super().__init__()
-        self.tp, self.rows = tp, tp.span(vocab_size)
-        self.weight = declare(f"{name}.weight", (vocab_size, hidden_size), "matrix", normal(std), tp, 0)
+        self.tp, self.rows = tp, tp.local_range(vocab_size)
+        self.weight = sharded_parameter(
+            name=f"{name}.weight",
+            global_shape=(vocab_size, hidden_size),
+            kind="matrix",
+            initialize=normal(std),
+            tp=tp,
+            shard_dim=0,
+        )
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """(batch, seq) -> (batch, seq, hidden), cut along the sequence with sequence parallelism"""
+        """(batch, seq) -> (batch, seq, hidden), sharded along the sequence with sequence parallelism"""
         if self.tp.size == 1:
             return F.embedding(input_ids, self.weight)
-        mine = (input_ids >= self.rows.start) & (input_ids < self.rows.stop)
-        found = F.embedding((input_ids - self.rows.start) * mine, self.weight)
-        return leave(found * mine.unsqueeze(-1), self.tp)
+
+        # Tokens of other ranks' rows look up row 0, and count as zero in the sum.
+        is_local = (input_ids >= self.rows.start) & (input_ids < self.rows.stop)
+        rows = F.embedding((input_ids - self.rows.start) * is_local, self.weight)
+        return exit_tp_region(rows * is_local.unsqueeze(-1), self.tp)
 
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last dimension; torch sums 16-bit inputs in float32.
 
     Args:
-        partial: whether each rank of the tensor group applies it to other features or tokens, so that the
-            gain's gradient must be summed over them.
+        gain: initial value of the weight.
+        affine: whether there is a weight.
+        reduce_weight_grad: whether each rank of the tensor group applies it to other features or tokens, so that the
+            weight's gradient must be summed over them.
     """
 
     def __init__(
         self,
+        *,
         name: str,
         size: int,
         eps: float,
         gain: float = 1.0,
         affine: bool = True,
-        tp: TensorGroup = ALONE,
-        partial: bool = False,
+        tp: TensorGroup = NO_TP,
+        reduce_weight_grad: bool = False,
     ) -> None:
         super().__init__()
-        self.size, self.eps, self.tp, self.partial = size, eps, tp, partial
-        self.weight = declare(f"{name}.weight", (size,), "vector", constant(gain), tp) if affine else None
+        self.size, self.eps, self.tp, self.reduce_weight_grad = size, eps, tp, reduce_weight_grad
+        self.weight = (
+            sharded_parameter(
+                name=f"{name}.weight", global_shape=(size,), kind="vector", initialize=constant(gain), tp=tp
+            )
+            if affine
+            else None
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., size) -> (..., size)"""
         return F.rms_norm(x, (self.size,), self.gain(), self.eps)
 
     def gain(self) -> torch.Tensor | None:
-        """(size,), whose gradient is complete on every rank."""
-        return shared(self.weight, self.tp) if self.weight is not None and self.partial else self.weight
+        """Returns the weight (size,), with a gradient that is complete on every rank; None if not affine."""
+        return (
+            copy_to_tp_region(self.weight, self.tp)
+            if self.weight is not None and self.reduce_weight_grad
+            else self.weight
+        )
 
 
-def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor, vocab_size: int, tp: TensorGroup) -> torch.Tensor:
-    """Sum of the cross-entropies (nats) of all targets that are not `IGNORE`.
+def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor, *, vocab_size: int, tp: TensorGroup) -> torch.Tensor:
+    """Sum of the cross-entropies (nats) of all targets that are not `IGNORE_INDEX`; a scalar.
 
-    Gathered logits never exist: ranks exchange the largest logit, the sum of exponentials and the target's logit
+    Logits are never gathered: ranks exchange the largest logit, the sum of exponentials and the target's logit
     of each token.
 
     Args:
-        logits: (tokens, this rank's part of the vocabulary), float32 or more.
-        targets: (tokens,)
+        logits: (tokens, this rank's shard of the vocabulary), float32 or more.
+        targets: (tokens,) token ids.
     """
     if tp.size == 1:
-        return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
-    rows = tp.span(vocab_size)
-    largest = all_reduce(logits.amax(-1), tp, dist.ReduceOp.MAX)
+        return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+
+    rows = tp.local_range(vocab_size)
+    largest = all_reduce(logits.amax(-1), tp=tp, op=dist.ReduceOp.MAX)
     shifted = logits - largest.unsqueeze(-1)
-    total = reduce_sum(shifted.exp().sum(-1), tp)
-    mine = (targets >= rows.start) & (targets < rows.stop)
-    column = ((targets - rows.start) * mine).unsqueeze(-1)
-    target = reduce_sum(shifted.gather(-1, column).squeeze(-1) * mine, tp)
-    return ((total.log() - target) * (targets != IGNORE)).sum()
+    sum_exp = reduce_from_tp_region(shifted.exp().sum(-1), tp)
+
+    is_local = (targets >= rows.start) & (targets < rows.stop)
+    column = ((targets - rows.start) * is_local).unsqueeze(-1)
+    target_logit = reduce_from_tp_region(shifted.gather(-1, column).squeeze(-1) * is_local, tp)
+    return ((sum_exp.log() - target_logit) * (targets != IGNORE_INDEX)).sum()
 
 
-def divergence_sum(
-    logits: torch.Tensor, theirs: torch.Tensor, targets: torch.Tensor, temperature: float, tp: TensorGroup
+def kl_divergence_sum(
+    logits: torch.Tensor, teacher_logits: torch.Tensor, targets: torch.Tensor, *, temperature: float, tp: TensorGroup
 ) -> torch.Tensor:
-    """Sum of KL(softmax(theirs / T) || softmax(logits / T)) (nats) over all tokens whose target is not `IGNORE`.
+    """Sum of KL(softmax(teacher_logits / T) || softmax(logits / T)) (nats); a scalar.
 
-    The soft targets of distillation (Hinton et al. 2015, arXiv 1503.02531, section 2), without the factor T^2. Gathered
-    logits never exist: ranks exchange the largest logits, the sums of exponentials and the divergence of each token.
+    The soft targets of distillation (Hinton et al. 2015, arXiv 1503.02531, section 2), without the factor T^2; tokens
+    whose target is `IGNORE_INDEX` do not count. Logits are never gathered: ranks exchange the largest logits, the sums
+    of exponentials and the divergence of each token.
 
     Args:
-        logits: (tokens, this rank's part of the vocabulary), float32 or more.
-        theirs: the same of the teacher, of any precision; it gets no gradient.
-        targets: (tokens,)
+        logits: (tokens, this rank's shard of the vocabulary), float32 or more.
+        teacher_logits: the teacher's, of the same shape and any dtype; no gradient.
+        targets: (tokens,) token ids.
         temperature: T.
     """
-    return (_Divergence.apply(logits, theirs, temperature, tp) * (targets != IGNORE)).sum()
+    return (_KLDivergence.apply(logits, teacher_logits, temperature, tp) * (targets != IGNORE_INDEX)).sum()
 
 
-class _Divergence(torch.autograd.Function):
-    """(tokens, part), (tokens, part) -> (tokens,), equal on all ranks.
+class _KLDivergence(torch.autograd.Function):
+    """(tokens, shard of the vocabulary), twice -> (tokens,), equal on all ranks.
 
-    Of all that it computes it keeps the gradient alone, (softmax(logits / T) - softmax(theirs / T)) / T.
+    Saves only the gradient for backward, (softmax(logits / T) - softmax(teacher_logits / T)) / T.
     """
 
     @staticmethod
-    def forward(ctx, logits, theirs, temperature, tp):
-        log_q, log_p = (_log_softmax(each.to(logits.dtype) / temperature, tp) for each in (logits, theirs))
+    def forward(ctx, logits, teacher_logits, temperature, tp):  # noqa: PLR0917 - torch passes by position
+        log_q = _log_softmax_(logits / temperature, tp)
+        log_p = _log_softmax_(teacher_logits.to(logits.dtype) / temperature, tp)
         p = log_p.exp()
-        divergence = all_reduce(log_p.sub_(log_q).mul_(p).sum(-1), tp)
+        divergence = all_reduce(log_p.sub_(log_q).mul_(p).sum(-1), tp=tp)
         ctx.save_for_backward(log_q.exp_().sub_(p))
         ctx.temperature = temperature
         return divergence
@@ -149,7 +193,7 @@ class _Divergence(torch.autograd.Function):
         return difference * (gradient / ctx.temperature).unsqueeze(-1), None, None, None
 
 
-def _log_softmax(logits: torch.Tensor, tp: TensorGroup) -> torch.Tensor:
-    """In place, over the parts of all ranks; without a gradient."""
-    logits.sub_(all_reduce(logits.amax(-1), tp, dist.ReduceOp.MAX).unsqueeze(-1))
-    return logits.sub_(all_reduce(logits.exp().sum(-1), tp).log_().unsqueeze(-1))
+def _log_softmax_(logits: torch.Tensor, tp: TensorGroup) -> torch.Tensor:
+    """Turns logits (tokens, shard of the vocabulary) into log-probabilities in place; no gradient passes."""
+    logits.sub_(all_reduce(logits.amax(-1), tp=tp, op=dist.ReduceOp.MAX).unsqueeze(-1))
+    return logits.sub_(all_reduce(logits.exp().sum(-1), tp=tp).log_().unsqueeze(-1))

@@ -1,4 +1,4 @@
-"""Where parameters are declared: one name, one shape, one cut and one initialisation each, read by everybody."""
+"""Declaration of parameters: name, global shape, sharding and initialisation, attached to each as `parameter.spec`."""
 
 from __future__ import annotations
 
@@ -12,105 +12,117 @@ import torch
 from torch import nn
 
 from megatron_mea.parallel.collectives import all_gather
-from megatron_mea.parallel.grid import ALONE, TensorGroup
+from megatron_mea.parallel.grid import NO_TP, TensorGroup
 
-_DRAWING = 8
-"""Threads that initialise parameters, each of which holds a whole one."""
+_INIT_THREADS = 8
+"""Threads that initialise parameters, each of which holds a full tensor."""
+
 Initializer = Callable[[tuple[int, ...], torch.Generator], torch.Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ParameterSpec:
-    """What the rest of the program knows of a parameter; attached to it as `parameter.spec`.
+    """Name, shape, sharding and initialisation of a parameter; attached to it as `parameter.spec`.
 
     Args:
         name: the exported Hugging Face name, the only name that the parameter has anywhere.
-        shape: the global shape.
+        global_shape: shape of the full tensor.
         kind: decides on weight decay: matrices are decayed, vectors (norms, biases) and head combinations
             are not, the latter unless `optimizer.decay_hlc`.
-        initialize: makes the global tensor in float32 from a generator that is seeded by the name.
+        initialize: returns the full tensor in float32, drawn from a generator that is seeded by the name.
         tp: the tensor group of this rank.
-        shard_dim: the dimension that is cut over the tensor group; None where every rank holds the whole.
+        shard_dim: the dimension that is sharded over the tensor group; None where every rank holds the full tensor.
     """
 
     name: str
-    shape: tuple[int, ...]
+    global_shape: tuple[int, ...]
     kind: Literal["matrix", "vector", "hlc"]
     initialize: Initializer
-    tp: TensorGroup = ALONE
+    tp: TensorGroup = NO_TP
     shard_dim: int | None = None
 
     @property
     def local_shape(self) -> tuple[int, ...]:
-        """Of this rank's part, padding included."""
+        """Shape of this rank's shard, padding included."""
         if self.shard_dim is None:
-            return self.shape
-        cut = [-(-size // self.tp.size) if dim == self.shard_dim else size for dim, size in enumerate(self.shape)]
-        return tuple(cut)
+            return self.global_shape
+
+        return tuple(
+            -(-size // self.tp.size) if dim == self.shard_dim else size for dim, size in enumerate(self.global_shape)
+        )
 
     @property
-    def offsets(self) -> tuple[int, ...]:
-        """Where this rank's part begins in the global tensor."""
-        cut = enumerate(self.local_shape)
-        return tuple(self.tp.rank * size if dim == self.shard_dim else 0 for dim, size in cut)
+    def global_offset(self) -> tuple[int, ...]:
+        """Index of this rank's first element in the full tensor."""
+        return tuple(self.tp.rank * size if dim == self.shard_dim else 0 for dim, size in enumerate(self.local_shape))
 
-    def local(self, whole: torch.Tensor) -> torch.Tensor:
-        """This rank's part of the global tensor; equal on all ranks in size, so the last ones may end in zeros."""
+    def local_shard(self, full: torch.Tensor) -> torch.Tensor:
+        """This rank's shard of the full tensor; as large as on any other rank, so the last ones may end in zeros."""
         if self.shard_dim is None or self.tp.size == 1:
-            return whole
-        total = self.shape[self.shard_dim]
-        part, size = self.tp.span(total), -(-total // self.tp.size)
-        held = whole.narrow(self.shard_dim, part.start, part.stop - part.start)
-        missing = list(held.shape)
-        missing[self.shard_dim] = size - (part.stop - part.start)
-        return torch.cat([held, held.new_zeros(missing)], self.shard_dim) if missing[self.shard_dim] else held
+            return full
 
-    def whole(self, local: torch.Tensor) -> torch.Tensor:
-        """The global tensor from the parts of all ranks; collective over the tensor group."""
+        total = self.global_shape[self.shard_dim]
+        rows, padded_size = self.tp.local_range(total), -(-total // self.tp.size)
+        shard = full.narrow(self.shard_dim, rows.start, rows.stop - rows.start)
+
+        padding = list(shard.shape)
+        padding[self.shard_dim] = padded_size - (rows.stop - rows.start)
+        return torch.cat([shard, shard.new_zeros(padding)], self.shard_dim) if padding[self.shard_dim] else shard
+
+    def full_tensor(self, shard: torch.Tensor) -> torch.Tensor:
+        """The full tensor, gathered from the shards of all ranks; collective over the tensor group."""
         if self.shard_dim is None or self.tp.size == 1:
-            return local
-        return all_gather(local, self.shard_dim, self.tp).narrow(self.shard_dim, 0, self.shape[self.shard_dim])
+            return shard
+
+        return all_gather(shard, dim=self.shard_dim, tp=self.tp).narrow(
+            self.shard_dim, 0, self.global_shape[self.shard_dim]
+        )
 
 
-def declare(
+def sharded_parameter(
+    *,
     name: str,
-    shape: tuple[int, ...],
+    global_shape: tuple[int, ...],
     kind: str,
     initialize: Initializer,
-    tp: TensorGroup = ALONE,
+    tp: TensorGroup = NO_TP,
     shard_dim: int | None = None,
 ) -> nn.Parameter:
-    """This rank's part of a parameter, uninitialised float32, with its specification attached."""
-    spec = ParameterSpec(name, shape, kind, initialize, tp, shard_dim)
+    """Returns this rank's shard of a parameter, uninitialised float32, with its `spec` attached."""
+    spec = ParameterSpec(
+        name=name, global_shape=global_shape, kind=kind, initialize=initialize, tp=tp, shard_dim=shard_dim
+    )
     parameter = nn.Parameter(torch.empty(spec.local_shape))
     parameter.spec = spec
-    # What DeepSpeed looks for, so that its gradient norm counts parts on every rank and wholes once.
+    # DeepSpeed's gradient norm looks for it: it counts shards on every rank, and replicated parameters once.
     parameter.tensor_model_parallel = shard_dim is not None
     return parameter
 
 
-def named_specs(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of `module` by exported name, in order of declaration."""
+def parameters_by_name(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Maps exported names to the parameters of `module`, in order of declaration."""
     return {parameter.spec.name: parameter for parameter in module.parameters()}
 
 
-def initialize(module: nn.Module, seed: int) -> None:
-    """Fills every parameter from a generator seeded by (seed, its name), so that no layout changes it."""
+def init_parameters(module: nn.Module, seed: int) -> None:
+    """Fills every parameter from a generator seeded by (seed, name), so that values do not depend on the layout."""
 
     def fill(parameter: nn.Parameter) -> None:
         spec = parameter.spec
         digest = hashlib.sha256(f"{seed}/{spec.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        parameter.data.copy_(spec.local(spec.initialize(spec.shape, generator)))
+        parameter.data.copy_(spec.local_shard(spec.initialize(spec.global_shape, generator)))
 
-    # A generator is drawn from by one thread.
-    with ThreadPoolExecutor(min(_DRAWING, torch.get_num_threads())) as pool:
-        list(pool.map(fill, named_specs(module).values()))
+    # Threads share no generator, so their order changes no value.
+    with ThreadPoolExecutor(min(_INIT_THREADS, torch.get_num_threads())) as pool:
+        list(pool.map(fill, parameters_by_name(module).values()))
 
 
 def normal(std: float) -> Initializer:
+    """Independent normal elements with this standard deviation."""
     return lambda shape, generator: torch.randn(shape, generator=generator) * std
 
 
 def constant(value: float) -> Initializer:
+    """Elements that all have this value."""
     return lambda shape, generator: torch.full(shape, value)

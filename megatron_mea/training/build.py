@@ -8,15 +8,15 @@ from megatron_mea.config import Config
 from megatron_mea.huggingface.weights import StoredModel
 from megatron_mea.model.decoder import Decoder
 from megatron_mea.model.stages import pipeline_stages
-from megatron_mea.parallel.parameter import initialize
+from megatron_mea.parallel.parameter import init_parameters
+from megatron_mea.training.distributed import build_grid
 from megatron_mea.training.engine import Engine
 from megatron_mea.training.pipeline import PipelineEngine
-from megatron_mea.training.processes import build_grid
 from megatron_mea.training.teacher import make_teacher
 
 
 def build_engine(
-    config: Config, device: torch.device, initialized: bool = True, teacher: StoredModel | None = None
+    config: Config, device: torch.device, *, initialized: bool = True, teacher: StoredModel | None = None
 ) -> Engine:
     """The engine of this rank; collective.
 
@@ -27,15 +27,22 @@ def build_engine(
     grid = build_grid(config)
     stage = pipeline_stages(config.model, grid.pipeline_size)[grid.pipeline_rank]
     model = Decoder(
-        config.model,
-        config.training.activation_checkpointing,
-        grid.tensor,
-        stage,
-        config.data.document_mask,
-        config.training.compile,
+        config=config.model,
+        tp=grid.tp,
+        stage=stage,
+        document_mask=config.data.document_mask,
+        activation_checkpointing=config.training.activation_checkpointing,
+        compile_blocks=config.training.compile,
         fold_outside=config.parallel.zero_stage < 3,
     )
     if initialized:
-        initialize(model, config.training.seed)
+        init_parameters(model, config.training.seed)
+
     make = PipelineEngine if grid.pipeline_size > 1 else Engine
-    return make(config, model, device, grid, teacher and make_teacher(teacher, config, grid, device))
+    return make(
+        config=config,
+        model=model,
+        device=device,
+        grid=grid,
+        teacher=teacher and make_teacher(stored=teacher, config=config, grid=grid, device=device),
+    )

@@ -1,4 +1,4 @@
-"""What a rank trains and validates on, read ahead of the trainer by a thread."""
+"""Training and validation batches of a rank, and a thread that reads them ahead of the trainer."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from megatron_mea.data.corpora import Batch, Corpora
 from megatron_mea.errors import UserError
 from megatron_mea.parallel.grid import Grid
 
-AHEAD = 2
-"""Items that lie ready at most."""
+PREFETCH_DEPTH = 2
+"""Items that are ready at most."""
 
 Item = TypeVar("Item")
 
 
 @dataclass
-class Waiting:
-    """For how many seconds the trainer of this rank has waited for data."""
+class DataStallTimer:
+    """Seconds for which the trainer of this rank has waited for data."""
 
     seconds: float = 0.0
 
-    def largest(self, device: torch.device) -> float:
-        """The seconds since the last call, of the rank that has waited longest; collective.
+    def max_over_ranks(self, device: torch.device) -> float:
+        """Seconds since the last call, of the rank that has waited longest; collective.
 
         Args:
             device: of this rank.
@@ -43,28 +43,29 @@ class Waiting:
         return seconds.item()
 
 
-class ReadAhead(Generic[Item]):
-    """Iterates over `items` once, which a thread makes ready ahead of their use; `close` ends the thread.
+class Prefetcher(Generic[Item]):
+    """Iterates over `items` once, while a thread reads the next ones; `close` ends the thread.
 
     Args:
-        items: made in the thread.
-        waiting: counts the time for which an item was not ready.
+        items: iterated in the thread.
+        stall_timer: counts the time for which an item was not ready.
     """
 
-    def __init__(self, items: Iterable[Item], waiting: Waiting) -> None:
-        self._items, self._waiting = items, waiting
-        self._ready: queue.Queue[Item | BaseException] = queue.Queue(AHEAD)
+    def __init__(self, items: Iterable[Item], stall_timer: DataStallTimer) -> None:
+        self._items, self._stall_timer = items, stall_timer
+        self._ready: queue.Queue[Item | BaseException] = queue.Queue(PREFETCH_DEPTH)
         self._stop = threading.Event()
         # A daemon does not keep a failing process from ending.
         self._thread = threading.Thread(target=self._read, name="data", daemon=True)
         self._thread.start()
 
     def __iter__(self) -> Iterator[Item]:
-        """Raises what making an item raised."""
+        """The items in order; raises here what their iteration raises in the thread."""
         while True:
-            begin = time.monotonic()
+            start = time.monotonic()
             item = self._ready.get()
-            self._waiting.seconds += time.monotonic() - begin
+            self._stall_timer.seconds += time.monotonic() - start
+
             if isinstance(item, StopIteration):
                 return
             if isinstance(item, BaseException):
@@ -72,6 +73,7 @@ class ReadAhead(Generic[Item]):
             yield item
 
     def close(self) -> None:
+        """Ends the thread, whether or not all items were read."""
         self._stop.set()
         self._thread.join()
 
@@ -85,28 +87,33 @@ class ReadAhead(Generic[Item]):
             self._put(error)
 
     def _put(self, item: Item | BaseException) -> bool:
-        """Whether somebody still wants it."""
+        """Puts an item into the queue once there is room; False where `close` was called first."""
         while not self._stop.is_set():
             try:
                 self._ready.put(item, timeout=0.1)
                 return True
             except queue.Full:
                 pass
+
         return False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepData:
-    """This rank's micro-batches of a step, the sample numbers in them (micro-batches, micro_batch_size), and the
-    number of targets of the whole global batch."""
+    """This rank's micro-batches of a step.
+
+    Args:
+        samples: (micro-batches, micro_batch_size) sample numbers.
+        num_targets: of the global batch, over all ranks.
+    """
 
     step: int
     samples: np.ndarray
     batches: list[Batch]
-    targets: int
+    num_targets: int
 
     def hashes(self) -> list[list[str]]:
-        """A digest of every window, by micro-batch."""
+        """A digest of every sample, by micro-batch."""
         return [
             [
                 hashlib.sha256(ids.tobytes() + targets.tobytes()).hexdigest()[:16]
@@ -116,38 +123,41 @@ class StepData:
         ]
 
 
-def training_steps(corpora: Corpora, config: Config, grid: Grid, first: int) -> Iterator[StepData]:
-    """The steps of this rank from `first` to the last of the configuration.
+def training_steps(*, corpora: Corpora, config: Config, grid: Grid, first: int) -> Iterator[StepData]:
+    """Data of this rank for the steps from `first` to the last of the configuration.
 
     Raises:
         UserError: an id is beyond the vocabulary, or a global batch has nothing to predict.
     """
-    size = config.training.global_batch_size
+    batch_size = config.training.global_batch_size
     for step in range(first, config.steps + 1):
-        mine = rank_samples(step, config, grid.data_rank, grid.data_size)
-        batches = [corpora.batch(micro) for micro in mine]
-        targets = corpora.targets((step - 1) * size + np.arange(size))
-        if targets == 0:
-            found = f"documents of one token alone in step {step}"
-            raise UserError(corpora.key, found, "a global batch with a token to predict")
-        yield StepData(step, mine, batches, targets)
+        samples = rank_samples(step=step, config=config, rank=grid.data_rank, data_parallel_size=grid.data_size)
+        batches = [corpora.batch(micro_batch) for micro_batch in samples]
+
+        num_targets = corpora.count_targets((step - 1) * batch_size + np.arange(batch_size))
+        if num_targets == 0:
+            got = f"documents of one token alone in step {step}"
+            raise UserError(where=corpora.key, got=got, expected="a global batch with a token to predict")
+
+        yield StepData(step=step, samples=samples, batches=batches, num_targets=num_targets)
 
 
-def validation_batches(corpora: Corpora, config: Config, grid: Grid) -> Iterator[Batch]:
+def validation_batches(*, corpora: Corpora, config: Config, grid: Grid) -> Iterator[Batch]:
     """This rank's micro-batches of the first `evaluation.batches` global batches.
 
     Raises:
         UserError: an id is beyond the vocabulary.
     """
     for step in range(1, config.evaluation.batches + 1):
-        for micro in rank_samples(step, config, grid.data_rank, grid.data_size):
-            yield corpora.batch(micro)
+        samples = rank_samples(step=step, config=config, rank=grid.data_rank, data_parallel_size=grid.data_size)
+        for micro_batch in samples:
+            yield corpora.batch(micro_batch)
 
 
-def rank_samples(step: int, config: Config, rank: int, data_parallel_size: int) -> np.ndarray:
-    """The sample numbers of one data-parallel rank in step `step` (from 1): (micro-batches, micro_batch_size).
+def rank_samples(*, step: int, config: Config, rank: int, data_parallel_size: int) -> np.ndarray:
+    """Sample numbers of a data-parallel rank in step `step` (from 1): (micro-batches, micro_batch_size).
 
-    The global batch is dealt out micro-batch by micro-batch, so its samples do not depend on the layout.
+    Ranks take micro-batches of the global batch in turn, so its samples do not depend on the layout.
     """
     training = config.training
     first = (step - 1) * training.global_batch_size

@@ -1,4 +1,4 @@
-"""The training engine where the layers lie on several ranks: DeepSpeed's pipeline, one forward one backward."""
+"""The training engine of a pipeline: DeepSpeed's pipeline engine with its 1F1B schedule."""
 
 from __future__ import annotations
 
@@ -10,69 +10,77 @@ import torch
 import torch.distributed as dist
 
 from megatron_mea.data.corpora import Batch
-from megatron_mea.parallel.parameter import named_specs
+from megatron_mea.parallel.parameter import parameters_by_name
 from megatron_mea.training.engine import Engine
-from megatron_mea.training.stage import Last
+from megatron_mea.training.pipeline_stage import LastStageWithLoss
 
 
 class PipelineEngine(Engine):
-    """As `Engine`, for one stage of the decoder on each rank; ZeRO 0 and 1."""
+    """`Engine` with one pipeline stage of the decoder on each rank; ZeRO 0 and 1."""
 
-    def _module(self) -> dict[str, Any]:
+    def _deepspeed_arguments(self) -> dict[str, Any]:
         from deepspeed.pipe import PipelineModule
 
-        self._sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        self._tied: torch.nn.Parameter | None = None
-        self._scale = 1.0
-        # DeepSpeed takes the layers of all stages and keeps its own: ours are made stage by stage, so all but one of
-        # these places are never looked at.
-        self._last = Last(self.stage) if self.grid.is_last_stage else None
-        stages = [self._last or self.stage] * self.grid.pipeline_size
+        self._loss_sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self._tied_weight: torch.nn.Parameter | None = None
+        self._loss_scale = 1.0
+
+        # DeepSpeed takes the layers of all stages and picks those of this rank. Ours are built stage by stage, so it
+        # picks one entry of this list and ignores the others.
+        self._last_stage = LastStageWithLoss(self.stage) if self.grid.is_last_stage else None
+        stages = [self._last_stage or self.stage] * self.grid.pipeline_size
         module = PipelineModule(
             stages, topology=self.grid.mpu.topology(), loss_fn=self._loss, partition_method="uniform"
         )
-        tied = []
-        if self.config.model.tie_word_embeddings and self.grid.ends is not None:
-            weight = self._tied = named_specs(self.model)["model.embed_tokens.weight"]
-            tied = [(weight, self.grid.ends)]
-            # What DeepSpeed looks for, so that its gradient norm counts the matrix once.
+
+        tied_weights = []
+        if self.config.model.tie_word_embeddings and self.grid.embedding_group is not None:
+            weight = self._tied_weight = parameters_by_name(self.model)["model.embed_tokens.weight"]
+            tied_weights = [(weight, self.grid.embedding_group)]
+            # DeepSpeed reads this attribute, so that its gradient norm counts the matrix once.
             weight.ds_pipe_replicated = self.grid.is_last_stage
-        # DeepSpeed ties whole layers, and what is tied here is a matrix.
-        module.get_tied_weights_and_groups = lambda: tied
+
+        # DeepSpeed ties layers; here a single matrix is tied.
+        module.get_tied_weights_and_groups = lambda: tied_weights
         return {"model": module}
 
     def _loss(self, outputs: tuple[torch.Tensor, torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
-        loss, sums = outputs
-        self._sums += sums
-        return loss * self._scale
+        """Scaled loss of a micro-batch from the outputs of `LastStageWithLoss`, for DeepSpeed."""
+        loss, loss_sums = outputs
+        self._loss_sums += loss_sums
+        return loss * self._loss_scale
 
-    def _take_sums(self) -> torch.Tensor:
-        """Those of `Stage.objective` since the last call; zero on all stages but the last."""
-        total = self._sums.clone()
-        self._sums.zero_()
-        return total
+    def _pop_loss_sums(self) -> torch.Tensor:
+        """(2,) sums of `PipelineStage.compute_loss` since the last call; zero on all stages but the last."""
+        loss_sums = self._loss_sums.clone()
+        self._loss_sums.zero_()
+        return loss_sums
 
-    def _run(self, batches: Sequence[Batch], scale: float) -> torch.Tensor:
-        self._scale = scale
+    def _run_step(self, batches: Sequence[Batch], loss_scale: float) -> torch.Tensor:
+        self._loss_scale = loss_scale
         self.engine.train_batch(self._micro_batches(iter(batches)))
-        if self._tied is not None:
+
+        if self._tied_weight is not None:
             # Gradients are averaged in one flat buffer a stage, where the two copies lie at different places and
             # three and more ranks add up in a different order: the first stage's copy is the one that counts.
-            dist.broadcast(self._tied.data, self.grid.mpu.stage_to_global(0), group=self.grid.ends)
-        return self._take_sums()
+            dist.broadcast(self._tied_weight.data, self.grid.mpu.stage_to_global(0), group=self.grid.embedding_group)
+
+        return self._pop_loss_sums()
 
     def _evaluate(self, batches: Iterator[Batch], count: int) -> torch.Tensor:
         micro_batches = self._micro_batches(batches)
         with self._without_teacher():
             self.engine.eval_batch(micro_batches, reduce_output=None, bcast_loss=False, num_micro_batches=count)
-        return self._take_sums()[0]
+
+        return self._pop_loss_sums()[0]
 
     @contextmanager
     def _without_teacher(self) -> Iterator[None]:
-        """Fewer tensors travel between the stages, of which DeepSpeed otherwise remembers number and shapes."""
+        """Lets stages exchange fewer tensors, without a teacher's; DeepSpeed otherwise remembers number and shapes."""
         if self.stage.teacher is None:
             yield
             return
+
         self.engine.reset_activation_shape()
         yield
         self.engine.reset_activation_shape()
@@ -80,48 +88,64 @@ class PipelineEngine(Engine):
     def _micro_batches(self, batches: Iterator[Batch]) -> Iterator[tuple[tuple[torch.Tensor, ...], torch.Tensor]]:
         for batch in batches:
             input_ids, position_ids, targets = self._to_device(batch)
-            if self._last is not None:
-                self._last.targets.append(targets)
+            if self._last_stage is not None:
+                self._last_stage.targets.append(targets)
             yield (input_ids, position_ids), targets
 
-    def _not_finite(self, batches: Sequence[Batch]) -> dict[int, str | None]:
-        """The backward pass begins at the last stage, so what that one finds comes first."""
+    def _locate_nonfinite(self, batches: Sequence[Batch]) -> dict[int, str | None]:
+        """As `Engine._locate_nonfinite`, over all stages: backward begins at the last stage, so its names win."""
         stages: list[dict[int, str | None]] = [{}] * self.grid.pipeline_size
-        dist.all_gather_object(stages, super()._not_finite(batches), group=self.grid.mpu.get_pipe_parallel_group())
-        found: dict[int, str | None] = {}
-        for stage in stages:
-            found |= {index: name for index, name in stage.items() if name or index not in found}
-        return dict(sorted(found.items()))
+        dist.all_gather_object(
+            stages, super()._locate_nonfinite(batches), group=self.grid.mpu.get_pipe_parallel_group()
+        )
 
-    def _repeat(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        nonfinite: dict[int, str | None] = {}
+        for stage in stages:
+            nonfinite |= {index: name for index, name in stage.items() if name or index not in nonfinite}
+
+        return dict(sorted(nonfinite.items()))
+
+    def _replay(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Forward and backward of a micro-batch through all stages, one after the other."""
         grid = self.grid
-        before, after = (grid.mpu.stage_to_global((grid.pipeline_rank + step) % grid.pipeline_size) for step in (-1, 1))
-        x, position_ids, targets = self._to_device(batch)
-        states: list[torch.Tensor] = [x]
-        if grid.pipeline_rank > 0:
-            states = self._empty_states(*x.shape)
-            for state in states:
-                dist.recv(state, before)
-            states[0].requires_grad_()
-        output, *others = self.stage((states[0], position_ids, *states[1:]))
+        previous_rank, next_rank = (
+            grid.mpu.stage_to_global((grid.pipeline_rank + step) % grid.pipeline_size) for step in (-1, 1)
+        )
+        is_first_stage = grid.pipeline_rank == 0
+        input_ids, position_ids, targets = self._to_device(batch)
+
+        inputs: list[torch.Tensor] = [input_ids]
+        if not is_first_stage:
+            batch_size, seq_length = input_ids.shape
+            inputs = self._empty_inputs(batch_size, seq_length)
+            for tensor in inputs:
+                dist.recv(tensor, previous_rank)
+            inputs[0].requires_grad_()
+
+        output, *others = self.stage((inputs[0], position_ids, *inputs[1:]))
         gradient = None
         if grid.is_last_stage:
-            output, _ = self.stage.objective((output, *others), targets)
+            output, _ = self.stage.compute_loss((output, *others), targets)
         else:
-            for state in (output.detach(), *others[1:]):
-                dist.send(state, after)
+            for tensor in (output.detach(), *others[1:]):
+                dist.send(tensor, next_rank)
             gradient = torch.empty_like(output)
-            dist.recv(gradient, after)
-        by_name, to_send = self._gradients(output, gradient, states[:1] if grid.pipeline_rank > 0 else [])
-        if grid.pipeline_rank > 0:
-            dist.send(to_send[0].contiguous(), before)
+            dist.recv(gradient, next_rank)
+
+        by_name, input_gradients = self._gradients(output, gradient, inputs=[] if is_first_stage else inputs[:1])
+        if not is_first_stage:
+            dist.send(input_gradients[0].contiguous(), previous_rank)
+
         return output.detach().sum(), by_name
 
-    def _empty_states(self, batch: int, seq: int) -> list[torch.Tensor]:
-        """For hidden states of a micro-batch from the stage before, and the bytes of a teacher's."""
-        seq //= self.grid.tensor.size if self.grid.tensor.sequence_parallel else 1
-        kinds = [(self.config.model.hidden_size, next(self.model.parameters()).dtype)]
+    def _empty_inputs(self, batch_size: int, seq_length: int) -> list[torch.Tensor]:
+        """Buffers for the previous stage's hidden states (batch, seq, hidden) and, with a teacher, the bytes of its."""
+        seq_length //= self.grid.tp.size if self.grid.tp.sequence_parallel else 1
+        widths_and_dtypes = [(self.config.model.hidden_size, next(self.model.parameters()).dtype)]
         if (teacher := self.stage.teacher) is not None:
-            kinds.append((teacher.hidden_size * teacher.dtype.itemsize, torch.uint8))
-        return [torch.empty((batch, seq, width), dtype=dtype, device=self.device) for width, dtype in kinds]
+            widths_and_dtypes.append((teacher.hidden_size * teacher.dtype.itemsize, torch.uint8))
+
+        return [
+            torch.empty((batch_size, seq_length, width), dtype=dtype, device=self.device)
+            for width, dtype in widths_and_dtypes
+        ]

@@ -1,4 +1,4 @@
-"""A training run from a checked configuration to FINISHED: what `megatron-mea train` does."""
+"""The verb `train`: a training run from a checked configuration to FINISHED."""
 
 from __future__ import annotations
 
@@ -7,32 +7,41 @@ from importlib.util import find_spec
 from megatron_mea.config import Config
 from megatron_mea.config.layout import check_layout
 from megatron_mea.errors import UserError
-from megatron_mea.training.before import look_at, open_data
-from megatron_mea.training.ranks import Ranks
+from megatron_mea.training.rank_env import RankEnv
 from megatron_mea.training.signals import StopSignal
+from megatron_mea.training.startup import open_corpora, read_run_state
 
 
 def train(config: Config, stop: StopSignal) -> None:
-    """Trains, alone or as one rank of many; goes on from the newest whole checkpoint of the run folder.
+    """Trains as this process's rank; resumes from the newest intact checkpoint of the run folder.
 
     Raises:
         UserError: anything that can be checked before processes meet and memory is taken.
     """
-    ranks = Ranks.from_environment()
-    layout = check_layout(config, ranks.world_size)
-    before = look_at(config)
-    if before.finished is not None:
-        if ranks.rank == 0:
-            print(f"{config.run.dir} is finished at step {before.finished}; raise training.steps to go on", flush=True)
+    rank_env = RankEnv.from_environment()
+    layout = check_layout(config, rank_env.world_size)
+
+    state = read_run_state(config)
+    if state.finished_step is not None:
+        if rank_env.rank == 0:
+            print(
+                f"{config.run.dir} is finished at step {state.finished_step}; raise training.steps to go on", flush=True
+            )
         return
+
     if find_spec("deepspeed") is None:
         raise UserError(
-            "environment", "no deepspeed", "deepspeed 0.19.8: training needs it", "pip install deepspeed==0.19.8"
+            where="environment",
+            got="no deepspeed",
+            expected="deepspeed 0.19.8: training needs it",
+            hint="pip install deepspeed==0.19.8",
         )
-    data = open_data(config, layout, before)
 
-    # They import torch, which takes longer than all that is checked above.
-    from megatron_mea.training.inputs import open_inputs
+    data = open_corpora(config=config, layout=layout, state=state)
+
+    # These import torch, which takes longer than all checks above.
     from megatron_mea.training.loop import run
+    from megatron_mea.training.startup import open_run_inputs
 
-    run(config, open_inputs(config, ranks, layout, before, data), stop)
+    inputs = open_run_inputs(config=config, rank_env=rank_env, layout=layout, state=state, data=data)
+    run(config=config, inputs=inputs, stop=stop)

@@ -16,12 +16,15 @@ def learning_rate(config: Config, step: int) -> float:
     schedule, peak, last = config.schedule, config.optimizer.lr, config.steps
     if step < schedule.warmup_steps:
         return peak * step / schedule.warmup_steps
+
     floor = schedule.min_lr_ratio
     if schedule.kind == "constant":
         return peak
+
     if schedule.kind == "cosine":
         progress = (step - schedule.warmup_steps) / (last - schedule.warmup_steps)
         return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+
     assert schedule.decay_steps is not None
     progress = max(step - (last - schedule.decay_steps), 0) / schedule.decay_steps
     return peak * (1 - (1 - floor) * progress)

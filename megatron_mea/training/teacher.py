@@ -1,4 +1,4 @@
-"""Distillation's teacher: opened and checked before processes meet, then a frozen decoder on the grid of the run."""
+"""The teacher of distillation: opened and checked at start-up, then a frozen decoder on the grid of the run."""
 
 from __future__ import annotations
 
@@ -9,63 +9,77 @@ import torch.distributed as dist
 
 from megatron_mea.checkpoint.folder import TOKENIZER
 from megatron_mea.checkpoint.tensors import Fragment
-from megatron_mea.config.layout import TEACHER, check_teacher
+from megatron_mea.config.layout import TEACHER_KEY, check_teacher
 from megatron_mea.config.schema import Config, Distillation
 from megatron_mea.data.tokenizer import load_tokenizer
 from megatron_mea.errors import UserError
-from megatron_mea.huggingface.stored import check_names
-from megatron_mea.huggingface.weights import StoredModel, open_stored
+from megatron_mea.huggingface.safetensors_reader import check_tensors
+from megatron_mea.huggingface.weights import StoredModel, open_stored_model
 from megatron_mea.model.decoder import Decoder, parameter_shapes
 from megatron_mea.model.stages import pipeline_stages
 from megatron_mea.parallel.grid import Grid
 
 
-def open_teacher(config: Config, rank: int = 0, world_size: int = 1) -> StoredModel | None:
-    """The teacher that `training.distillation` names, checked against the model it teaches; None where none is named.
+def open_teacher(config: Config, *, rank: int = 0, world_size: int = 1) -> StoredModel | None:
+    """Opens the teacher of `training.distillation` and checks it against the model; None where none is configured.
 
-    Of a checkpoint each of `world_size` callers verifies its share.
+    Each of `world_size` callers verifies its share of a checkpoint's files.
 
     Raises:
-        UserError: it is missing, damaged or of a kind that we do not compute, or cannot teach this model on the layout.
+        UserError: it is missing, damaged or of an unsupported architecture, or cannot teach this model on the layout.
     """
     if config.training.distillation is None:
         return None
-    stored = open_stored(Path(config.training.distillation.teacher), TEACHER, rank, world_size)
+
+    stored = open_stored_model(
+        path=Path(config.training.distillation.teacher), key=TEACHER_KEY, rank=rank, world_size=world_size
+    )
     check_teacher(config, stored.model)
-    described = parameter_shapes(stored.model)
-    if problems := check_names(stored.folder, TEACHER, stored.shapes, described, "the teacher's own settings"):
-        raise UserError.of(problems)
+
+    expected = parameter_shapes(stored.model)
+    if problems := check_tensors(
+        path=stored.folder,
+        where=TEACHER_KEY,
+        shapes=stored.shapes,
+        expected=expected,
+        expected_by="the teacher's own settings",
+    ):
+        raise UserError.from_problems(problems)
+
     return stored
 
 
-def foreign_tokenizer(config: Config, teacher: StoredModel) -> list[str]:
-    """A warning where the teacher has a tokenizer, and its ids mean something else than those of `data.tokenizer`."""
-    inside = teacher.folder / TOKENIZER
+def tokenizer_warnings(config: Config, teacher: StoredModel) -> list[str]:
+    """A warning where the teacher has a tokenizer whose ids differ from those of `data.tokenizer`."""
+    checkpoint_tokenizer = teacher.folder / TOKENIZER
     try:
-        theirs = load_tokenizer(inside if inside.is_dir() else teacher.folder, TEACHER)
+        folder = checkpoint_tokenizer if checkpoint_tokenizer.is_dir() else teacher.folder
+        teacher_tokenizer = load_tokenizer(folder, TEACHER_KEY)
     except UserError:
         # A model without its tokenizer may teach.
         return []
-    if theirs.get_vocab() == load_tokenizer(config.data.tokenizer).get_vocab():
+
+    if teacher_tokenizer.get_vocab() == load_tokenizer(config.data.tokenizer).get_vocab():
         return []
+
     return [f"{teacher.folder} has another tokenizer than data.tokenizer: the teacher may know other tokens by the ids"]
 
 
 class Teacher:
-    """A frozen decoder, or a pipeline stage of it, in the run's precision, cut as its tensor group cuts everything.
+    """A frozen decoder, or a pipeline stage of it, in the run's parameter dtype, sharded over its tensor group.
 
-    It is no torch module, so that whoever holds one hides it from DeepSpeed, checkpoints and norms.
+    It is no torch module, so that DeepSpeed, checkpoints and gradient norms do not see its parameters.
     """
 
     def __init__(self, decoder: Decoder, settings: Distillation) -> None:
-        self.decoder, self.settings = decoder.requires_grad_(False).eval(), settings
+        self.decoder, self.settings = decoder.requires_grad_(requires_grad=False).eval(), settings
         self.dtype = next(decoder.parameters()).dtype
-        self.hidden_size = decoder.hf_config.hidden_size
+        self.hidden_size = decoder.config.hidden_size
 
     @torch.no_grad()
-    def run(self, x: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """As `Decoder.run`."""
-        return self.decoder.run(x, position_ids)
+    def forward_hidden(self, x: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """As `Decoder.forward_hidden`."""
+        return self.decoder.forward_hidden(x, position_ids)
 
     @torch.no_grad()
     def logits(self, x: torch.Tensor) -> torch.Tensor:
@@ -73,21 +87,38 @@ class Teacher:
         return self.decoder.logits(x)
 
 
-def make_teacher(stored: StoredModel, config: Config, grid: Grid, device: torch.device) -> Teacher:
-    """This rank's part of the teacher, with its weights; collective.
+def make_teacher(*, stored: StoredModel, config: Config, grid: Grid, device: torch.device) -> Teacher:
+    """Builds this rank's part of the teacher and reads its weights; collective.
 
     Raises:
-        UserError: the ranks have opened different checkpoints, on all of them.
+        UserError: on all ranks, where they have opened different checkpoints.
     """
     settings = config.training.distillation
     assert settings is not None
+
     opened = [""] * dist.get_world_size()
     dist.all_gather_object(opened, str(stored.folder))
     if len(set(opened)) > 1:
-        found = f"{' and '.join(sorted(set(opened)))}, on different ranks"
-        raise UserError(TEACHER, found, "the same on all", "name a checkpoint: the run that is named saves newer ones")
+        got = f"{' and '.join(sorted(set(opened)))}, on different ranks"
+        raise UserError(
+            where=TEACHER_KEY,
+            got=got,
+            expected="the same on all",
+            hint="name a checkpoint: the run that is named saves newer ones",
+        )
+
     stage = pipeline_stages(stored.model, grid.pipeline_size)[grid.pipeline_rank]
-    decoder = Decoder(stored.model, tp=grid.tensor, stage=stage, document_mask=config.data.document_mask)
-    named = [(parameter.spec, parameter.data.view(-1)) for parameter in decoder.parameters()]
-    stored.read(Fragment(spec.name, spec.shape, spec.offsets, spec.local_shape, 0, data) for spec, data in named)
+    decoder = Decoder(config=stored.model, tp=grid.tp, stage=stage, document_mask=config.data.document_mask)
+    specs_and_values = [(parameter.spec, parameter.data.view(-1)) for parameter in decoder.parameters()]
+    stored.read(
+        Fragment(
+            name=spec.name,
+            global_shape=spec.global_shape,
+            global_offset=spec.global_offset,
+            local_shape=spec.local_shape,
+            start=0,
+            values=values,
+        )
+        for spec, values in specs_and_values
+    )
     return Teacher(decoder.to(device, torch.bfloat16 if config.training.precision == "bf16" else None), settings)

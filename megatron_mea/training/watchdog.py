@@ -13,18 +13,18 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _GRACE = 5.0
-"""Seconds that the other ranks, which hang in the same collective, have to show their stacks too: a launcher kills them
+"""Seconds in which the other ranks, which hang in the same collective, write their stacks too: a launcher kills them
 when the first one ends."""
 
 
 class Watchdog:
-    """A thread that waits for `mark` to be called again and again.
+    """A thread that ends the process with status 1 when `mark` has not been called for some minutes.
 
-    Every rank has one, and a collective that hangs holds all of them, so each shows where it stands.
+    Every rank has one: a collective that hangs holds all ranks, so each writes where it is.
 
     Args:
         rank: of this process.
-        minutes: without a mark, after which it ends the process with status 1; may be changed.
+        minutes: without a mark, after which the process ends; may be changed later.
     """
 
     def __init__(self, rank: int, minutes: float) -> None:
@@ -34,24 +34,25 @@ class Watchdog:
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def mark(self) -> None:
-        """Progress was made."""
-        self._since = time.monotonic()
+        """Records progress: the minutes count from here."""
+        self._marked_at = time.monotonic()
 
     @contextmanager
-    def patient(self, minutes: float) -> Iterator[None]:
-        """Other minutes, while the rank waits for what may take longer, as a disk does."""
+    def extend_timeout(self, minutes: float) -> Iterator[None]:
+        """Waits for at least `minutes` inside of the context, for work that may take longer, as on a slow disk."""
         self.mark()
-        self.minutes, before = max(minutes, self.minutes), self.minutes
+        self.minutes, previous = max(minutes, self.minutes), self.minutes
         yield
         self.mark()
-        self.minutes = before
+        self.minutes = previous
 
     def close(self) -> None:
+        """Ends the thread."""
         self._stop.set()
 
     def _watch(self) -> None:
         while not self._stop.wait(0.2):
-            if time.monotonic() - self._since > 60 * self.minutes:
+            if time.monotonic() - self._marked_at > 60 * self.minutes:
                 sys.stderr.write(self._stacks())
                 sys.stderr.flush()
                 self._dump_collectives()
@@ -59,20 +60,21 @@ class Watchdog:
                 os._exit(1)
 
     def _stacks(self) -> str:
-        """One text, so that those of several ranks do not mix, with the rank before every line."""
+        """Stacks of all threads as a single text, so that those of several ranks do not mix; each line has the rank."""
         with tempfile.TemporaryFile("w+") as stream:
             faulthandler.dump_traceback(stream, all_threads=True)
             stream.seek(0)
             lines = [f"no progress for {self.minutes:g} minutes; the stacks of rank {self.rank}:", *stream]
+
         return "".join(f"rank {self.rank}: {line.rstrip()}\n" for line in lines)
 
     def _dump_collectives(self) -> None:
-        """What NCCL was doing, for torch's flight recorder analysis, into the file that torch itself would write."""
+        """Writes NCCL's recent collectives to the file that torch's flight recorder analysis reads."""
         import torch
 
         prefix = os.environ.get("TORCH_FR_DUMP_TEMP_FILE")
         dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)
         if prefix and dump is not None:
-            # The stacks are out already; this must not keep the process from ending.
+            # The stacks are written already; a failure here must not keep the process from ending.
             with suppress(Exception):
                 Path(f"{prefix}{self.rank}").write_bytes(dump())

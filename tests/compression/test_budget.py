@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_mea.cluster.plan import as_json, make_plan
-from megatron_mea.compression.budget import best_heads, chosen_layers
+from megatron_mea.compression.budget import allocate_heads, parse_layers
 from megatron_mea.config import load_config
 from megatron_mea.errors import UserError
+from megatron_mea.plan.plan import as_json, make_plan
 
 CONFIGS = Path(__file__).parents[2] / "configs/paper"
 
@@ -30,21 +30,21 @@ CONFIGS = Path(__file__).parents[2] / "configs/paper"
     ],
 )
 def test_layers_are_counted_from_one_as_in_the_paper(text, layers, expected):
-    assert chosen_layers(text, layers) == dict.fromkeys(expected)
+    assert parse_layers(text, layers) == dict.fromkeys(expected)
 
 
 def test_a_list_may_name_heads():
-    assert chosen_layers("2-3:1, 5:2,6", 8) == {2: 1, 3: 1, 5: 2, 6: None}
+    assert parse_layers("2-3:1, 5:2,6", 8) == {2: 1, 3: 1, 5: 2, 6: None}
 
 
 @pytest.mark.parametrize(
-    ("text", "found"),
+    ("text", "message"),
     [("deep", "no layer of 3"), ("0-2", "0-2"), ("3-2", "3-2"), ("2-4", "2-4"), ("some", "some"), ("1,1", "twice")],
 )
-def test_what_is_no_layer_is_refused(text, found):
+def test_what_is_no_layer_is_refused(text, message):
     with pytest.raises(UserError, match="--layers") as raised:
-        chosen_layers(text, 3)
-    assert found in str(raised.value)
+        parse_layers(text, 3)
+    assert message in str(raised.value)
 
 
 @given(
@@ -53,16 +53,16 @@ def test_what_is_no_layer_is_refused(text, found):
 )
 def test_the_best_heads_are_those_of_all_combinations(costs, budget):
     fitting = [heads for heads in product(*costs) if sum(heads) <= budget]
-    found = best_heads(costs, budget)
+    heads_by_layer = allocate_heads(costs, budget)
     if not fitting:
-        assert found is None
+        assert heads_by_layer is None
         return
 
     def cost(heads):
         return sum(options[number] for options, number in zip(costs, heads, strict=True))
 
-    assert sum(found) <= budget
-    assert cost(found) == pytest.approx(min(map(cost, fitting)))
+    assert sum(heads_by_layer) <= budget
+    assert cost(heads_by_layer) == pytest.approx(min(map(cost, fitting)))
 
 
 @pytest.mark.parametrize(
@@ -71,9 +71,10 @@ def test_the_best_heads_are_those_of_all_combinations(costs, budget):
 def test_the_configurations_of_the_paper_are_what_compress_makes_and_can_be_planned(name, preset):
     config = load_config(CONFIGS / f"compression-{name}.yaml")
     layers = config.model.num_hidden_layers
-    expected = [4 if layer in chosen_layers(preset, layers) else 8 for layer in range(1, layers + 1)]
+    expected = [4 if layer in parse_layers(preset, layers) else 8 for layer in range(1, layers + 1)]
     assert config.model.component_heads == expected
-    plan = as_json(make_plan(config, 512))
+
+    plan = as_json(make_plan(config, world_size=512))
     assert plan["steps"] == {"recovery": 14_902}.get(name, 328)
     assert config.schedule.warmup_steps < config.steps
     assert (config.optimizer.lr, config.schedule.min_lr_ratio) == (1.6e-5, 0)

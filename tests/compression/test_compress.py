@@ -5,63 +5,28 @@ from __future__ import annotations
 import json
 import resource
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
-from runs import train
 from safetensors.torch import load_file, save_file
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from support.runs import train
+from support.source_models import HEADS, KINDS, LAYERS, SIZES, save_source_model
+from transformers import AutoModelForCausalLM
 
-from megatron_mea.checkpoint.folder import Meta, damage
+from megatron_mea.checkpoint.folder import CheckpointMetadata, find_corruption
 from megatron_mea.checkpoint.tensors import read_tensors, weight_shapes
 from megatron_mea.cli import main
-from megatron_mea.compression import origin as origin_module
-from megatron_mea.compression.calibrate import head_moments, open_data
-from megatron_mea.compression.compress import _options, compress
-from megatron_mea.compression.origin import open_origin
-from megatron_mea.compression.virtual import Factoriser
+from megatron_mea.compression import source_model as source_model_module
+from megatron_mea.compression.calibrate import calibration_windows, head_moments
+from megatron_mea.compression.compress import _head_options, compress
+from megatron_mea.compression.compressed_model import Factoriser
+from megatron_mea.compression.source_model import open_source_model
 from megatron_mea.config.load import parse_model
 from megatron_mea.data.indexed import IndexedReader, IndexedWriter
 from megatron_mea.errors import UserError
-from megatron_mea.huggingface.convert import to_hf_config
-from megatron_mea.huggingface.modeling_mea import MEAForCausalLM
+from megatron_mea.exported.modeling_mea import MEAForCausalLM
 from megatron_mea.huggingface.source import load_model
-
-SIZES: dict[str, Any] = {
-    "vocab_size": 384,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 128,
-}
-KINDS = {"llama": {"head_dim": 8}, "mistral": {"sliding_window": None}, "qwen2": {}, "qwen3": {"head_dim": 8}}
-HEADS, DIM, LAYERS = 4, {"mistral": 4, "qwen2": 4}, 3
-
-
-def source(kind: str, folder: Path, tokenizer: Path | None = None) -> Path:
-    """A Hugging Face folder of random weights: a stock model, or one of our variants."""
-    torch.manual_seed(0)
-    if kind in KINDS:
-        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**SIZES | KINDS[kind]))
-    else:
-        variant = {"attention_variant": kind, "num_component_heads": 4 if kind.startswith("plain") else [4, 3, 4]}
-        model = MEAForCausalLM(to_hf_config(parse_model(SIZES | {"head_dim": 8} | variant)))
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
-            torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.3)
-        elif "hlc" in name:
-            torch.nn.init.normal_(parameter)
-        else:
-            torch.nn.init.normal_(parameter, std=0.15)
-    model.save_pretrained(folder)
-    if tokenizer is not None:
-        for file in tokenizer.iterdir():
-            (folder / file.name).write_bytes(file.read_bytes())
-    return folder
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -76,16 +41,17 @@ def logits(folder: Path) -> torch.Tensor:
     return model.eval()(ids, use_cache=False).logits
 
 
-def composites(tensors: dict[str, torch.Tensor], layer: int, side: str) -> torch.Tensor:
+def composites(*, tensors: dict[str, torch.Tensor], layer: int, side: str) -> torch.Tensor:
     """(h, d, D) of a folder's tensors, the bias as the last column."""
     name = f"model.layers.{layer}.self_attn"
     rows = tensors[f"{name}.{side}_proj.weight"]
     if f"{name}.{side}_proj.bias" in tensors:
         rows = torch.cat([rows, tensors[f"{name}.{side}_proj.bias"].unsqueeze(1)], 1)
-    mix = tensors.get(f"{name}.hlc_{side}.weight")
-    dim = len(rows) // (HEADS if mix is None else len(mix))
+
+    combination = tensors.get(f"{name}.hlc_{side}.weight")
+    dim = len(rows) // (HEADS if combination is None else len(combination))
     heads = rows.view(-1, dim, rows.shape[1])
-    return heads if mix is None else torch.einsum("ch,cax->hax", mix, heads)
+    return heads if combination is None else torch.einsum("ch,cax->hax", combination, heads)
 
 
 @pytest.mark.parametrize(
@@ -94,59 +60,73 @@ def composites(tensors: dict[str, torch.Tensor], layer: int, side: str) -> torch
 )
 def test_the_model_is_the_original_with_its_heads_replaced(kind, align, tmp_path, capsys):
     """Its logits are those of the original class whose composite heads are overwritten with what is left of them."""
-    original, out, replaced = source(kind, tmp_path / "in"), tmp_path / "out", tmp_path / "replaced"
+    original, out, replaced = save_source_model(kind, tmp_path / "in"), tmp_path / "out", tmp_path / "replaced"
     command = ["compress", str(original), str(out), "--component-heads", "2", "--layers", "2,3:1"]
     # transformers' saving says things of its own.
     capsys.readouterr()
     assert main([*command, *["--align"] * align]) == 0
-    told, warned = capsys.readouterr()
-    assert ("warning: --align without --calibration weighs" in warned) == align
-    assert told.startswith(f"wrote {out}: ")
-    assert f"; in the layers 1: {HEADS}, 2: 2, 3: 1" in told
-    before, made = weights(original), weights(out)
-    with open_origin(original, tmp_path / "x") as origin:
+    output, warnings = capsys.readouterr()
+
+    assert ("warning: --align without --calibration weighs" in warnings) == align
+    assert output.startswith(f"wrote {out}: ")
+    assert f"; in the layers 1: {HEADS}, 2: 2, 3: 1" in output
+
+    before, compressed = weights(original), weights(out)
+    with open_source_model(original, tmp_path / "x") as source_model:
         heads = [4, 2, 1]
-        factoriser = Factoriser(origin, None, align)
+        factoriser = Factoriser(source_model=source_model, moments=None, aligned=align)
         overwritten = dict(before)
         for layer, side in ((layer, side) for layer in (1, 2) for side in "kv"):
-            virtual = factoriser.heads(layer, side, heads[layer])
-            rows = composites(before, layer, side)
-            dim, inputs = rows.shape[1:]
-            components = (virtual.selection @ rows.flatten(0, 1)).view(-1, dim, inputs)
-            found = torch.einsum("ch,cax->hax", virtual.combination, components)
-            if virtual.turns is not None:
-                found = virtual.turns @ found
-            found = found.flatten(0, 1)
+            virtual = factoriser.virtual_heads(layer=layer, side=side, rank=heads[layer])
+            projection = composites(tensors=before, layer=layer, side=side)
+            dim, inputs = projection.shape[1:]
+            components = (virtual.selection @ projection.flatten(0, 1)).view(-1, dim, inputs)
+            replacement = torch.einsum("ch,cax->hax", virtual.combination, components)
+            if virtual.rotations is not None:
+                replacement = virtual.rotations @ replacement
+
+            replacement = replacement.flatten(0, 1)
             name = f"model.layers.{layer}.self_attn"
-            if f"{name}.{side}_proj.bias" in before:
-                found, overwritten[f"{name}.{side}_proj.bias"] = found[:, :-1], found[:, -1].contiguous()
-            overwritten[f"{name}.{side}_proj.weight"] = found.contiguous()
+            bias = f"{name}.{side}_proj.bias"
+            if bias in before:
+                overwritten[bias] = replacement[:, -1].contiguous()
+                replacement = replacement[:, :-1]
+
+            overwritten[f"{name}.{side}_proj.weight"] = replacement.contiguous()
             if f"{name}.hlc_{side}.weight" in before:
                 overwritten[f"{name}.hlc_{side}.weight"] = torch.eye(HEADS, dtype=torch.float64)
-            # What the factors claim to lose is what the folder has lost, wherever no turn stands between.
+
+            # Without rotations, the folder holds the replaced heads themselves.
             if not align:
                 torch.testing.assert_close(
-                    composites(made, layer, side).flatten(0, 1)[:, : found.shape[1]], found, atol=1e-6, rtol=1e-5
+                    composites(tensors=compressed, layer=layer, side=side).flatten(0, 1)[:, : replacement.shape[1]],
+                    replacement,
+                    atol=1e-6,
+                    rtol=1e-5,
                 )
+
     replaced.mkdir()
-    description = json.loads((original / "config.json").read_text())
-    if "num_component_heads" in description:
-        description["num_component_heads"] = HEADS
-    (replaced / "config.json").write_text(json.dumps(description))
+    config_json = json.loads((original / "config.json").read_text())
+    if "num_component_heads" in config_json:
+        config_json["num_component_heads"] = HEADS
+
+    (replaced / "config.json").write_text(json.dumps(config_json))
     save_file({name: tensor.contiguous() for name, tensor in overwritten.items()}, replaced / "model.safetensors")
     torch.testing.assert_close(logits(out), logits(replaced), atol=2e-5, rtol=1e-5)
     unchanged = [name for name in before if ".layers.0." in name or "self_attn" not in name]
-    assert all(torch.equal(before[name], made[name]) for name in unchanged)
+    assert all(torch.equal(before[name], compressed[name]) for name in unchanged)
 
 
 def test_plain_stays_exact_with_all_heads(tmp_path):
-    original = source("qwen3", tmp_path / "in")
+    original = save_source_model("qwen3", tmp_path / "in")
     assert main(["compress", str(original), str(tmp_path / "out"), "--component-heads", "4", "--align"]) == 0
-    before, made = weights(original), weights(tmp_path / "out")
-    assert all(torch.equal(made[name], tensor) for name, tensor in before.items())
-    added = {name: tensor for name, tensor in made.items() if name not in before}
+    before, compressed = weights(original), weights(tmp_path / "out")
+    assert all(torch.equal(compressed[name], tensor) for name, tensor in before.items())
+
+    added = {name: tensor for name, tensor in compressed.items() if name not in before}
     assert len(added) == 2 * LAYERS
     assert all(torch.equal(tensor, torch.eye(HEADS).double()) for tensor in added.values())
+
     torch.testing.assert_close(logits(tmp_path / "out"), logits(original), rtol=0, atol=1e-5)
 
 
@@ -177,17 +157,18 @@ WRONG = [
 class TestOptions:
     @pytest.mark.parametrize(("options", "expected"), LISTS)
     def test_heads_of_each_layer(self, options, expected):
-        asked = {"heads": None, "ratio": None, "layers": None} | options
-        assert _options(parse_model(SIZES), "it", **asked) == [[heads] for heads in expected]
+        arguments = {"heads": None, "ratio": None, "layers": None} | options
+        assert _head_options(model=parse_model(SIZES), name="it", **arguments) == [[heads] for heads in expected]
 
     @pytest.mark.parametrize(("options", "key"), WRONG)
     def test_what_cannot_be_or_would_do_nothing_is_refused_before_the_model_is_read(
         self, options, key, tmp_path, monkeypatch
     ):
-        original = source("llama", tmp_path / "in")
-        monkeypatch.setattr(origin_module, "import_model", None)
+        original = save_source_model("llama", tmp_path / "in")
+        monkeypatch.setattr(source_model_module, "import_model", None)
         with pytest.raises(UserError) as raised:
-            compress(original, tmp_path / "deep/out", **options)
+            compress(model=original, out=tmp_path / "deep/out", **options)
+
         assert raised.value.problems[0].where == key
         assert not (tmp_path / "deep").exists()
 
@@ -196,11 +177,14 @@ class TestCalibration:
     @pytest.mark.parametrize("kind", ["qwen2", "mea"])
     def test_moments_are_those_of_the_outputs(self, kind, tiny, tmp_path):
         """Against transformers' layers, whose projections are watched."""
-        original = source(kind, tmp_path / "in", tiny.tokenizer)
-        with open_origin(original, tmp_path / "x") as origin:
-            windows = open_data(origin, str(tiny.train), "--calibration", tokens=500)
-            moments = head_moments(origin, windows, {1, 2})
+        original = save_source_model(kind=kind, folder=tmp_path / "in", tokenizer=tiny.tokenizer)
+        with open_source_model(original, tmp_path / "x") as source_model:
+            windows = calibration_windows(
+                source_model=source_model, path=str(tiny.train), where="--calibration", tokens=500
+            )
+            moments = head_moments(source_model=source_model, windows=windows, layers={1, 2})
             assert set(moments) == {(layer, side) for layer in (1, 2) for side in "kv"}
+
             model = load_model(original)[0].double()
             tensors, seen = weights(original), []
             model.model.layers[2].self_attn.register_forward_pre_hook(
@@ -210,9 +194,10 @@ class TestCalibration:
                 for batch in windows:
                     ids, positions = map(torch.from_numpy, (batch.input_ids, batch.position_ids))
                     model(ids, position_ids=positions, use_cache=False)
+
         inputs = torch.cat([x.flatten(0, 1) for x in seen])
         for side in "kv":
-            rows = composites(tensors, 2, side).flatten(0, 1)
+            rows = composites(tensors=tensors, layer=2, side=side).flatten(0, 1)
             if rows.shape[1] > inputs.shape[1]:
                 inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
             outputs = inputs @ rows.mT
@@ -223,45 +208,56 @@ class TestCalibration:
         with IndexedWriter(tmp_path / "few", tokens.dtype) as writer:
             writer.add(tokens, [20])
             writer.commit()
+
         options = ["--component-heads", "2", "--calibration", str(tmp_path / "few")]
-        assert main(["compress", str(source("llama", tmp_path / "in")), str(tmp_path / "out"), *options]) == 0
+        original = save_source_model("llama", tmp_path / "in")
+        assert main(["compress", str(original), str(tmp_path / "out"), *options]) == 0
         assert "has 19 tokens for the 32 outputs" in capsys.readouterr().err
 
     def test_it_loses_less_of_the_outputs(self, tiny, tmp_path, capsys):
-        original = source("llama", tmp_path / "in", tiny.tokenizer)
-        told = {}
+        original = save_source_model(kind="llama", folder=tmp_path / "in", tokenizer=tiny.tokenizer)
+        compressed = {}
         for option in ([], ["--calibration", str(tiny.train)]):
             out = tmp_path / f"out{len(option)}"
             assert main(["compress", str(original), str(out), "--component-heads", "2", *option]) == 0
             assert (out / "tokenizer.model").is_file() or (out / "tokenizer.json").is_file()
-            told[bool(option)] = weights(out)
-        with open_origin(original, tmp_path / "x") as origin:
-            windows = open_data(origin, str(tiny.train), "--calibration", tokens=4096)
-            moments = head_moments(origin, windows, {0, 1, 2})
+            compressed[bool(option)] = weights(out)
+
+        with open_source_model(original, tmp_path / "x") as source_model:
+            windows = calibration_windows(
+                source_model=source_model, path=str(tiny.train), where="--calibration", tokens=4096
+            )
+            moments = head_moments(source_model=source_model, windows=windows, layers={0, 1, 2})
+
         before = weights(original)
         for layer in range(LAYERS):
             for side in "kv":
-                rows = composites(before, layer, side).flatten(0, 1)
-                root = torch.linalg.pinv(rows) @ moments[layer, side] @ torch.linalg.pinv(rows).mT
+                projection = composites(tensors=before, layer=layer, side=side).flatten(0, 1)
+                root = torch.linalg.pinv(projection) @ moments[layer, side] @ torch.linalg.pinv(projection).mT
                 errors = [
                     torch.trace(change @ root @ change.mT)
-                    for change in (composites(told[way], layer, side).flatten(0, 1) - rows for way in (False, True))
+                    for change in (
+                        composites(tensors=compressed[calibrated], layer=layer, side=side).flatten(0, 1) - projection
+                        for calibrated in (False, True)
+                    )
                 ]
                 assert errors[1] < errors[0]
 
 
 class TestRatio:
     def test_heads_go_where_least_is_lost(self, tmp_path, capsys):
-        original, out = source("llama", tmp_path / "in"), tmp_path / "out"
+        original, out = save_source_model("llama", tmp_path / "in"), tmp_path / "out"
         # The middle layer's heads are all alike: the choice falls on it.
         tensors = load_file(original / "model.safetensors")
         for side in "kv":
             name = f"model.layers.1.self_attn.{side}_proj.weight"
             tensors[name] = tensors[name][:8].repeat(4, 1)
+
         save_file(tensors, original / "model.safetensors")
         assert main(["compress", str(original), str(out), "--cache-ratio", "0.75"]) == 0
         heads = json.loads((out / "config.json").read_text())["num_component_heads"]
         assert heads == [4, 1, 4]
+
         torch.testing.assert_close(logits(out), logits(original), atol=1e-4, rtol=1e-4)
         assert "9 of 12 key/value heads are cached (75.0%); in the layers 1: 4, 2: 1, 3: 4" in capsys.readouterr().out
 
@@ -269,31 +265,36 @@ class TestRatio:
 class TestCheckpoint:
     def test_a_full_disk_is_one_message(self, tmp_path, capsys):
         original, out = tmp_path / "original", tmp_path / "deep/out"
-        assert main(["import", str(source("llama", tmp_path / "in")), str(original)]) == 0
+        assert main(["import", str(save_source_model("llama", tmp_path / "in")), str(original)]) == 0
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
         try:
             status = main(["compress", str(original), str(out), "--component-heads", "2"])
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
         assert status == 1
         assert f"{out} cannot be written: " in capsys.readouterr().err
         assert not out.parent.exists()
 
     def test_a_checkpoint_gives_a_checkpoint_that_a_run_begins_from(self, tiny, tmp_path, capsys):
         original, out = tmp_path / "original", tmp_path / "deep/out"
-        assert main(["import", str(source("mea", tmp_path / "in", tiny.tokenizer)), str(original)]) == 0
+        hf_folder = save_source_model(kind="mea", folder=tmp_path / "in", tokenizer=tiny.tokenizer)
+        assert main(["import", str(hf_folder), str(original)]) == 0
         assert main(["compress", str(original), str(out), "--component-heads", "1", "--layers", "2", "--align"]) == 0
-        assert damage(out) is None
-        meta = Meta.read(out)
+        assert find_corruption(out) is None
+
+        meta = CheckpointMetadata.read(out)
         settings = yaml.safe_load(capsys.readouterr().out.split("with these settings:\n")[-1])
         assert parse_model(settings["model"]).component_heads == [4, 1, 4]
         assert settings["run"]["init_from"] == str(out)
         assert (meta.step, meta.config["model"]["num_component_heads"]) == (0, [4, 1, 4])
         assert "compressed to 9 of 12 key/value heads: " in meta.origin
+
         shapes = weight_shapes(out)
         assert shapes["model.layers.1.self_attn.k_proj.weight"][0] == meta.config["model"]["head_dim"]
         assert all(tensor.isfinite().all() for tensor in read_tensors(out, shapes).values())
+
         capsys.readouterr()
         assert main(["evaluate", str(out), "--data", str(tiny.validation)]) == 0
         loss = json.loads(capsys.readouterr().out)["cross_entropy"]

@@ -32,31 +32,32 @@ def mixture(weights: tuple[float, ...]) -> Mixture:
 @given(st.integers(1, 3000), KEYS)
 @settings(max_examples=150, deadline=None)
 def test_permute_is_a_bijection(size: int, key: str) -> None:
-    assert np.array_equal(np.sort(permute(np.arange(size), size, key)), np.arange(size))
+    assert np.array_equal(np.sort(permute(np.arange(size), size=size, key=key)), np.arange(size))
 
 
 def test_permute_is_a_bijection_of_every_small_size() -> None:
     for size in range(1, 130):
-        assert sorted(permute(np.arange(size), size, "key").tolist()) == list(range(size))
+        assert sorted(permute(np.arange(size), size=size, key="key").tolist()) == list(range(size))
 
 
 @given(st.integers(1, 2**40), KEYS, st.data())
 @settings(max_examples=100, deadline=None)
 def test_permute_of_huge_sizes(size: int, key: str, data: st.DataObject) -> None:
     positions = data.draw(st.lists(st.integers(0, size - 1), unique=True, max_size=50))
-    found = permute(np.asarray(positions, np.int64), size, key)
-    assert len(set(found.tolist())) == len(positions)
-    assert ((found >= 0) & (found < size)).all()
-    # A position goes where it goes whoever its neighbours are.
-    for position, target in zip(positions, found.tolist(), strict=True):
-        assert permute(np.asarray([position]), size, key).tolist() == [target]
+    permuted = permute(np.asarray(positions, np.int64), size=size, key=key)
+    assert len(set(permuted.tolist())) == len(positions)
+    assert ((permuted >= 0) & (permuted < size)).all()
+    # The target of a position does not depend on the other positions of the call.
+    for position, target in zip(positions, permuted.tolist(), strict=True):
+        assert permute(np.asarray([position]), size=size, key=key).tolist() == [target]
 
 
-def scrambled(position: int, size: int, key: str) -> int:
-    """The permutation once more, in Python's own integers: Feistel rounds of splitmix64, and walks of the cycle."""
+def reference_permute(*, position: int, size: int, key: str) -> int:
+    """`permute` of one position in Python integers: Feistel rounds of splitmix64, and cycle walking."""
     bits = 64
     half = max(1, -(-(size - 1).bit_length() // 2))
     digest = hashlib.sha512(key.encode()).digest()
+
     while True:
         left, right = divmod(position, 1 << half)
         for turn in range(6):
@@ -65,6 +66,7 @@ def scrambled(position: int, size: int, key: str) -> int:
                 mixed = (mixed ^ mixed >> shift) * factor % 2**bits
             mixed ^= mixed >> 31
             left, right = right, left ^ mixed % (1 << half)
+
         position = left << half | right
         if position < size:
             return position
@@ -74,18 +76,19 @@ def scrambled(position: int, size: int, key: str) -> int:
 @settings(max_examples=100, deadline=None)
 def test_permute_equals_its_reference(size: int, key: str, data: st.DataObject) -> None:
     positions = data.draw(st.lists(st.integers(0, size - 1), max_size=10))
-    expected = [scrambled(position, size, key) for position in positions]
-    assert permute(np.asarray(positions, np.int64), size, key).tolist() == expected
+    expected = [reference_permute(position=position, size=size, key=key) for position in positions]
+    assert permute(np.asarray(positions, np.int64), size=size, key=key).tolist() == expected
 
 
 def test_permute_looks_random() -> None:
     size = 100_003
-    found = permute(np.arange(size), size, "1234/0/0")
-    assert abs(np.corrcoef(np.arange(size), found)[0, 1]) < 0.02
-    counts = np.histogram2d(np.arange(size), found, bins=20)[0]
+    permuted = permute(np.arange(size), size=size, key="1234/0/0")
+    assert abs(np.corrcoef(np.arange(size), permuted)[0, 1]) < 0.02
+
+    counts = np.histogram2d(np.arange(size), permuted, bins=20)[0]
     expected = size / 400
     assert 0.7 < ((counts - expected) ** 2 / expected).sum() / 361 < 1.4
-    assert (np.diff(found) == 1).sum() < 10
+    assert (np.diff(permuted) == 1).sum() < 10
 
 
 @given(WEIGHTS)
@@ -95,9 +98,11 @@ def test_quotas_are_the_rounded_weights(weights: list[float]) -> None:
     exact = np.asarray(weights, np.float64) / np.sum(weights) * PERIOD
     assert quota.sum() == PERIOD
     assert (quota >= 1).all()
+
     # A weight too small for one part gets one all the same, and the others pay for it.
     raised = np.maximum(1 - exact, 0).sum()
     assert (np.abs(quota - exact) <= 1 + raised + 1e-6).all()
+
     larger = np.asarray(weights)[:, None] > np.asarray(weights)
     assert (quota[:, None] >= quota)[larger].all()
 
@@ -119,11 +124,12 @@ def test_quotas_of_known_weights(weights: list[float], quota: list[int]) -> None
 
 def check_shares(weights: Sequence[float]) -> None:
     """In every prefix of two periods each corpus has its share to within one sample, numbered without a gap."""
-    mixed = mixture(tuple(weights))
-    corpus, number = mixed.locate(np.arange(2 * PERIOD))
+    mix = mixture(tuple(weights))
+    corpus, number = mix.locate(np.arange(2 * PERIOD))
     served = corpus[:, None] == np.arange(len(weights))
     count = np.cumsum(served, axis=0)
-    due = np.arange(1, 2 * PERIOD + 1)[:, None] * mixed.quota / PERIOD
+    due = np.arange(1, 2 * PERIOD + 1)[:, None] * mix.quota / PERIOD
+
     assert np.abs(count - due).max() < 1
     assert np.array_equal(number, count[np.arange(2 * PERIOD), corpus] - 1)
 
@@ -149,15 +155,17 @@ WINDOWS = st.lists(st.integers(1, 60), min_size=1, max_size=4)
 @settings(max_examples=20, deadline=None)
 def test_each_window_once_an_epoch_of_each_corpus(windows: list[int], seed: int | None, shape: int) -> None:
     weights = [[1, 1, 1, 1], [1, 2, 3, 4], [9, 1, 1, 5], [0.5, 0.25, 0.1, 3]][shape][: len(windows)]
-    order = SampleOrder(windows, weights, seed)
+    order = SampleOrder(windows=windows, weights=weights, seed=seed)
     corpus, window = order.locate(np.arange(3000))
+
     for index, size in enumerate(windows):
-        mine = window[corpus == index]
-        epochs = mine[: mine.size // size * size].reshape(-1, size)
+        windows_read = window[corpus == index]
+        epochs = windows_read[: windows_read.size // size * size].reshape(-1, size)
         assert epochs.shape[0] > 0
         assert np.array_equal(np.sort(epochs, axis=1), np.broadcast_to(np.arange(size), epochs.shape))
-        # The epoch that has begun repeats nothing either.
-        assert np.unique(mine[epochs.size :]).size == mine.size - epochs.size
+        # The unfinished epoch at the end repeats nothing either.
+        assert np.unique(windows_read[epochs.size :]).size == windows_read.size - epochs.size
+
         if seed is None:
             assert (epochs == np.arange(size)).all()
         elif size > 20:
@@ -165,37 +173,48 @@ def test_each_window_once_an_epoch_of_each_corpus(windows: list[int], seed: int 
 
 
 def test_an_enumeration_of_the_first_epochs_agrees() -> None:
-    """Sample after sample, with a counter a corpus and a list of windows an epoch, as one would write it first."""
+    """Sample by sample, with a counter for each corpus and a list of windows for each epoch."""
     windows, weights, seed = [5, 11, 2], [3.0, 2.0, 1.0], 7
-    order = SampleOrder(windows, weights, seed)
+    order = SampleOrder(windows=windows, weights=weights, seed=seed)
     counts, deal, expected = [0, 0, 0], order.mixture.locate(np.arange(200))[0].tolist(), []
+
     for corpus in deal:
         epoch, position = divmod(counts[corpus], windows[corpus])
-        shuffled = [scrambled(i, windows[corpus], f"{seed}/{corpus}/{epoch}") for i in range(windows[corpus])]
+        shuffled = [
+            reference_permute(position=i, size=windows[corpus], key=f"{seed}/{corpus}/{epoch}")
+            for i in range(windows[corpus])
+        ]
         expected.append((corpus, shuffled[position]))
         counts[corpus] += 1
+
     corpus, window = order.locate(np.arange(200))
     assert list(zip(corpus.tolist(), window.tolist(), strict=True)) == expected
-    # Any part, in any order, is the same as in the whole.
-    some = np.random.default_rng(0).permutation(200)[:50]
-    assert np.array_equal(order.locate(some), (corpus[some], window[some]))
+
+    # Any subset, in any order, gives the same.
+    subset = np.random.default_rng(0).permutation(200)[:50]
+    assert np.array_equal(order.locate(subset), (corpus[subset], window[subset]))
 
 
 @st.composite
 def mixtures(draw: st.DrawFn) -> tuple[SampleOrder, list[int], int]:
-    """A few corpora of a handful of windows with any weights, and a number of samples of some epochs."""
+    """(order, windows of each corpus, number of samples) of a few small corpora with any weights."""
     windows = draw(st.lists(st.integers(1, 12), min_size=1, max_size=6))
     weights = draw(st.lists(st.integers(1, 20) | st.floats(0.01, 50), min_size=len(windows), max_size=len(windows)))
-    return SampleOrder(windows, weights, draw(st.integers(0, 2**32))), windows, draw(st.integers(1, 1500))
+    return (
+        SampleOrder(windows=windows, weights=weights, seed=draw(st.integers(0, 2**32))),
+        windows,
+        draw(st.integers(1, 1500)),
+    )
 
 
 @given(mixtures())
 @settings(max_examples=25, deadline=None)
 def test_epochs_of_small_corpora_agree_with_their_enumeration(drawn: tuple[SampleOrder, list[int], int]) -> None:
-    """A bag of windows a corpus, filled anew when it is empty: no sample may ask for what its bag has not."""
+    """Each sample takes its window out of its corpus's set, which is refilled when it is empty."""
     order, windows, count = drawn
     bags: list[set[int]] = [set() for _ in windows]
     served = np.zeros(len(windows), np.int64)
+
     for number, (corpus, window) in enumerate(zip(*order.locate(np.arange(count)), strict=True), start=1):
         if not bags[corpus]:
             bags[corpus] = set(range(windows[corpus]))
@@ -209,38 +228,44 @@ def test_epochs_of_small_corpora_agree_with_their_enumeration(drawn: tuple[Sampl
 def test_a_global_batch_does_not_depend_on_what_was_asked_before(
     drawn: tuple[SampleOrder, list[int], int], data: st.DataObject
 ) -> None:
-    """By any process, from any step on, in any cut into micro-batches: a part is the same as in the whole."""
+    """Located in parts, as by any process from any step on in any micro-batches, samples are the same."""
     order, windows, count = drawn
     corpus, window = order.locate(np.arange(count))
-    fresh = SampleOrder(windows, order.mixture.quota / PERIOD, order.seed)
-    asked = np.asarray(data.draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=40)))
-    for part in np.array_split(asked, data.draw(st.integers(1, 5))):
+    fresh = SampleOrder(windows=windows, weights=order.mixture.quota / PERIOD, seed=order.seed)
+    samples = np.asarray(data.draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=40)))
+
+    for part in np.array_split(samples, data.draw(st.integers(1, 5))):
         assert np.array_equal(fresh.locate(part), (corpus[part], window[part]))
 
 
 @given(st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=8), min_size=1, max_size=3), st.integers(1, 9))
 @settings(max_examples=20, deadline=None)
 def test_an_epoch_packs_every_token_once(documents: list[list[int]], length: int) -> None:
-    """Corpora of documents of the given lengths; tokens are numbered, so that each one can be told from the others."""
+    """Corpora of documents of drawn lengths, in which no token id comes twice."""
     sizes = [sum(lengths) for lengths in documents]
     assume(min(sizes) > length)
+
     with tempfile.TemporaryDirectory() as folder:
         for index, lengths in enumerate(documents):
             with IndexedWriter(Path(folder) / str(index), np.dtype("u2")) as writer:
                 writer.add(1000 * index + np.arange(sum(lengths)), np.asarray(lengths))
                 writer.commit()
-        corpora = [TrainCorpus(path=f"{folder}/{index}", weight=size) for index, size in enumerate(sizes)]
-        opened = Corpora(corpora, length, 10_000, 7, "data.train")
+
+        configured = [TrainCorpus(path=f"{folder}/{index}", weight=size) for index, size in enumerate(sizes)]
+        corpora = Corpora(corpora=configured, seq_length=length, vocab_size=10_000, seed=7, key="data.train")
+
         for index, size in enumerate(sizes):
             windows = (size - 1) // length
-            corpus, number = opened.order.mixture.locate(np.arange(2 * PERIOD))
+            corpus, number = corpora.order.mixture.locate(np.arange(2 * PERIOD))
+
             for epoch in range(2):
-                mine = (corpus == index) & (number // windows == epoch)
-                batch = opened.batch(np.flatnonzero(mine))
+                in_epoch = (corpus == index) & (number // windows == epoch)
+                batch = corpora.batch(np.flatnonzero(in_epoch))
                 used = 1000 * index + np.arange(windows * length)
                 assert np.array_equal(np.sort(batch.input_ids, axis=None), used)
                 assert np.array_equal(np.sort(batch.targets, axis=None), used + 1)
-            # What is left over is shorter than a window.
+
+            # The tokens that no window takes are fewer than a window.
             assert 0 <= size - 1 - windows * length < length
 
 
@@ -252,22 +277,23 @@ def test_more_corpora_than_parts_are_refused() -> None:
 
 def test_the_order_is_what_it_was() -> None:
     # Runs that began with an earlier release resume exactly: a change here breaks them.
-    corpus, window = SampleOrder([7, 13], [1, 2], 1234).locate(np.arange(15))
+    corpus, window = SampleOrder(windows=[7, 13], weights=[1, 2], seed=1234).locate(np.arange(15))
     assert corpus.tolist() == [1, 1, 0, 1, 1, 0, 1, 1, 0, 1, 1, 0, 1, 1, 0]
     assert window.tolist() == [9, 10, 0, 6, 8, 1, 3, 12, 2, 1, 2, 3, 5, 11, 4]
 
 
-def located(windows: Sequence[int], weights: Sequence[float], seed: int) -> list[list[int]]:
-    return [part.tolist() for part in SampleOrder(windows, weights, seed).locate(np.arange(400))]
+def locate_samples(*, windows: Sequence[int], weights: Sequence[float], seed: int) -> list[list[int]]:
+    return [part.tolist() for part in SampleOrder(windows=windows, weights=weights, seed=seed).locate(np.arange(400))]
 
 
 def test_seed_position_and_weights_matter() -> None:
-    base = located([50, 50], [1, 1], 1)
-    assert located([50, 50], [1, 1], 1) == base
-    assert located([50, 50], [4, 4], 1) == base
-    assert located([50, 50], [1, 1], 2)[1] != base[1]
-    assert located([50, 50], [1, 2], 1) != base
-    assert located([50, 51], [1, 1], 1) != base
+    base = locate_samples(windows=[50, 50], weights=[1, 1], seed=1)
+    assert locate_samples(windows=[50, 50], weights=[1, 1], seed=1) == base
+    assert locate_samples(windows=[50, 50], weights=[4, 4], seed=1) == base
+    assert locate_samples(windows=[50, 50], weights=[1, 1], seed=2)[1] != base[1]
+    assert locate_samples(windows=[50, 50], weights=[1, 2], seed=1) != base
+    assert locate_samples(windows=[50, 51], weights=[1, 1], seed=1) != base
+
     # Two corpora of one size are not read in the same order.
     corpus, window = np.asarray(base)
     assert window[corpus == 0].tolist() != window[corpus == 1].tolist()
@@ -277,15 +303,17 @@ def test_a_billion_windows_cost_nothing() -> None:
     windows = 10**9
     samples = np.arange(windows - 512, windows + 512)
     tracemalloc.start()
-    order = SampleOrder([windows, windows // 3], [1, 1], 1)
+    order = SampleOrder(windows=[windows, windows // 3], weights=[1, 1], seed=1)
     first = order.locate(np.arange(1024))
     late = order.locate(samples)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
+
     assert peak < 5_000_000
     for corpus, window in (first, late):
         assert len(set(zip(corpus.tolist(), window.tolist(), strict=True))) == 1024
         assert window[corpus == 0].max() > windows // 2
+
     # A sample number far beyond 32 bits, and what comes an epoch later in the same corpus.
     far = np.asarray([10**15, 10**15 + 2 * windows])
     corpus, window = order.locate(far)

@@ -35,8 +35,8 @@ ADVERSARIAL = [
 ]
 
 
-@dataclass(frozen=True)
-class Trained:
+@dataclass(frozen=True, kw_only=True)
+class TokenizerPair:
     size: int
     folder: Path
     fast: PreTrainedTokenizerFast
@@ -59,71 +59,73 @@ def texts() -> list[str]:
 
 
 @pytest.fixture(scope="module", params=[512, 2048])
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TokenizerPair:
     folder = tmp_path_factory.mktemp("tokenizer") / f"ids-{request.param}"
-    train_tokenizer([str(CORPUS)], request.param, folder)
+    train_tokenizer(sources=[str(CORPUS)], vocab_size=request.param, out=folder)
     piece = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    return Trained(request.param, folder, AutoTokenizer.from_pretrained(str(folder)), piece)
+    return TokenizerPair(
+        size=request.param, folder=folder, fast=AutoTokenizer.from_pretrained(str(folder)), piece=piece
+    )
 
 
-def test_vocab_size_counts_every_id(made: Trained) -> None:
-    assert len(made.fast) == made.piece.get_piece_size() == made.size
-    ids = range(made.size)
-    assert made.fast.convert_ids_to_tokens(list(ids)) == [made.piece.id_to_piece(i) for i in ids]
+def test_vocab_size_counts_every_id(pair: TokenizerPair) -> None:
+    assert len(pair.fast) == pair.piece.get_piece_size() == pair.size
+    ids = range(pair.size)
+    assert pair.fast.convert_ids_to_tokens(list(ids)) == [pair.piece.id_to_piece(i) for i in ids]
 
 
-def test_special_ids(made: Trained) -> None:
-    fast, piece = made.fast, made.piece
+def test_special_ids(pair: TokenizerPair) -> None:
+    fast, piece = pair.fast, pair.piece
     assert [fast.unk_token, fast.bos_token, fast.eos_token, fast.pad_token] == SPECIAL
     assert [fast.unk_token_id, fast.bos_token_id, fast.eos_token_id, fast.pad_token_id] == [0, 1, 2, 3]
     assert [piece.unk_id(), piece.bos_id(), piece.eos_id(), piece.pad_id()] == [0, 1, 2, 3]
     assert sorted(fast.all_special_ids) == [0, 1, 2, 3]
 
 
-def test_every_byte_has_an_id(made: Trained) -> None:
-    assert sum(made.piece.is_byte(i) for i in range(made.size)) == 256
+def test_every_byte_has_an_id(pair: TokenizerPair) -> None:
+    assert sum(pair.piece.is_byte(i) for i in range(pair.size)) == 256
 
 
 @pytest.mark.parametrize("character", "\n<>{}")
-def test_markup_characters_are_pieces_though_the_text_lacks_them(made: Trained, character: str) -> None:
-    assert not made.piece.is_byte(made.piece.encode(f"a{character}")[-1])
+def test_markup_characters_are_pieces_though_the_text_lacks_them(pair: TokenizerPair, character: str) -> None:
+    assert not pair.piece.is_byte(pair.piece.encode(f"a{character}")[-1])
 
 
 def test_digits_stand_alone(tmp_path: Path) -> None:
     (tmp_path / "years.txt").write_text("\n".join(f"in {1900 + i % 9} and 1984, then" for i in range(500)))
-    train_tokenizer([str(tmp_path / "years.txt")], 290, tmp_path / "out")
+    train_tokenizer(sources=[str(tmp_path / "years.txt")], vocab_size=290, out=tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(str(tmp_path / "out"))
     assert [token for token in tokenizer.tokenize("in 1984") if token.isdigit()] == ["1", "9", "8", "4"]
 
 
-def test_parity_on_every_line_and_document(made: Trained, texts: list[str]) -> None:
+def test_parity_on_every_line_and_document(pair: TokenizerPair, texts: list[str]) -> None:
     lines = {line for text in texts for line in text.splitlines()}
     assert len(lines) > 2000
     for text in [*texts[::10], *lines]:
-        made.check(text)
+        pair.check(text)
 
 
-def test_parity_on_indented_lines(made: Trained, texts: list[str]) -> None:
+def test_parity_on_indented_lines(pair: TokenizerPair, texts: list[str]) -> None:
     # transformers' own conversion of a sentencepiece model fails exactly here.
     for number, line in enumerate(texts[0].splitlines()[:200]):
-        made.check(" " * (1 + number % 9) + line)
-        made.check("\t" + line + " " * (number % 4))
+        pair.check(" " * (1 + number % 9) + line)
+        pair.check("\t" + line + " " * (number % 4))
 
 
 @pytest.mark.parametrize("text", ADVERSARIAL, ids=ascii)
-def test_parity_on_adversarial_strings(made: Trained, text: str) -> None:
-    made.check(text)
+def test_parity_on_adversarial_strings(pair: TokenizerPair, text: str) -> None:
+    pair.check(text)
 
 
 @pytest.mark.parametrize("text", [text for text in ADVERSARIAL if "\u2581" not in text], ids=ascii)
-def test_round_trip_is_lossless(made: Trained, text: str) -> None:
+def test_round_trip_is_lossless(pair: TokenizerPair, text: str) -> None:
     # But for U+2581, which sentencepiece reserves for the space.
-    assert made.fast.decode(made.ids(text)) == text
+    assert pair.fast.decode(pair.ids(text)) == text
 
 
-def test_round_trip_of_the_corpus(made: Trained, texts: list[str]) -> None:
+def test_round_trip_of_the_corpus(pair: TokenizerPair, texts: list[str]) -> None:
     for text in texts[::10]:
-        assert made.fast.decode(made.ids(text)) == text
+        assert pair.fast.decode(pair.ids(text)) == text
 
 
 PARTS = st.sampled_from([*ADVERSARIAL, "the", "king ", " and", "LORD", ".\n", ", ", "   ", "eth"])
@@ -133,62 +135,67 @@ ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 
 @given(st.lists(PARTS | ANY_TEXT, max_size=12).map("".join))
 @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_parity_on_random_unicode(made: Trained, text: str) -> None:
-    made.check(text)
+def test_parity_on_random_unicode(pair: TokenizerPair, text: str) -> None:
+    pair.check(text)
     assume("\u2581" not in text)
-    assert made.fast.decode(made.ids(text)) == text
+    assert pair.fast.decode(pair.ids(text)) == text
 
 
 @given(st.text("ab <", max_size=60), st.integers(1, 12))
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_parity_on_repetitive_text(repetitive: Trained, text: str, times: int) -> None:
+def test_parity_on_repetitive_text(repetitive: TokenizerPair, text: str, times: int) -> None:
     # Repetition makes the pairs that could merge next overlap, which is where an order of merges shows.
     repetitive.check(text * times)
 
 
 @pytest.fixture(scope="module")
-def repetitive(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def repetitive(tmp_path_factory: pytest.TempPathFactory) -> TokenizerPair:
     """A tokenizer whose pieces can be split in many ways: long words over four characters."""
     root = tmp_path_factory.mktemp("repetitive")
     letters = np.random.default_rng(0).choice(list("ab <"), (400, 120))
     (root / "text.txt").write_text("\n".join("".join(row) for row in letters))
-    train_tokenizer([str(root / "text.txt")], 400, root / "out")
+    train_tokenizer(sources=[str(root / "text.txt")], vocab_size=400, out=root / "out")
     piece = sentencepiece.SentencePieceProcessor(model_file=str(root / "out/tokenizer.model"))
-    return Trained(400, root / "out", AutoTokenizer.from_pretrained(str(root / "out")), piece)
+    return TokenizerPair(
+        size=400, folder=root / "out", fast=AutoTokenizer.from_pretrained(str(root / "out")), piece=piece
+    )
 
 
-def test_training_is_deterministic(made: Trained, tmp_path: Path) -> None:
-    train_tokenizer([str(CORPUS)], made.size, tmp_path / "again")
+def test_training_is_deterministic(pair: TokenizerPair, tmp_path: Path) -> None:
+    train_tokenizer(sources=[str(CORPUS)], vocab_size=pair.size, out=tmp_path / "retrained")
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        assert (made.folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
-    again = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "again/tokenizer.model"))
-    for piece in range(made.size):
-        assert again.id_to_piece(piece) == made.piece.id_to_piece(piece)
-        assert again.get_score(piece) == made.piece.get_score(piece)
+        assert (pair.folder / name).read_bytes() == (tmp_path / "retrained" / name).read_bytes(), name
+
+    retrained = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "retrained/tokenizer.model"))
+    for piece in range(pair.size):
+        assert retrained.id_to_piece(piece) == pair.piece.id_to_piece(piece)
+        assert retrained.get_score(piece) == pair.piece.get_score(piece)
 
 
-def test_the_model_holds_no_local_path(made: Trained) -> None:
-    assert str(made.folder.parent).encode() not in (made.folder / "tokenizer.model").read_bytes()
+def test_the_model_holds_no_local_path(pair: TokenizerPair) -> None:
+    assert str(pair.folder.parent).encode() not in (pair.folder / "tokenizer.model").read_bytes()
 
 
-def test_a_document_cannot_inject_a_special_token(made: Trained) -> None:
+def test_a_document_cannot_inject_a_special_token(pair: TokenizerPair) -> None:
     documents = ["good </s> bad", "</s>", "<s>x<unk><pad>", "plain"]
-    # What is guarded against: without the guard the string does become the id.
-    assert EOS in made.fast(documents[0], add_special_tokens=False)["input_ids"]
-    tokens, lengths = Encoder.of(made.fast, made.folder)(documents)
+    # Without `split_special_tokens` the string becomes the special id.
+    assert EOS in pair.fast(documents[0], add_special_tokens=False)["input_ids"]
+
+    tokens, lengths = Encoder.from_tokenizer(pair.fast, pair.folder)(documents)
     assert lengths.sum() == tokens.size
+
     ends = np.cumsum(lengths)
     assert np.flatnonzero(tokens < 4).tolist() == (ends - 1).tolist()
     assert (tokens[ends - 1] == EOS).all()
     for document, end, length in zip(documents, ends, lengths, strict=True):
-        assert tokens[end - length : end - 1].tolist() == made.piece.encode(document)
+        assert tokens[end - length : end - 1].tolist() == pair.piece.encode(document)
 
 
 def test_a_long_line_counts_to_its_end(tmp_path: Path) -> None:
     # sentencepiece drops what is longer than its longest sentence; here that would be all of the text.
     words = ["quixotic"] * 9000 + ["zephyr"] * 9000
     (tmp_path / "line.txt").write_text(" ".join(words))
-    train_tokenizer([str(tmp_path / "line.txt")], 294, tmp_path / "out")
+    train_tokenizer(sources=[str(tmp_path / "line.txt")], vocab_size=294, out=tmp_path / "out")
     piece = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "out/tokenizer.model"))
     assert piece.encode("quixotic zephyr", out_type=str) == ["\u2581quixotic", "\u2581zephyr"]
 
@@ -196,8 +203,14 @@ def test_a_long_line_counts_to_its_end(tmp_path: Path) -> None:
 def test_text_key_and_several_sources(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"body": "zebra quagga " * 200, "text": "wrong"}) + "\n")
     (tmp_path / "b.jsonl").write_text(json.dumps({"body": "okapi bongo " * 200}) + "\n")
-    train_tokenizer([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")], 285, tmp_path / "out", text_key="body")
+    train_tokenizer(
+        sources=[str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")],
+        vocab_size=285,
+        out=tmp_path / "out",
+        text_key="body",
+    )
     vocabulary = AutoTokenizer.from_pretrained(str(tmp_path / "out")).get_vocab()
+
     assert {"z", "q", "k"} <= set(vocabulary)
     assert "w" not in vocabulary
 
@@ -205,7 +218,7 @@ def test_text_key_and_several_sources(tmp_path: Path) -> None:
 def test_a_vocabulary_that_the_text_cannot_fill_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("too little")
     with pytest.raises(UserError, match="--vocab-size"):
-        train_tokenizer([str(tmp_path / "short.txt")], 4000, tmp_path / "out")
+        train_tokenizer(sources=[str(tmp_path / "short.txt")], vocab_size=4000, out=tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]
 
 
@@ -213,7 +226,7 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
     lines = [json.dumps({"text": f"fine line {i}"}) for i in range(50)]
     (tmp_path / "broken.jsonl").write_text("\n".join([*lines, '{"text":']))
     with pytest.raises(UserError) as caught:
-        train_tokenizer([str(tmp_path / "broken.jsonl")], 280, tmp_path / "out")
+        train_tokenizer(sources=[str(tmp_path / "broken.jsonl")], vocab_size=280, out=tmp_path / "out")
     assert "broken.jsonl, line 51" in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["broken.jsonl"]
 
@@ -221,11 +234,12 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("limit", [3_000, 15_000], ids=["tokenizer.model", "tokenizer.json"])
 @pytest.mark.parametrize("exists", [False, True], ids=["new", "over-another"])
 def test_a_full_disk_ends_with_a_message_and_leaves_nothing(limit: int, exists: bool, tmp_path: Path) -> None:
-    """A limit on the size of a file stands in for the disk; a tokenizer that stood there stays as it was."""
+    """A limit on the size of files stands in for the disk; an existing tokenizer stays as it was."""
     out = tmp_path / "made/new"
     if exists:
         out.mkdir(parents=True)
         (out / "tokenizer.model").write_bytes(b"another")
+
     script = f"""if True:
         import resource, sys
         from megatron_mea.cli import main
@@ -234,8 +248,10 @@ def test_a_full_disk_ends_with_a_message_and_leaves_nothing(limit: int, exists: 
     """
     command = ["tokenizer", "--input", str(CORPUS), "--vocab-size", "512", "--out", "made/new"]
     done = subprocess.run([sys.executable, "-c", script, *command], cwd=tmp_path, capture_output=True, text=True)
+
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "megatron-mea: made/new cannot be written: File too large\n"
+
     left = {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert left == ({"tokenizer.model": b"another"} if exists else {})
     assert [path.name for path in tmp_path.iterdir()] == (["made"] if exists else [])

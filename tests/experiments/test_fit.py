@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from curves import law, noisy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import curve_fit
+from support.curves import noisy_loss, power_law
 
-from megatron_mea.experiments.fit import FEWEST_ROWS, MOST_ROWS, fit_curve
+from megatron_mea.experiments.fit import MAX_ROWS, MIN_ROWS, fit_curve
 
 WARM = slice(20, None)
 
@@ -22,7 +22,7 @@ WARM = slice(20, None)
     rows=st.integers(150, 2500),
 )
 def test_without_noise_the_constants_are_those_of_the_curve(asymptote, critical, alpha, rows):
-    tokens, loss = noisy(0, asymptote, critical, alpha, rows, sd=1e-9)
+    tokens, loss = noisy_loss(seed=0, asymptote=asymptote, critical=critical, alpha=alpha, rows=rows, sd=1e-9)
     fit = fit_curve(tokens[WARM], loss[WARM], samples=50)
     assert fit.asymptote == pytest.approx(asymptote, rel=2e-3, abs=2e-3)
     assert fit.alpha == pytest.approx(alpha, rel=0.01)
@@ -33,11 +33,11 @@ def test_without_noise_the_constants_are_those_of_the_curve(asymptote, critical,
 @settings(deadline=None, max_examples=15)
 @given(seed=st.integers(0, 2**31), asymptote=st.floats(2, 4), alpha=st.floats(0.4, 1.0))
 def test_it_is_what_scipy_finds(seed, asymptote, alpha):
-    tokens, loss = (values[WARM] for values in noisy(seed, asymptote, 3e5, alpha))
+    tokens, loss = (values[WARM] for values in noisy_loss(seed=seed, asymptote=asymptote, critical=3e5, alpha=alpha))
     fit = fit_curve(tokens, loss, samples=20)
     scale = np.exp(np.log(tokens).mean())
     guess = (asymptote, (3e5 / scale) ** alpha, alpha)
-    found, _ = curve_fit(
+    expected, _ = curve_fit(
         lambda x, low, height, power: low + height * (x / scale) ** -power,
         tokens,
         loss,
@@ -46,33 +46,35 @@ def test_it_is_what_scipy_finds(seed, asymptote, alpha):
         xtol=1e-12,
         ftol=1e-12,
     )
-    error = np.square(loss - fit.at(tokens)).sum()
-    theirs = np.square(loss - (found[0] + found[1] * (tokens / scale) ** -found[2])).sum()
-    assert error <= theirs * (1 + 1e-6)
+    error = np.square(loss - fit.predict(tokens)).sum()
+    expected_error = np.square(loss - (expected[0] + expected[1] * (tokens / scale) ** -expected[2])).sum()
+    assert error <= expected_error * (1 + 1e-6)
+
     if fit.problem == "":
-        assert fit.asymptote == pytest.approx(found[0], abs=0.02)
-        assert fit.alpha == pytest.approx(found[2], rel=0.03)
+        assert fit.asymptote == pytest.approx(expected[0], abs=0.02)
+        assert fit.alpha == pytest.approx(expected[2], rel=0.03)
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
-    """Of 60 curves with noise that neighbours share, 95 % intervals miss some, and not many."""
-    asymptotes = extrapolated = 0
+    """The 95 % intervals of 60 curves, with noise that neighbours share, miss some and not many."""
+    asymptotes_inside = predictions_inside = 0
     for seed in range(60):
-        tokens, loss = (values[WARM] for values in noisy(seed))
+        tokens, loss = (values[WARM] for values in noisy_loss(seed))
         fit = fit_curve(tokens, loss, samples=300)
-        low, high = fit.interval()
-        asymptotes += low <= 3.0 <= high
-        low, high = fit.interval_at(1e7)
-        extrapolated += low <= law(1e7, 3.0, 3e5, 0.6) <= high
-    assert 50 <= asymptotes <= 60
-    assert 50 <= extrapolated <= 60
+        low, high = fit.asymptote_interval()
+        asymptotes_inside += low <= 3.0 <= high
+        low, high = fit.predict_interval(1e7)
+        predictions_inside += low <= power_law(1e7, asymptote=3.0, critical=3e5, alpha=0.6) <= high
+
+    assert 50 <= asymptotes_inside <= 60
+    assert 50 <= predictions_inside <= 60
 
 
 def test_the_same_curve_gives_the_same_numbers():
-    tokens, loss = (values[WARM] for values in noisy(3))
+    tokens, loss = (values[WARM] for values in noisy_loss(3))
     first, second = (fit_curve(tokens, loss) for _ in range(2))
-    assert np.array_equal(first.drawn, second.drawn)
-    assert first.interval() == second.interval()
+    assert np.array_equal(first.bootstrap, second.bootstrap)
+    assert first.asymptote_interval() == second.asymptote_interval()
 
 
 @pytest.mark.parametrize(
@@ -80,9 +82,12 @@ def test_the_same_curve_gives_the_same_numbers():
     [
         (5 + np.random.default_rng(0).normal(0, 0.05, 300), ""),
         (np.linspace(3, 4, 300), "does not fall"),
-        (noisy(1, 3.0, 3e5, 0.6, 600, 0.5)[1][300:], ""),
-        (noisy(2, 0.0, 3e5, 0.05, 300, 0.05)[1], ""),
-        (noisy(4, 3.0, 3e5, 0.6, 400, 0.15)[1][100:], "more than the loss falls"),
+        (noisy_loss(seed=1, asymptote=3.0, critical=3e5, alpha=0.6, rows=600, sd=0.5)[1][300:], ""),
+        (noisy_loss(seed=2, asymptote=0.0, critical=3e5, alpha=0.05, rows=300, sd=0.05)[1], ""),
+        (
+            noisy_loss(seed=4, asymptote=3.0, critical=3e5, alpha=0.6, rows=400, sd=0.15)[1][100:],
+            "more than the loss falls",
+        ),
     ],
     ids=["flat", "rising", "noise", "nearly straight", "less noise"],
 )
@@ -94,8 +99,8 @@ def test_what_is_not_identified_is_said(loss, problem):
 
 
 def test_few_rows_have_no_fit_and_many_are_averaged():
-    tokens, loss = noisy(0, rows=FEWEST_ROWS - 1)
+    tokens, loss = noisy_loss(0, rows=MIN_ROWS - 1)
     assert fit_curve(tokens, loss) is None
-    tokens, loss = noisy(0, rows=3 * MOST_ROWS + 1)
+    tokens, loss = noisy_loss(0, rows=3 * MAX_ROWS + 1)
     fit = fit_curve(tokens[WARM], loss[WARM], samples=20)
     assert fit.asymptote == pytest.approx(3.0, abs=0.05)

@@ -6,19 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mea.cluster.plan import as_json, make_plan
 from megatron_mea.config.load import load_config
 from megatron_mea.config.schema import VARIANTS
 from megatron_mea.experiments.sweep import combinations
+from megatron_mea.plan.plan import as_json, make_plan
 from megatron_mea.training.schedule import learning_rate
 
 CONFIGS = Path(__file__).parents[2] / "configs/paper"
 GPU = 80 * 2**30
-ALONE = {"talking_heads": ["training.micro_batch_size=1", "training.activation_checkpointing=full"]}
-"""What the file says that a variant needs besides."""
+VARIANT_OVERRIDES = {"talking_heads": ["training.micro_batch_size=1", "training.activation_checkpointing=full"]}
+"""Further settings that a variant needs, as the file says."""
 
 
-def shape(heads: int, kv: int, dim: int, hidden: int, inner: int, layers: int, vocab: int) -> int:
+def shape(*, heads: int, kv: int, dim: int, hidden: int, inner: int, layers: int, vocab: int) -> int:
     """Parameters of an untied Llama of this shape."""
     attention = 2 * hidden * dim * (heads + kv)
     return 2 * vocab * hidden + layers * (attention + 3 * hidden * inner + 2 * hidden) + hidden
@@ -26,9 +26,11 @@ def shape(heads: int, kv: int, dim: int, hidden: int, inner: int, layers: int, v
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_1b_runs(variant):
-    config = load_config(str(CONFIGS / "1b.yaml"), [f"model.attention_variant={variant}", *ALONE.get(variant, [])])
-    plan = as_json(make_plan(config, 64))
-    llama = shape(32, 8, 64, 2048, 8192, 16, 128256)
+    config = load_config(
+        str(CONFIGS / "1b.yaml"), [f"model.attention_variant={variant}", *VARIANT_OVERRIDES.get(variant, [])]
+    )
+    plan = as_json(make_plan(config, world_size=64))
+    llama = shape(heads=32, kv=8, dim=64, hidden=2048, inner=8192, layers=16, vocab=128256)
     assert 0 <= plan["parameters"]["total"] - llama < 1e-4 * llama
     assert plan["memory_per_rank_bytes"][0]["total"] < 0.8 * GPU
     assert config.tokens_per_step == pytest.approx(2e7, rel=0.05)
@@ -39,12 +41,20 @@ def test_the_1b_runs(variant):
 
 def test_the_selection_of_a_learning_rate(tmp_path):
     rates = ["1e-4", "5e-4", "1e-3", "3e-3"]
-    variants = [variant for variant in VARIANTS if variant not in ALONE]
-    configs = combinations(str(CONFIGS / "selection.yaml"), [], variants, rates, [], tmp_path)
+    variants = [variant for variant in VARIANTS if variant not in VARIANT_OVERRIDES]
+    configs = combinations(
+        path=str(CONFIGS / "selection.yaml"),
+        overrides=[],
+        variants=variants,
+        learning_rates=rates,
+        seeds=[],
+        out=tmp_path,
+    )
     assert len(configs) == 4 * len(variants)
+
     base = load_config(str(CONFIGS / "1b.yaml"))
     for config in configs:
-        assert as_json(make_plan(config, 64))["memory_per_rank_bytes"][0]["total"] < 0.8 * GPU
+        assert as_json(make_plan(config, world_size=64))["memory_per_rank_bytes"][0]["total"] < 0.8 * GPU
         assert config.tokens_per_step * config.steps == pytest.approx(5e10, rel=1e-3)
         assert config.schedule.warmup_steps == 1000
         assert {learning_rate(config, step) for step in (1000, 1500, config.steps)} == {config.optimizer.lr}

@@ -8,8 +8,6 @@ training waits for. Sizes and times are of a larger model, by layout; reading fi
 
 from __future__ import annotations
 
-import argparse
-import json
 import shutil
 import statistics
 import tempfile
@@ -21,19 +19,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from local_ranks import facts, launch, make_config, new_engine, random_batches
+from common import ROOT, BenchParser, print_header, print_row, write_results
+from local_ranks import launch, layout, make_config, new_engine, random_step
 
-from megatron_mea.checkpoint.folder import Meta, checkpoints_of, damage
+from megatron_mea.checkpoint.folder import CheckpointMetadata, complete_checkpoints, find_corruption
 from megatron_mea.checkpoint.saver import Saver
 from megatron_mea.checkpoint.tensors import read_fragments, tensor_shapes
 from megatron_mea.config import Config
 from megatron_mea.config.load import load_config
 from megatron_mea.config.schema import Checkpoint
-from megatron_mea.training.processes import writers_group
+from megatron_mea.training.distributed import writers_group
 
-ROOT = Path(__file__).parents[2]
 BLOCK = 20
-"""Steps, of which the first begins with a save."""
+"""Steps in a block; a save, if any, comes before the first."""
 LARGE = {
     "vocab_size": 16384,
     "hidden_size": 768,
@@ -44,27 +42,40 @@ LARGE = {
     "num_component_heads": 3,
     "head_dim": 64,
 }
-LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
-    "1 process": (1, {}),
-    "dp 2, ZeRO 1": (2, {}),
-    "dp 2, ZeRO 3": (2, {"zero_stage": 3}),
-    "tp 2": (2, {"tensor_model_parallel_size": 2}),
-    "pp 2": (2, {"pipeline_model_parallel_size": 2}),
-    "tp 2 x pp 2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "1 process": (1, layout()),
+    "dp 2, ZeRO 1": (2, layout()),
+    "dp 2, ZeRO 3": (2, layout(zero=3)),
+    "tp 2": (2, layout(tensor=2)),
+    "pp 2": (2, layout(pipeline=2)),
+    "tp 2 x pp 2": (4, layout(tensor=2, pipeline=2)),
 }
+"""Processes, and the section `parallel` of their configuration."""
 
 
 def new_saver(run_dir: Path, **settings: Any) -> Saver:
+    """A silent saver into `run_dir` that keeps one checkpoint."""
     tokenizer = run_dir / "tokenizer"
     tokenizer.mkdir(parents=True, exist_ok=True)
-    return Saver(run_dir, Checkpoint(keep=1, **settings), tokenizer, writers_group(), None, lambda line: None)
+    return Saver(
+        run_dir=run_dir,
+        settings=Checkpoint(keep=1, **settings),
+        tokenizer=tokenizer,
+        group=writers_group(),
+        lease=None,
+        log=lambda line: None,
+    )
 
 
-def described(step: int) -> Meta:
-    return Meta(step, 0, 0, {}, [], {}, {}, None)
+def metadata(step: int) -> CheckpointMetadata:
+    """Metadata of a checkpoint of this step, with nothing else in it."""
+    return CheckpointMetadata(
+        step=step, samples=0, tokens=0, config={}, data=[], layout={}, versions={}, validation_loss=None
+    )
 
 
-def timed(work: Callable[[], Any]) -> float:
+def wall_seconds(work: Callable[[], Any]) -> float:
+    """Seconds from when all ranks begin until all are done."""
     dist.barrier()
     begin = time.monotonic()
     work()
@@ -72,11 +83,10 @@ def timed(work: Callable[[], Any]) -> float:
     return time.monotonic() - begin
 
 
-def stall(config: Config, root: Path, rounds: int) -> list[dict[str, float]]:
-    """Seconds of a block of steps by kind of save, and of the call of `save` alone."""
+def measure_stall(config: Config, root: Path, rounds: int) -> list[dict[str, float]]:
+    """Seconds in every round: of a block by kind of save, of the call of `save` alone, of a late end of writing."""
     engine = new_engine(config)
-    batches = random_batches(config, engine)
-    targets = config.training.global_batch_size * config.data.seq_length
+    train_step = random_step(config, engine)
     savers = {"behind": new_saver(root / "behind"), "blocking": new_saver(root / "blocking", async_save=False)}
     step = 0
 
@@ -84,96 +94,105 @@ def stall(config: Config, root: Path, rounds: int) -> list[dict[str, float]]:
         nonlocal step
         if kind in savers:
             begin = time.monotonic()
-            savers[kind].save(described(step), engine.fragments(owned=True))
+            savers[kind].save(metadata(step), engine.fragments(owned=True))
             seconds[f"{kind}, the call"] = time.monotonic() - begin
+
         for _ in range(BLOCK):
             step += 1
-            engine.train_step(batches, targets, 1e-3)
+            train_step()
 
-    found = []
+    results = []
     for round_ in range(rounds + 1):
         seconds: dict[str, float] = {}
         for kind in ("none", "behind", "blocking"):
-            seconds[kind] = timed(lambda kind=kind: block(kind))
+            seconds[kind] = wall_seconds(lambda kind=kind: block(kind))
             if kind == "behind":
                 # What is not written by now would be missing in the figures.
-                seconds["late"] = timed(savers[kind].wait)
+                seconds["late"] = wall_seconds(savers[kind].wait)
+
         # The first round warms up.
         if round_:
-            found.append(seconds)
-    return found
+            results.append(seconds)
+
+    return results
 
 
 def bench_stall(root: Path, rounds: int) -> list[dict[str, float]]:
+    """Prints the table of what a save costs; returns rank 0's seconds of every round."""
     config = load_config(ROOT / "configs/quickstart.yaml", ["data.document_mask=false"])
-    found = launch(stall, 2, config, root, rounds)[0]
-    middle = {kind: statistics.median(one[kind] for one in found) for kind in found[0]}
-    step = middle["none"] / BLOCK
+    results = launch(measure_stall, 2, config, root, rounds)[0]
+    medians = {kind: statistics.median(seconds[kind] for seconds in results) for kind in results[0]}
+    step = medians["none"] / BLOCK
     print(f"quickstart model, 2 processes, a step takes {step:.3f} s; medians of {rounds} rounds of {BLOCK} steps")
-    print(f"late at the end of the block: {middle['late']:.3f} s at the median\n")
-    print("| save | the call | lost in all | in steps |\n| --- | --- | --- | --- |")
+    print(f"late at the end of the block: {medians['late']:.3f} s at the median\n")
+    print_header(["save", "the call", "lost in all", "in steps"])
     for kind in ("behind", "blocking"):
-        lost = statistics.median(one[kind] - one["none"] for one in found)
-        print(f"| {kind} | {middle[f'{kind}, the call']:.3f} s | {lost:.3f} s | {lost / step:.2f} |")
+        lost = statistics.median(seconds[kind] - seconds["none"] for seconds in results)
+        print_row([kind, f"{medians[f'{kind}, the call']:.3f} s", f"{lost:.3f} s", f"{lost / step:.2f}"])
+
     print()
-    return found
+    return results
 
 
 def save_and_load(config: Config, root: Path) -> dict[str, float]:
-    """Seconds of copying, of the whole save, and of verifying and loading."""
+    """Seconds of copying, of the full save, and of verifying and loading."""
     engine = new_engine(config)
     saver = new_saver(root)
-    saver.save(described(1), engine.fragments(owned=True))
+    saver.save(metadata(1), engine.fragments(owned=True))
     saver.wait()
     dist.barrier()
-    began = time.monotonic()
-    copying = timed(lambda: saver.save(described(2), engine.fragments(owned=True)))
+
+    begin = time.monotonic()
+    copying = wall_seconds(lambda: saver.save(metadata(2), engine.fragments(owned=True)))
     saver.wait()
     dist.barrier()
-    saving = time.monotonic() - began
-    folder = checkpoints_of(root)[-1][1]
+    saving = time.monotonic() - begin
+    folder = complete_checkpoints(root)[-1][1]
 
     def load() -> None:
-        assert damage(folder, dist.get_rank(), dist.get_world_size()) is None
+        assert find_corruption(folder=folder, rank=dist.get_rank(), world_size=dist.get_world_size()) is None
         read_fragments(folder, engine.fragments())
-        engine.loaded(2)
+        engine.sync_after_load(2)
 
-    return {"copying": copying, "saving": saving, "loading": timed(load)}
+    return {"copying": copying, "saving": saving, "loading": wall_seconds(load)}
 
 
 def bench_size(root: Path) -> list[dict[str, Any]]:
+    """Prints and returns size and times of a checkpoint by layout."""
     rows = []
-    print("| layout | parameters | bytes | of 12 a parameter | copied in | saved in | verified and loaded in |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for name, (world, parallel) in LAYOUTS.items():
-        config = make_config(LARGE, {"global_batch_size": 4, "micro_batch_size": 1}, parallel, 64)
-        place = root / name.replace(" ", "-")
-        seconds = launch(save_and_load, world, config, place)[0]
-        folder = checkpoints_of(place)[-1][1]
+    columns = ["layout", "parameters", "bytes", "of 12 a parameter", "copied in", "saved in", "verified and loaded in"]
+    print_header(columns)
+    for name, (world_size, parallel) in LAYOUTS.items():
+        config = make_config(
+            model=LARGE, training={"global_batch_size": 4, "micro_batch_size": 1}, parallel=parallel, seq_length=64
+        )
+        run_dir = root / name.replace(" ", "-")
+        seconds = launch(save_and_load, world_size, config, run_dir)[0]
+        folder = complete_checkpoints(run_dir)[-1][1]
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        numbers = sum(map(prod, tensor_shapes(folder).values()))
-        rows.append({"layout": name, "parameters": numbers // 3, "bytes": size, "seconds": seconds})
-        times = " | ".join(f"{each:.2f} s" for each in seconds.values())
-        print(f"| {name} | {numbers // 3:,} | {size:,} | {size / (4 * numbers):.4f} | {times} |", flush=True)
-        shutil.rmtree(place)
+        # Each parameter has its master weight and two moments, in float32.
+        elements = sum(map(prod, tensor_shapes(folder).values()))
+        parameters = elements // 3
+        rows.append({"layout": name, "parameters": parameters, "bytes": size, "seconds": seconds})
+
+        times = [f"{value:.2f} s" for value in seconds.values()]
+        print_row([name, f"{parameters:,}", f"{size:,}", f"{size / (4 * elements):.4f}", *times])
+        shutil.rmtree(run_dir)
+
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", nargs="+", choices=("stall", "size"), default=("stall", "size"))
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
+    arguments = BenchParser(__doc__).parse(rounds=5, parts=("stall", "size"))
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as folder:
         if "stall" in arguments.only:
-            results["stall"] = {"steps": BLOCK, "seconds": bench_stall(Path(name), arguments.rounds)}
+            results["stall"] = {"steps": BLOCK, "seconds": bench_stall(Path(folder), arguments.rounds)}
         if "size" in arguments.only:
-            results["size"] = {"model": LARGE, "layouts": bench_size(Path(name))}
-    if arguments.out:
-        arguments.out.write_text(json.dumps(facts() | results, indent=1) + "\n")
+            results["size"] = {"model": LARGE, "layouts": bench_size(Path(folder))}
+
+    write_results(arguments.out, results)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Counts what every collective carries: each of torch's passes its dispatcher, whoever calls it."""
+"""Counts calls and bytes of collectives: all of torch's pass its dispatcher, whoever calls them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 SCALARS = 3
-"""Calls with so few numbers carry norms, losses and flags: `plan` leaves them out, and so does the counter."""
+"""Calls with so few elements carry norms, losses and flags: `plan` leaves them out, and so does the counter."""
 
 Counts = dict[tuple[str, str], tuple[int, int]]
 """(group, collective): calls, bytes."""
@@ -23,7 +23,7 @@ class CollectiveCounter(TorchDispatchMode):
     Payload is the tensor given to all_reduce and send, the output of all_gather, the input of reduce_scatter.
     """
 
-    # Name of the operation, of the collective, and which argument is the whole.
+    # Operation: name of the collective, and index of the argument that is the full tensor.
     OPERATIONS: ClassVar[dict[str, tuple[str, int]]] = {
         "allreduce_": ("all_reduce", 0),
         "_allgather_base_": ("all_gather", 0),
@@ -47,9 +47,12 @@ class CollectiveCounter(TorchDispatchMode):
 
     @property
     def counts(self) -> Counts:
+        """Calls and bytes so far."""
         return {key: (self.calls[key], self.bytes[key]) for key in self.calls}
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(  # noqa: PLR0917 - torch passes by position
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         if function.namespace == "c10d":
             self._count(function._schema.name.removeprefix("c10d::"), args)
         return function(*args, **(kwargs or {}))
@@ -57,26 +60,33 @@ class CollectiveCounter(TorchDispatchMode):
     def _count(self, name: str, args: tuple) -> None:
         if name in self.IGNORED:
             return
-        collective, whole = self.OPERATIONS[name]
+
+        collective, position = self.OPERATIONS[name]
         group = next(arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()))
         ranks = dist.get_process_group_ranks(dist.ProcessGroup.unbox(group))
-        key = (self.classify(ranks) if collective != "send" else "pipeline", collective)
-        tensors = _flat(args[whole])
+        group_name = "pipeline" if collective == "send" else self.classify(ranks)
+        tensors = _flatten(args[position])
         self.all_calls += 1
-        if key[0] is not None and sum(tensor.numel() for tensor in tensors) > SCALARS:
+
+        if group_name is not None and sum(tensor.numel() for tensor in tensors) > SCALARS:
+            key = (group_name, collective)
             self.calls[key] += 1
             self.bytes[key] += sum(tensor.nbytes for tensor in tensors)
 
 
-def _flat(tensors: Any) -> list[torch.Tensor]:
-    return [tensors] if isinstance(tensors, torch.Tensor) else [each for part in tensors for each in _flat(part)]
+def _flatten(tensors: Any) -> list[torch.Tensor]:
+    """The tensors of a tensor, or of nested sequences of tensors."""
+    if isinstance(tensors, torch.Tensor):
+        return [tensors]
+    return [tensor for part in tensors for tensor in _flatten(part)]
 
 
-def group_of(engine: Any, ranks: list[int]) -> str | None:
-    """tensor, data or pipeline: by what distinguishes the ranks; world where several things do; None of one rank."""
+def classify_group(engine: Any, ranks: list[int]) -> str | None:
+    """tensor, data or pipeline: the coordinate in which the ranks differ; world if several, None for a single rank."""
     if len(ranks) == 1:
         return None
-    tensor, data = engine.grid.tensor.size, engine.grid.data_size
-    places = [(rank % tensor, rank // tensor % data, rank // (tensor * data)) for rank in ranks]
-    differ = [len(set(axis)) > 1 for axis in zip(*places, strict=True)]
+
+    tensor, data = engine.grid.tp.size, engine.grid.data_size
+    coordinates = [(rank % tensor, rank // tensor % data, rank // (tensor * data)) for rank in ranks]
+    differ = [len(set(axis)) > 1 for axis in zip(*coordinates, strict=True)]
     return ("tensor", "data", "pipeline")[differ.index(True)] if sum(differ) == 1 else "world"

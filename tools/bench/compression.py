@@ -1,29 +1,33 @@
-"""What the ways of compressing cost a pretrained model, at equal cache:
+"""Compares ways of compressing a pretrained model by its cross-entropy at equal cache:
 
     python tools/bench/compression.py MODEL --out FILE.json --calibration PREFIX --validation PREFIX [--tokens N]
 
-MODEL is what `compress` takes. Rows are kept in FILE.json as they come, and the same command goes on where it stopped.
+MODEL is what `compress` takes. Rows are written to FILE.json as they come; the same command resumes where it stopped.
 docs/compression.md has results. At the end a table of the losses is printed.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
-from local_ranks import facts
+from common import BenchParser, facts, print_header, print_row
 
-from megatron_mea.compression.budget import best_heads
-from megatron_mea.compression.calibrate import TOKENS, head_moments, open_data
-from megatron_mea.compression.compress import measured_costs
-from megatron_mea.compression.origin import Origin, open_origin
+from megatron_mea.compression.budget import allocate_heads
+from megatron_mea.compression.calibrate import CALIBRATION_TOKENS, calibration_windows, head_moments
+from megatron_mea.compression.compress import measure_costs
+from megatron_mea.compression.compressed_model import CompressedModel, Factoriser
 from megatron_mea.compression.sensitivity import losses_of_changes
-from megatron_mea.compression.virtual import Compressed, Factoriser
-from megatron_mea.data.corpora import IGNORE
+from megatron_mea.compression.source_model import SourceModel, open_source_model
+from megatron_mea.data.corpora import IGNORE_INDEX
+from megatron_mea.data.windows import Windows
+
+METHODS = ("weights", "weights, aligned", "outputs", "outputs, aligned")
 
 
 class Results:
@@ -33,37 +37,41 @@ class Results:
         self.file = file
         self.rows = json.loads(file.read_text()) if file.is_file() else {"facts": facts()}
 
-    def row(self, name: str, make: Callable[[], object]) -> object:
+    def row(self, name: str, compute: Callable[[], Any]) -> Any:
+        """The value of a row, which is computed, timed and written where the file lacks it."""
         if name not in self.rows:
-            began = time.process_time()
-            value = make()
-            self.rows[name] = {"value": value, "cpu_seconds": round(time.process_time() - began, 1)}
+            begin = time.process_time()
+            value = compute()
+            self.rows[name] = {"value": value, "cpu_seconds": round(time.process_time() - begin, 1)}
             self.file.write_text(json.dumps(self.rows, indent=1) + "\n")
             print(name, json.dumps(self.rows[name]), flush=True)
+
         return self.rows[name]["value"]
 
 
-def cross_entropy(model: Origin | Compressed, windows: object) -> float:
-    """nats a token, a layer at a time."""
+def cross_entropy(model: SourceModel | CompressedModel, windows: Windows) -> float:
+    """Mean cross-entropy (nats a token) of all windows, computed a layer at a time."""
     total, count = 0.0, 0
     for batch in windows:
-        total += losses_of_changes(model, None, (), batch, windows.document_mask)[None]
-        count += int((batch.targets != IGNORE).sum())
+        losses = losses_of_changes(model, None, changes=(), batch=batch, document_mask=windows.document_mask)
+        total += losses[None]
+        count += int((batch.targets != IGNORE_INDEX).sum())
+
     return total / count
 
 
-def by_hand(origin: Origin, ratio: float) -> list[int]:
-    """Without any measurement: evenly, and where that does not come out, the middle layers get one head less."""
-    layers, heads = origin.model.num_hidden_layers, origin.model.num_key_value_heads
+def even_head_counts(source_model: SourceModel, ratio: float) -> list[int]:
+    """Heads of every layer at this ratio without any measurement: as even as can be, fewer in the middle layers."""
+    layers, heads = source_model.model.num_hidden_layers, source_model.model.num_key_value_heads
     budget = int(ratio * layers * heads + 1e-9)
     more, fewer = -(-budget // layers), budget // layers
-    plenty = budget - fewer * layers
-    spared = set(range(plenty // 2)) | set(range(layers - (plenty - plenty // 2), layers))
-    return [more if layer in spared else fewer for layer in range(layers)]
+    with_more = budget - fewer * layers
+    outer = set(range(with_more // 2)) | set(range(layers - (with_more - with_more // 2), layers))
+    return [more if layer in outer else fewer for layer in range(layers)]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = BenchParser(__doc__)
     parser.add_argument("model")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--calibration", required=True)
@@ -73,59 +81,64 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     results = Results(arguments.out)
-    with open_origin(arguments.model, arguments.out) as origin:
-        windows = open_data(origin, arguments.validation, "--validation", tokens=arguments.tokens)
-        seen = open_data(origin, arguments.calibration, "--calibration", tokens=TOKENS)
-        unchanged = results.row("unchanged", lambda: cross_entropy(origin, windows))
-        moments = None
+    with open_source_model(arguments.model, arguments.out) as source_model:
+        validation = calibration_windows(
+            source_model=source_model, path=arguments.validation, where="--validation", tokens=arguments.tokens
+        )
+        calibration = calibration_windows(
+            source_model=source_model, path=arguments.calibration, where="--calibration", tokens=CALIBRATION_TOKENS
+        )
+        unchanged = results.row("unchanged", lambda: cross_entropy(source_model, validation))
+        heads = source_model.model.component_heads
 
-        def measured() -> dict:
-            nonlocal moments
-            if moments is None:
-                moments = head_moments(origin, seen, set(range(origin.model.num_hidden_layers)))
-            return moments
+        @cache
+        def moments() -> Any:
+            all_layers = set(range(source_model.model.num_hidden_layers))
+            return head_moments(source_model=source_model, windows=calibration, layers=all_layers)
 
-        methods = {
-            "weights": lambda: Factoriser(origin, None, False),
-            "weights, aligned": lambda: Factoriser(origin, None, True),
-            "outputs": lambda: Factoriser(origin, measured(), False),
-            "outputs, aligned": lambda: Factoriser(origin, measured(), True),
-        }
-        heads = origin.model.component_heads
-        factorisers: dict[str, Factoriser] = {}
-
+        @cache
         def factoriser(method: str) -> Factoriser:
-            if method not in factorisers:
-                factorisers[method] = methods[method]()
-            return factorisers[method]
+            return Factoriser(
+                source_model=source_model,
+                moments=moments() if method.startswith("outputs") else None,
+                aligned=method.endswith(", aligned"),
+            )
 
         def loss(method: str, counts: list[int]) -> float:
-            return cross_entropy(Compressed(origin, counts, factoriser(method)), windows)
+            model = CompressedModel(source_model=source_model, heads=counts, factoriser=factoriser(method))
+            return cross_entropy(model, validation)
+
+        def add_rows(name: str, method: str, counts: list[int]) -> None:
+            results.row(f"{name} | heads", lambda: counts)
+            results.row(f"{name} | loss", lambda: loss(method, counts))
 
         for ratio in sorted(arguments.ratios):
-            for method in methods:
-                counts = by_hand(origin, ratio)
-                name = f"{ratio:.0%} {method}"
-                results.row(f"{name} | heads", lambda counts=counts: counts)
-                results.row(f"{name} | loss", lambda method=method, counts=counts: loss(method, counts))
-        options = [list(range(1, had + 1)) for had in heads]
+            for method in METHODS:
+                add_rows(name=f"{ratio:.0%} {method}", method=method, counts=even_head_counts(source_model, ratio))
+
+        options = [list(range(1, count + 1)) for count in heads]
         for method in ("outputs", "outputs, aligned"):
-            key = f"costs {method}"
             costs = results.row(
-                key, lambda method=method: measured_costs(origin, factoriser(method), options, arguments.calibration)
+                f"costs {method}",
+                lambda method=method: measure_costs(
+                    source_model=source_model,
+                    factoriser=factoriser(method),
+                    options=options,
+                    calibration=arguments.calibration,
+                ),
             )
-            costs = [{int(number): cost for number, cost in one.items()} for one in costs]
+            # Keys of JSON are strings.
+            costs = [{int(count): cost for count, cost in layer.items()} for layer in costs]
             for ratio in arguments.ratios:
-                counts = best_heads(costs, int(ratio * sum(heads) + 1e-9))
-                name = f"{ratio:.0%} {method}, auto"
-                results.row(f"{name} | heads", lambda counts=counts: counts)
-                results.row(f"{name} | loss", lambda method=method, counts=counts: loss(method, counts))
-        cells = [f"{ratio:.0%}" for ratio in arguments.ratios]
-        print(f"\n| nats a token | {' | '.join(cells)} |\n| --- |{' --- |' * len(cells)}")
-        print(f"| unchanged |{f' {unchanged:.3f} |' * len(cells)}")
-        for method in (*methods, "outputs, auto", "outputs, aligned, auto"):
-            losses = [results.rows[f"{ratio} {method} | loss"]["value"] for ratio in cells]
-            print(f"| {method} | {' | '.join(f'{each:.3f}' for each in losses)} |")
+                counts = allocate_heads(costs, int(ratio * sum(heads) + 1e-9))
+                add_rows(name=f"{ratio:.0%} {method}, auto", method=method, counts=counts)
+
+        ratios = [f"{ratio:.0%}" for ratio in arguments.ratios]
+        print()
+        print_header(["nats a token", *ratios])
+        print_row(["unchanged", *[f"{unchanged:.3f}"] * len(ratios)])
+        for method in (*METHODS, "outputs, auto", "outputs, aligned, auto"):
+            print_row([method, *(f"{results.rows[f'{ratio} {method} | loss']['value']:.3f}" for ratio in ratios)])
 
 
 if __name__ == "__main__":

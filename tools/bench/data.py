@@ -8,7 +8,6 @@ On a machine that others use as well, trust CPU seconds and ratios: what is comp
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import multiprocessing
@@ -18,7 +17,7 @@ import statistics
 import struct
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing.queues import Queue
@@ -27,23 +26,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import (
+    QUICKSTART,
+    BenchParser,
+    in_turn,
+    median_ratio,
+    print_table,
+    process_status,
+    status_bytes,
+    write_results,
+)
 
 from megatron_mea.data.order import Mixture, permute
 from megatron_mea.data.prepare import Encoder, prepare
 from megatron_mea.data.tokenizer import load_tokenizer, train_tokenizer
 
-QUICKSTART = Path(__file__).parents[2] / "launch/quickstart"
 FILES = 4
+"""Into which the text for `prepare` is split."""
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    print(f"\n| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
-    for row in rows:
-        print(f"| {' | '.join(row)} |")
-    print(flush=True)
-
-
-def texts() -> list[str]:
+def quickstart_texts() -> list[str]:
+    """The documents that ship with the project."""
     return [
         json.loads(line)["text"]
         for path in sorted(QUICKSTART.glob("*.jsonl.gz"))
@@ -51,28 +54,29 @@ def texts() -> list[str]:
     ]
 
 
-def write(path: Path, documents: Sequence[str]) -> str:
+def write_documents(path: Path, documents: Sequence[str]) -> str:
+    """Writes a .jsonl.gz and returns its path."""
     with gzip.open(path, "wt", compresslevel=6) as stream:
         stream.writelines(json.dumps({"text": text}) + "\n" for text in documents)
     return str(path)
 
 
-def spent() -> tuple[float, float]:
-    """CPU seconds of this process and of its children that have ended, and wall seconds."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in used), time.monotonic()
+def cpu_and_wall_seconds(work: Callable[[], object]) -> tuple[float, float]:
+    """Seconds of one call: CPU time of this process and of its children that ended, and elapsed time."""
 
+    def now() -> tuple[float, float]:
+        usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        return sum(usage.ru_utime + usage.ru_stime for usage in usages), time.monotonic()
 
-def measured(work: Callable[[], object]) -> tuple[float, float]:
-    before = spent()
+    before = now()
     work()
-    after = spent()
+    after = now()
     return after[0] - before[0], after[1] - before[1]
 
 
 @contextmanager
-def quiet():
-    """Without the line that a progress bar leaves."""
+def quiet() -> Iterator[None]:
+    """Drops what is written to stderr: a progress bar leaves a line there."""
     saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
     yield
@@ -81,120 +85,139 @@ def quiet():
     os.close(null)
 
 
-def bare(encoder: Encoder, documents: Sequence[str]) -> None:
+def tokenize(encoder: Encoder, documents: Sequence[str]) -> None:
+    """Calls the bare tokenizer on 100 documents at a time; writes nothing."""
     for start in range(0, len(documents), 100):
-        encoder._ids(list(documents[start : start + 100]))
+        encoder._tokenize(list(documents[start : start + 100]))
 
 
-def bare_in_process(encoder: Encoder, repeats: int, part: int, start: Barrier, queue: Queue) -> None:
-    documents = (texts() * repeats)[part::2]
-    bare(encoder, documents[:10])
+def tokenize_half(*, encoder: Encoder, repeats: int, part: int, start: Barrier, queue: Queue) -> None:
+    """The body of a process of `tokenize_in_two`: puts its CPU and wall seconds in the queue."""
+    documents = (quickstart_texts() * repeats)[part::2]
+    tokenize(encoder, documents[:10])
     start.wait()
-    queue.put(measured(lambda: bare(encoder, documents)))
+    queue.put(cpu_and_wall_seconds(lambda: tokenize(encoder, documents)))
 
 
-def bare_twice(encoder: Encoder, repeats: int) -> tuple[float, float]:
+def tokenize_in_two(encoder: Encoder, repeats: int) -> tuple[float, float]:
     """CPU seconds and wall seconds of the bare tokenizer in two processes at once, half of the text each."""
     context = multiprocessing.get_context("spawn")
-    start, queue = context.Barrier(2), context.Queue()
-    arguments = [(encoder, repeats, part, start, queue) for part in range(2)]
-    processes = [context.Process(target=bare_in_process, args=one) for one in arguments]
+    shared = {"encoder": encoder, "repeats": repeats, "start": context.Barrier(2), "queue": context.Queue()}
+    processes = [context.Process(target=tokenize_half, kwargs=shared | {"part": part}) for part in range(2)]
     for process in processes:
         process.start()
-    found = [queue.get() for _ in processes]
+
+    seconds = [shared["queue"].get() for _ in processes]
     for process in processes:
         process.join()
-    return sum(cpu for cpu, _ in found), max(wall for _, wall in found)
+
+    return sum(cpu for cpu, _ in seconds), max(wall for _, wall in seconds)
 
 
-def bench_prepare(folder: Path, tokenizer: Path, megabytes: int, rounds: int) -> dict[str, Any]:
-    documents = texts()
+def bench_prepare(*, folder: Path, tokenizer: Path, megabytes: int, rounds: int) -> dict[str, Any]:
+    """Prints and returns how fast `prepare` is beside the tokenizer alone."""
+    documents = quickstart_texts()
     repeats = max(1, round(megabytes * 1e6 / sum(map(len, documents))))
     documents *= repeats
-    inputs = [write(folder / f"{part}.jsonl.gz", documents[part::FILES]) for part in range(FILES)]
-    encoder, fresh = (Encoder.of(load_tokenizer(tokenizer), tokenizer) for _ in range(2))
+    inputs = [write_documents(folder / f"{part}.jsonl.gz", documents[part::FILES]) for part in range(FILES)]
+    encoder, unused_encoder = (Encoder.from_tokenizer(load_tokenizer(tokenizer), tokenizer) for _ in range(2))
     tokens = 0
 
     def run(workers: int) -> None:
         nonlocal tokens
-        tokens = prepare(inputs, tokenizer, folder / "out", workers=workers)[1]
+        tokens = prepare(sources=inputs, tokenizer_folder=tokenizer, prefix=folder / "out", workers=workers)[1]
 
     works: dict[str, Callable[[], tuple[float, float]]] = {
-        "bare": lambda: measured(lambda: bare(encoder, documents)),
-        "1 worker": lambda: measured(lambda: run(1)),
-        "bare, 2 processes at once": lambda: bare_twice(fresh, repeats),
-        "2 workers": lambda: measured(lambda: run(2)),
+        "bare": lambda: cpu_and_wall_seconds(lambda: tokenize(encoder, documents)),
+        "1 worker": lambda: cpu_and_wall_seconds(lambda: run(1)),
+        "bare, 2 processes at once": lambda: tokenize_in_two(unused_encoder, repeats),
+        "2 workers": lambda: cpu_and_wall_seconds(lambda: run(2)),
     }
-    bare(encoder, documents[:10])
+    tokenize(encoder, documents[:10])
     with quiet():
-        found = [{name: work() for name, work in works.items()} for _ in range(rounds)]
+        seconds = in_turn(works, rounds)
+
     rows = []
     for name, base in zip(works, ("bare", "bare", *["bare, 2 processes at once"] * 2), strict=True):
-        cpu, wall = (statistics.median(one[name][i] for one in found) for i in (0, 1))
-        ratios = [statistics.median(one[base][i] / one[name][i] for one in found) for i in (0, 1)]
-        rates = [f"{tokens / seconds / 1e6:.3f}" for seconds in (cpu, wall)]
-        rows.append([name, *rates, *(f"{ratio:.2f}" for ratio in ratios)])
+        rates, ratios = [], []
+        for clock in (0, 1):
+            values, base_values = ([pair[clock] for pair in seconds[way]] for way in (name, base))
+            rates.append(f"{tokens / statistics.median(values) / 1e6:.3f}")
+            ratios.append(f"{median_ratio(base_values, values):.2f}")
+
+        rows.append([name, *rates, *ratios])
+
     characters = sum(map(len, documents))
     print(f"{characters / 1e6:.0f} MB in {FILES} .jsonl.gz, {tokens:,} tokens, medians of {rounds} rounds")
-    table(("", "Mtokens a CPU second", "Mtokens a second", "of as many bare, by CPU", "by wall"), rows)
-    seconds = {name: [one[name] for one in found] for name in works}
+    print_table(["", "Mtokens a CPU second", "Mtokens a second", "of as many bare, by CPU", "by wall"], rows)
     return {"characters": characters, "files": FILES, "tokens": tokens, "cpu_and_wall_seconds": seconds}
 
 
-def run_prepare(source: str, tokenizer: str, out: str) -> None:
+def run_prepare(*, source: str, tokenizer: Path, prefix: Path) -> None:
+    """The body of a process of `bench_memory`."""
     with quiet():
-        prepare([source], tokenizer, out, workers=2)
+        prepare(sources=[source], tokenizer_folder=tokenizer, prefix=prefix, workers=2)
 
 
-def peaks(pid: int) -> dict[int, int]:
-    """Peak resident bytes so far of a process and of its children."""
-    found = {}
-    for path in Path("/proc").glob("[0-9]*/status"):
+def peak_bytes(pid: int) -> dict[int, int]:
+    """Peak resident bytes so far of a process and of its children, by process id."""
+    peaks = {}
+    for path in Path("/proc").glob("[0-9]*"):
         try:
-            fields = dict(line.split(":", 1) for line in path.read_text().splitlines())
+            status = process_status(path.name)
         except OSError:
             continue
-        if int(path.parent.name) == pid or int(fields["PPid"]) == pid:
-            found[int(path.parent.name)] = int(fields.get("VmHWM", "0 kB").split()[0]) * 1024
-    return found
+
+        if int(path.name) == pid or int(status["PPid"]) == pid:
+            peaks[int(path.name)] = int(status.get("VmHWM", "0 kB").split()[0]) * 1024
+
+    return peaks
 
 
 def bench_memory(folder: Path, tokenizer: Path) -> list[dict[str, int]]:
-    # A document a line, so that what is kept a document would show.
-    lines = [line for text in texts() for line in text.splitlines() if line]
+    """Prints and returns the peak memory of `prepare` and of its workers, for a text and for ten times as much."""
+    # A document a line, so that memory that each document takes would show.
+    lines = [line for text in quickstart_texts() for line in text.splitlines() if line]
     rows = []
     for times in (1, 10):
-        source = write(folder / "lines.jsonl.gz", lines * times)
-        arguments = (source, str(tokenizer), str(folder / "out"))
-        process = multiprocessing.get_context("spawn").Process(target=run_prepare, args=arguments)
+        source = write_documents(folder / "lines.jsonl.gz", lines * times)
+        settings = {"source": source, "tokenizer": tokenizer, "prefix": folder / "out"}
+        process = multiprocessing.get_context("spawn").Process(target=run_prepare, kwargs=settings)
         process.start()
-        highest: dict[int, int] = {}
+
+        peaks: dict[int, int] = {}
         while process.is_alive():
-            highest |= {pid: peak for pid, peak in peaks(process.pid).items() if peak >= highest.get(pid, 0)}
+            peaks |= {pid: peak for pid, peak in peak_bytes(process.pid).items() if peak >= peaks.get(pid, 0)}
             time.sleep(0.1)
+
         assert process.exitcode == 0
         rows.append(
             {
                 "characters": times * sum(map(len, lines)),
                 "documents": times * len(lines),
                 "idx_bytes": (folder / "out.idx").stat().st_size,
-                "prepare_peak_bytes": highest.pop(process.pid),
-                "worker_peak_bytes": max(highest.values()),
+                "prepare_peak_bytes": peaks.pop(process.pid),
+                "worker_peak_bytes": max(peaks.values()),
             }
         )
-    shown = [[f"{n:,}" if key == "documents" else f"{n / 1e6:.0f} MB" for key, n in row.items()] for row in rows]
-    table(("text", "documents", ".idx", "peak of `prepare`", "peak of a worker"), shown)
+
+    cells = [[f"{n:,}" if key == "documents" else f"{n / 1e6:.0f} MB" for key, n in row.items()] for row in rows]
+    print_table(["text", "documents", ".idx", "peak of `prepare`", "peak of a worker"], cells)
     return rows
 
 
 def bench_order() -> dict[str, Any]:
+    """Prints and returns what the keyed permutation costs, beside a shuffle in memory."""
     permutation, shuffled, rows = [], [], []
     for size in (10**6, 10**9, 10**12):
-        samples = [np.random.default_rng(turn).integers(0, size, 1024) for turn in range(100)]
-        permute(samples[0], size, "warm")
-        cpu, _ = measured(lambda samples=samples, size=size: [permute(part, size, "1/0/0") for part in samples])
+        samples = [np.random.default_rng(seed).integers(0, size, 1024) for seed in range(100)]
+        permute(samples[0], size=size, key="warm")
+        cpu, _ = cpu_and_wall_seconds(
+            lambda samples=samples, size=size: [permute(part, size=size, key="1/0/0") for part in samples]
+        )
         permutation.append({"windows": size, "cpu_seconds_a_sample": cpu / 102_400})
         rows.append([f"keyed permutation, {size:.0e}", "0", "0", f"{cpu / 102_400 * 1e6:.2f}"])
+
     for size in (10**7, 10**8):
         random, order = np.random.default_rng(0), np.empty(0)
 
@@ -203,29 +226,32 @@ def bench_order() -> dict[str, Any]:
             order = np.arange(size, dtype=np.uint32)
             random.shuffle(order)
 
-        cpu, _ = measured(shuffle)
+        cpu, _ = cpu_and_wall_seconds(shuffle)
         shuffled.append({"windows": size, "cpu_seconds": cpu, "bytes": order.nbytes})
         rows.append([f"numpy's shuffle, {size:.0e}", f"{cpu:.1f}", f"{order.nbytes / 1e6:.0f}", ""])
         seconds, megabytes = cpu * 10**9 / size, order.nbytes * 10**9 / size / 1e6
         del order
+
     rows.append(["numpy's shuffle, 1e+09 (computed)", f"{seconds:.0f}", f"{megabytes:.0f}", ""])
-    table(("order of an epoch", "CPU s to build", "MB", "us a sample"), rows)
-    cpu, _ = measured(lambda: Mixture([1.0] * 20))
+    print_table(["order of an epoch", "CPU s to build", "MB", "us a sample"], rows)
+    cpu, _ = cpu_and_wall_seconds(lambda: Mixture([1.0] * 20))
     print(f"mixture of 20 corpora: {cpu:.2f} CPU s, once")
     return {"permutation": permutation, "shuffle": shuffled, "mixture_of_20_cpu_seconds": cpu}
 
 
-def sparse_corpus(prefix: Path, samples: int, seq_length: int, documents: int) -> None:
-    """A corpus of zeros that takes no place on the disk; its last documents hold all tokens."""
+def sparse_corpus(*, prefix: Path, samples: int, seq_length: int, documents: int) -> None:
+    """Writes a corpus of zeros that takes no place on the disk; its last documents hold all tokens."""
     tokens = samples * seq_length + 1
-    long = -(-tokens // (1 << 30))
-    lengths = np.full(long, 1 << 30, np.int32)
-    lengths[-1] = tokens - (long - 1) * (1 << 30)
+    filled = -(-tokens // (1 << 30))
+    lengths = np.full(filled, 1 << 30, np.int32)
+    lengths[-1] = tokens - (filled - 1) * (1 << 30)
     offsets = 2 * (np.cumsum(lengths, dtype=np.int64) - lengths)
     with Path(f"{prefix}.bin").open("wb") as stream:
         stream.truncate(2 * tokens)
+
     with Path(f"{prefix}.idx").open("wb") as stream:
         stream.write(b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, documents, documents + 1))
+        # Lengths take 4 bytes a document, offsets and document borders 8 each; holes read as zeros.
         for end, array in ((4, lengths), (12, offsets), (20, np.empty(0))):
             stream.seek(34 + end * documents - array.nbytes)
             stream.write(array.tobytes())
@@ -233,65 +259,69 @@ def sparse_corpus(prefix: Path, samples: int, seq_length: int, documents: int) -
 
 
 def bench_first(folder: Path) -> dict[str, Any]:
+    """Prints and returns what the first batch of a large corpus costs, and opening many corpora."""
     # Not at the top: the workers of `prepare` import this file, and would count it.
     from megatron_mea.config.schema import TrainCorpus
     from megatron_mea.data.corpora import Corpora
 
-    found, rows = [], []
+    settings = {"seq_length": 512, "vocab_size": 1000, "seed": 1, "key": "data.train"}
+    results, rows = [], []
     for samples, documents in ((10**6, 640_000), (10**9, 640_000_000)):
-        sparse_corpus(folder / "sparse", samples, 512, documents)
-        before = Path("/proc/self/status").read_text()
+        sparse_corpus(prefix=folder / "sparse", samples=samples, seq_length=512, documents=documents)
+        before = status_bytes("RssAnon")
 
         def first() -> None:
-            corpora = Corpora([TrainCorpus(path=str(folder / "sparse"))], 512, 1000, 1, "data.train")
+            corpora = Corpora(corpora=[TrainCorpus(path=str(folder / "sparse"))], **settings)
             batch = corpora.batch(np.arange(1024))
             assert batch.input_ids.shape == (1024, 512)
 
-        cpu, wall = measured(first)
-        private = [
-            int(status.split("RssAnon:")[1].split()[0]) * 1024
-            for status in (before, Path("/proc/self/status").read_text())
-        ]
+        cpu, wall = cpu_and_wall_seconds(first)
+        remaining = status_bytes("RssAnon") - before
         size = Path(f"{folder}/sparse.idx").stat().st_size
         row = {"windows": samples, "documents": documents, "idx_bytes": size, "cpu_seconds": cpu, "wall_seconds": wall}
-        found.append(row | {"kept_bytes": private[1] - private[0]})
-        rows.append([f"{samples:.0e}", f"{documents:,}", f"{size / 1e9:.2f} GB", f"{cpu:.2f}", f"{wall:.2f}"])
-        rows[-1].append(f"{(private[1] - private[0]) / 1e6:.0f} MB")
-    table(("windows of 512", "documents", ".idx", "CPU s to the first 1024 samples", "wall s", "memory kept"), rows)
-    many = [TrainCorpus(path=str(folder / f"sparse-{index}")) for index in range(1000)]
-    for corpus in many:
-        sparse_corpus(Path(corpus.path), 10**6, 512, 640_000)
-    cpu, wall = measured(lambda: Corpora(many, 512, 1000, 1, "data.train"))
-    print(f"opening {len(many):,} corpora of 10^6 windows and 640,000 documents: {cpu:.1f} CPU s, {wall:.1f} wall s")
-    return {"by_size": found, "opening": {"corpora": len(many), "cpu_seconds": cpu, "wall_seconds": wall}}
+        results.append(row | {"kept_bytes": remaining})
+        cells = [f"{samples:.0e}", f"{documents:,}", f"{size / 1e9:.2f} GB", f"{cpu:.2f}", f"{wall:.2f}"]
+        rows.append([*cells, f"{remaining / 1e6:.0f} MB"])
+
+    columns = ["windows of 512", "documents", ".idx", "CPU s to the first 1024 samples", "wall s", "memory kept"]
+    print_table(columns, rows)
+    corpora = [TrainCorpus(path=str(folder / f"sparse-{index}")) for index in range(1000)]
+    for corpus in corpora:
+        sparse_corpus(prefix=Path(corpus.path), samples=10**6, seq_length=512, documents=640_000)
+
+    cpu, wall = cpu_and_wall_seconds(lambda: Corpora(corpora=corpora, **settings))
+    print(f"opening {len(corpora):,} corpora of 10^6 windows and 640,000 documents: {cpu:.1f} CPU s, {wall:.1f} wall s")
+    return {"by_size": results, "opening": {"corpora": len(corpora), "cpu_seconds": cpu, "wall_seconds": wall}}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = BenchParser(__doc__)
     parser.add_argument("--megabytes", type=int, default=35, help="of text for `prepare`")
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokenizer", help="default: 8,192 ids, trained on the quickstart's text")
-    names = ("prepare", "memory", "order", "first")
-    parser.add_argument("--only", nargs="+", choices=names, default=names)
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
+    arguments = parser.parse(rounds=3, parts=("prepare", "memory", "order", "first"))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokenizer = Path(arguments.tokenizer or folder / "tokenizer")
         if not arguments.tokenizer and {"prepare", "memory"} & set(arguments.only):
-            train_tokenizer([str(path) for path in QUICKSTART.glob("*.jsonl.gz")], 8192, tokenizer)
+            train_tokenizer(
+                sources=[str(path) for path in QUICKSTART.glob("*.jsonl.gz")], vocab_size=8192, out=tokenizer
+            )
+
         benches: dict[str, Callable[[], Any]] = {
             "order": bench_order,
             "first": partial(bench_first, folder),
-            "prepare": partial(bench_prepare, folder, tokenizer, arguments.megabytes, arguments.rounds),
+            "prepare": partial(
+                bench_prepare,
+                folder=folder,
+                tokenizer=tokenizer,
+                megabytes=arguments.megabytes,
+                rounds=arguments.rounds,
+            ),
             "memory": partial(bench_memory, folder, tokenizer),
         }
-        results = {each: bench() for each, bench in benches.items() if each in arguments.only}
-    if arguments.out:
-        # Not at the top either.
-        from local_ranks import facts
+        results = {part: bench() for part, bench in benches.items() if part in arguments.only}
 
-        arguments.out.write_text(json.dumps(facts() | results, indent=1) + "\n")
+    write_results(arguments.out, results)
 
 
 if __name__ == "__main__":

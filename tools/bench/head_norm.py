@@ -10,17 +10,15 @@ and the gain's gradient: the norm of the difference over the norm.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from local_ranks import facts
+from common import BenchParser, device_name, in_turn, median_ratio, print_header, print_row, write_results
 
 from megatron_mea.attention.head_norm import head_norm
 
@@ -31,126 +29,139 @@ SHAPES = {
 """batch, H, seq, d"""
 EPS = 1e-5
 STEPS = 10
-"""Of a round."""
+"""Forward and backward passes in a round."""
 
-Norm = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
-Given = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Norm = Callable[..., torch.Tensor]
+"""x (batch, H, seq, d), the gain (d,), eps -> y (batch, seq, H d)"""
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """x (batch, H, seq, d), the gain (d,), dy (batch, seq, H d)"""
 
 
-def torchs(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    return F.rms_norm(x, x.shape[-1:], weight, eps).transpose(1, 2).flatten(2)
+def torch_norm(x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
+    """torch's RMSNorm of each head: (batch, H, seq, d) -> (batch, seq, H d)."""
+    return F.rms_norm(x, x.shape[-1:], gain, eps).transpose(1, 2).flatten(2)
 
 
-def given(shape: tuple[int, int, int, int], device: str) -> Given:
+def random_inputs(shape: tuple[int, int, int, int], device: str) -> Inputs:
+    """Inputs of this shape (batch, H, seq, d) from a fixed seed; x lies in memory as (batch, seq, H, d)."""
     batch, heads, seq, dim = shape
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     torch.manual_seed(0)
     x = torch.randn(batch, seq, heads, dim, device=device, dtype=dtype).transpose(1, 2)
-    weight = torch.rand(dim, device=device, dtype=dtype) + 0.5
+    gain = torch.rand(dim, device=device, dtype=dtype) + 0.5
     dy = torch.randn(batch, seq, heads * dim, device=device, dtype=dtype)
-    return x.requires_grad_(), weight.requires_grad_(), dy
+    return x.requires_grad_(), gain.requires_grad_(), dy
 
 
 @contextmanager
-def numbers_a_program(numbers: int | None) -> Iterator[None]:
-    if numbers is None:
+def tile_elements(elements: int | None) -> Iterator[None]:
+    """Sets the elements that a program of our kernels takes; None leaves their default."""
+    if elements is None:
         yield
         return
+
     from megatron_mea.attention import head_norm_kernels
 
-    before, head_norm_kernels.NUMBERS = head_norm_kernels.NUMBERS, numbers
+    before, head_norm_kernels.TILE_ELEMENTS = head_norm_kernels.TILE_ELEMENTS, elements
     try:
         yield
     finally:
-        head_norm_kernels.NUMBERS = before
+        head_norm_kernels.TILE_ELEMENTS = before
 
 
-def seconds(norm: Norm, x: torch.Tensor, weight: torch.Tensor, dy: torch.Tensor) -> tuple[float, float]:
-    """A forward pass and a backward pass, each the mean of a round's."""
+def pass_seconds(norm: Norm, inputs: Inputs) -> tuple[float, float]:
+    """Seconds of a forward pass and of a backward pass, means over `STEPS`."""
+    x, gain, dy = inputs
     if not x.is_cuda:
-        times = [0.0, 0.0]
+        forward = backward = 0.0
         for _ in range(STEPS):
             begin = time.process_time()
-            y = norm(x, weight, EPS)
+            y = norm(x, gain, eps=EPS)
             between = time.process_time()
-            torch.autograd.grad(y, (x, weight), dy)
-            times[0] += between - begin
-            times[1] += time.process_time() - between
-        return times[0] / STEPS, times[1] / STEPS
+            torch.autograd.grad(y, (x, gain), dy)
+            forward += between - begin
+            backward += time.process_time() - between
+
+        return forward / STEPS, backward / STEPS
+
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(3)] for _ in range(STEPS)]
     torch.cuda.synchronize()
     # The device idles some 30 ms, and the host gets ahead of it.
     torch.cuda._sleep(50_000_000)
     for first, between, last in events:
         first.record()
-        y = norm(x, weight, EPS)
+        y = norm(x, gain, eps=EPS)
         between.record()
-        torch.autograd.grad(y, (x, weight), dy)
+        torch.autograd.grad(y, (x, gain), dy)
         last.record()
+
     torch.cuda.synchronize()
     forward, backward = (statistics.fmean(e[i].elapsed_time(e[i + 1]) for e in events) / 1e3 for i in range(2))
     return forward, backward
 
 
-def errors(norm: Norm, x: torch.Tensor, weight: torch.Tensor, dy: torch.Tensor) -> list[float]:
-    y = norm(x, weight, EPS)
-    found = y, *torch.autograd.grad(y, (x, weight), dy)
-    wide, gain = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
-    y = (wide * (wide.square().mean(-1, keepdim=True) + EPS).rsqrt() * gain).transpose(1, 2).flatten(2)
-    expected = y, *torch.autograd.grad(y, (wide, gain), dy.double())
-    return [float(((a.detach() - b).norm() / b.norm()).detach()) for a, b in zip(found, expected, strict=True)]
+def errors(norm: Norm, inputs: Inputs) -> list[float]:
+    """Relative errors of y, dx and the gain's gradient against the formula in float64."""
+    x, gain, dy = inputs
+    y = norm(x, gain, eps=EPS)
+    actual = y, *torch.autograd.grad(y, (x, gain), dy)
+    x64, gain64 = x.detach().double().requires_grad_(), gain.detach().double().requires_grad_()
+    y64 = (x64 * (x64.square().mean(-1, keepdim=True) + EPS).rsqrt() * gain64).transpose(1, 2).flatten(2)
+    expected = y64, *torch.autograd.grad(y64, (x64, gain64), dy.double())
+    return [float(((a.detach() - b).norm() / b.norm()).detach()) for a, b in zip(actual, expected, strict=True)]
 
 
-def measure(shape: tuple[int, int, int, int], device: str, numbers: list[int], rounds: int) -> list[dict]:
-    tensors = given(shape, device)
-    ways: dict[str, tuple[Norm, int | None]] = {"torch": (torchs, None)}
-    ways["torch, compiled"] = (torch.compile(torchs, dynamic=False), None)
-    ways["ours"] = (head_norm, None)
-    ways |= {f"ours, {each} numbers a program": (head_norm, each) for each in numbers}
-    times: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
-    wrong = {}
-    for turn in range(rounds + 1):
-        for way, (norm, size) in ways.items():
-            with numbers_a_program(size):
-                if turn:
-                    times[way].append(seconds(norm, *tensors))
-                else:
-                    # Whatever is compiled, is now.
-                    seconds(norm, *tensors)
-                    wrong[way] = errors(norm, *tensors)
-    moved = tensors[0].numel() * tensors[0].element_size()
+def measure(*, shape: tuple[int, int, int, int], device: str, tile_sizes: list[int], rounds: int) -> list[dict]:
+    """A row for every norm; `tile_sizes`: ours also with so many elements a program."""
+    inputs = random_inputs(shape, device)
+    norms: dict[str, tuple[Norm, int | None]] = {
+        "torch": (torch_norm, None),
+        "torch, compiled": (torch.compile(torch_norm, dynamic=False), None),
+        "ours": (head_norm, None),
+    }
+    norms |= {f"ours, {size} numbers a program": (head_norm, size) for size in tile_sizes}
+
+    def timed(norm: Norm, size: int | None) -> tuple[float, float]:
+        with tile_elements(size):
+            return pass_seconds(norm, inputs)
+
+    error = {}
+    for name, (norm, size) in norms.items():
+        # The first call compiles.
+        timed(norm, size)
+        with tile_elements(size):
+            error[name] = errors(norm, inputs)
+
+    times = in_turn({name: partial(timed, norm, size) for name, (norm, size) in norms.items()}, rounds)
+    totals = {name: [sum(passes) for passes in times[name]] for name in norms}
+    moved = inputs[0].numel() * inputs[0].element_size()
     rows = []
-    for way, mine in times.items():
-        forward, backward = (statistics.median(each) for each in zip(*mine, strict=True))
-        ratio = statistics.median(sum(a) / sum(b) for a, b in zip(mine, times["torch"], strict=True))
-        row = {"shape": shape, "norm": way, "forward": forward, "backward": backward, "ratio": ratio}
+    for name, passes in times.items():
+        forward, backward = (statistics.median(values) for values in zip(*passes, strict=True))
+        ratio = median_ratio(totals[name], totals["torch"])
+        row = {"shape": shape, "norm": name, "forward": forward, "backward": backward, "ratio": ratio}
         rates = {"forward_gb_s": 2 * moved / forward / 1e9, "backward_gb_s": 3 * moved / backward / 1e9}
-        rows.append(row | rates | {"error": wrong[way], "seconds": mine})
+        rows.append(row | rates | {"error": error[name], "seconds": passes})
+
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=SHAPES, default="cpu")
-    parser.add_argument("--rounds", type=int, default=10)
+    parser = BenchParser(__doc__)
     parser.add_argument("--numbers", type=int, nargs="*", default=[], help="also with so many numbers a program")
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    print("| batch x H x seq x d | norm | forward, us | GB/s | backward, us | GB/s | time | error of y, dx, dgain |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    arguments = parser.parse(devices=SHAPES, rounds=10)
+    columns = ["batch x H x seq x d", "norm", "forward, us", "GB/s", "backward, us", "GB/s", "time"]
+    print_header([*columns, "error of y, dx, dgain"])
     rows = []
     for shape in SHAPES[arguments.device]:
-        for row in measure(shape, arguments.device, arguments.numbers, arguments.rounds):
+        for row in measure(shape=shape, device=arguments.device, tile_sizes=arguments.numbers, rounds=arguments.rounds):
             rows.append(row)
             cells = [" x ".join(map(str, shape)), row["norm"]]
-            for way in ("forward", "backward"):
-                cells += [f"{1e6 * row[way]:.0f}", f"{row[f'{way}_gb_s']:.0f}"]
-            cells += [f"{row['ratio']:.2f}", ", ".join(f"{each:.1e}" for each in row["error"])]
-            print(f"| {' | '.join(cells)} |", flush=True)
-    if arguments.out:
-        name = torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"
-        arguments.out.write_text(json.dumps(facts() | {"device": name, "rows": rows}, indent=1) + "\n")
+            for direction in ("forward", "backward"):
+                cells += [f"{1e6 * row[direction]:.0f}", f"{row[f'{direction}_gb_s']:.0f}"]
+            print_row([*cells, f"{row['ratio']:.2f}", ", ".join(f"{error:.1e}" for error in row["error"])])
+
+    write_results(arguments.out, {"device": device_name(arguments.device), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -3,27 +3,23 @@
     OMP_NUM_THREADS=1 python tools/bench/loss.py [--device cuda] [--out loss.json]
 
 CPU time of one thread, in turn, medians of ratios to the first of the same round; the peak is that of live tensors
-beside what is given and the two gradients, by the allocator's events (on a GPU max_memory_allocated, events of the
+beside the inputs and the two gradients, by the allocator's events (on a GPU max_memory_allocated, events of the
 device, bfloat16).
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from local_ranks import facts
+from common import BenchParser, device_name, in_turn, median_ratio, print_header, print_row, seconds, write_results
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_mea.parallel.cross_entropy import chunk_size, linear_cross_entropy_sum
-from megatron_mea.parallel.grid import ALONE
+from megatron_mea.parallel.grid import NO_TP
 
 SHAPES = {
     "cpu": [(512, 256, 16384), (256, 64, 128256), (512, 512, 128256)],
@@ -31,96 +27,103 @@ SHAPES = {
 }
 """Tokens, hidden size, vocabulary."""
 
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Hidden states (tokens, hidden), the projection's weight (vocabulary, hidden), targets (tokens,)."""
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Sum of the cross-entropies of `Inputs`, in nats."""
 
 
-def in_one_piece(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(F.linear(x, weight).float(), targets, reduction="sum")
+def loss_in_one_piece(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of all logits at once."""
+    return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
 
 
-def in_chunks(size: int, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return linear_cross_entropy_sum(x, weight, targets, 0, ALONE, size)
+def loss_in_chunks(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *, size: int) -> torch.Tensor:
+    """Ours, with the logits of `size` tokens at a time."""
+    return linear_cross_entropy_sum(hidden, weight, targets, offset=0, tp=NO_TP, chunk=size)
 
 
-def torchs(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def torch_chunked_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """torch's own chunked cross-entropy."""
     options = torch.nn.LinearCrossEntropyOptions(chunking_method="auto")
-    return F.linear_cross_entropy(x, weight, targets, reduction="sum", options=options)
+    return F.linear_cross_entropy(hidden, weight, targets, reduction="sum", options=options)
 
 
-def step(loss: Loss, given: tuple[torch.Tensor, ...]) -> None:
-    given[0].grad = given[1].grad = None
-    loss(*given).backward()
+def random_inputs(*, tokens: int, hidden: int, vocabulary: int, device: str) -> Inputs:
+    """Inputs from a fixed seed; hidden states and weight take gradients."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (
+        torch.randn(size, hidden, generator=generator).to(device, dtype).mul_(hidden**-0.25).requires_grad_()
+        for size in (tokens, vocabulary)
+    )
+    return x, weight, torch.randint(0, vocabulary, (tokens,), generator=generator).to(device)
 
 
-def seconds(loss: Loss, given: tuple[torch.Tensor, ...]) -> float:
-    if given[0].is_cuda:
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
-        step(loss, given)
-        last.record()
-        torch.cuda.synchronize()
-        return first.elapsed_time(last) / 1e3
-    begin = time.process_time()
-    step(loss, given)
-    return time.process_time() - begin
+def step(loss: Loss, inputs: Inputs) -> None:
+    """A forward and a backward pass."""
+    hidden, weight, targets = inputs
+    hidden.grad = weight.grad = None
+    loss(hidden, weight, targets).backward()
 
 
-def peak(loss: Loss, given: tuple[torch.Tensor, ...]) -> int:
-    """Bytes beyond the arguments and their two gradients."""
-    given[0].grad = given[1].grad = None
-    gradients = sum(each.numel() * each.element_size() for each in given[:2])
-    if given[0].is_cuda:
+def peak_bytes(loss: Loss, inputs: Inputs) -> int:
+    """Peak memory of a step in bytes beyond the inputs and their two gradients."""
+    hidden, weight, _ = inputs
+    hidden.grad = weight.grad = None
+    gradients = hidden.nbytes + weight.nbytes
+    if hidden.is_cuda:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        step(loss, given)
+        step(loss, inputs)
         return torch.cuda.max_memory_allocated() - before - gradients
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        step(loss, given)
-    live = most = 0
-    for event in seen.profiler.kineto_results.events():
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step(loss, inputs)
+
+    live = peak = 0
+    for event in profiler.profiler.kineto_results.events():
         if event.name() == "[memory]":
             live += event.nbytes()
-            most = max(most, live)
-    return most - gradients
+            peak = max(peak, live)
+
+    return peak - gradients
+
+
+def measure(*, shape: tuple[int, int, int], device: str, rounds: int) -> list[dict]:
+    """A row for every loss, with the seconds of every round and the peak in bytes."""
+    tokens, hidden, vocabulary = shape
+    inputs = random_inputs(tokens=tokens, hidden=hidden, vocabulary=vocabulary, device=device)
+    chunk = chunk_size(tokens, vocabulary)
+    losses: dict[str, Loss] = {"one piece": loss_in_one_piece}
+    losses |= {f"chunks of {size}": partial(loss_in_chunks, size=size) for size in (4 * chunk, chunk)}
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        losses["torch, chunked"] = torch_chunked_loss
+
+    steps = {name: partial(step, loss, inputs) for name, loss in losses.items()}
+    for warm_up in steps.values():
+        warm_up()
+
+    times = in_turn({name: partial(seconds, work, device) for name, work in steps.items()}, rounds)
+    return [
+        {"shape": list(shape), "loss": name, "seconds": times[name], "peak": peak_bytes(loss, inputs)}
+        for name, loss in losses.items()
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=SHAPES, default="cpu")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    dtype = torch.bfloat16 if arguments.device == "cuda" else torch.float32
-    rows = []
-    print(
-        "| tokens x hidden x vocabulary | loss | ms | time | peak, MiB | peak |\n| --- | --- | --- | --- | --- | --- |"
-    )
-    for tokens, hidden, vocabulary in SHAPES[arguments.device]:
-        generator = torch.Generator().manual_seed(0)
-        x, weight = (torch.randn(size, hidden, generator=generator) for size in (tokens, vocabulary))
-        given = [each.to(arguments.device, dtype).mul_(hidden**-0.25).requires_grad_() for each in (x, weight)]
-        given.append(torch.randint(0, vocabulary, (tokens,), generator=generator).to(arguments.device))
-        chosen = chunk_size(tokens, vocabulary)
-        losses: dict[str, Loss] = {"one piece": in_one_piece}
-        losses |= {f"chunks of {size}": partial(in_chunks, size) for size in (4 * chosen, chosen)}
-        if hasattr(torch.nn, "LinearCrossEntropyOptions"):
-            losses["torch, chunked"] = torchs
-        for loss in losses.values():
-            step(loss, tuple(given))
-        times: dict[str, list[float]] = {name: [] for name in losses}
-        for _ in range(arguments.rounds):
-            for name, loss in losses.items():
-                times[name].append(seconds(loss, tuple(given)))
-        peaks = {name: peak(loss, tuple(given)) for name, loss in losses.items()}
-        for name, mine in times.items():
-            ratio = statistics.median(a / b for a, b in zip(mine, times["one piece"], strict=True))
-            share, median = peaks[name] / peaks["one piece"], 1e3 * statistics.median(mine)
-            rows.append({"shape": [tokens, hidden, vocabulary], "loss": name, "seconds": mine, "peak": peaks[name]})
-            cells = [f"{tokens} x {hidden} x {vocabulary}", name, f"{median:.0f}", f"{ratio:.2f}"]
-            print(f"| {' | '.join(cells)} | {peaks[name] / 2**20:.0f} | {share:.2f} |", flush=True)
-    if arguments.out:
-        name = torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"
-        arguments.out.write_text(json.dumps(facts() | {"device": name, "rows": rows}, indent=1) + "\n")
+    arguments = BenchParser(__doc__).parse(devices=SHAPES, rounds=5)
+    print_header(["tokens x hidden x vocabulary", "loss", "ms", "time", "peak, MiB", "peak"])
+    results = []
+    for shape in SHAPES[arguments.device]:
+        rows = measure(shape=shape, device=arguments.device, rounds=arguments.rounds)
+        results += rows
+        for row in rows:
+            cells = [" x ".join(map(str, shape)), row["loss"], f"{1e3 * statistics.median(row['seconds']):.0f}"]
+            cells += [f"{median_ratio(row['seconds'], rows[0]['seconds']):.2f}", f"{row['peak'] / 2**20:.0f}"]
+            print_row([*cells, f"{row['peak'] / rows[0]['peak']:.2f}"])
+
+    write_results(arguments.out, {"device": device_name(arguments.device), "rows": results})
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ set, to which libraries add theirs.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,11 +16,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from local_ranks import launch, make_config, new_engine, random_batches, random_teacher
+from common import BenchParser, print_header, print_row, status_bytes
+from local_ranks import launch, layout, make_config, new_engine, random_step, random_teacher
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_mea.cluster.plan import make_plan
 from megatron_mea.config import Config
+from megatron_mea.plan.plan import make_plan
 
 MODEL = {
     "vocab_size": 8192,
@@ -41,17 +41,14 @@ CHUNKED = {
 """More than 64 MiB of logits on a rank, and a loss that takes more than the update."""
 
 
-def case(tensor: int = 1, pipeline: int = 1, zero: int = 1, sequence: bool = False, **training: Any) -> Config:
-    parallel = {
-        "tensor_model_parallel_size": tensor,
-        "pipeline_model_parallel_size": pipeline,
-        "zero_stage": zero,
-        "sequence_parallel": sequence,
-    }
-    model = training.pop("model", {})
-    seq_length = training.pop("seq_length", 512)
-    training = {"global_batch_size": 4, "micro_batch_size": 2} | training
-    return make_config(MODEL | model, training, parallel, seq_length)
+def case(parallel: dict | None = None, *, model: dict | None = None, seq_length: int = 512, **training: Any) -> Config:
+    """A configuration of `MODEL`, of which `model` replaces keys, with steps of four samples."""
+    return make_config(
+        model=MODEL | (model or {}),
+        training={"global_batch_size": 4, "micro_batch_size": 2} | training,
+        parallel=parallel or {},
+        seq_length=seq_length,
+    )
 
 
 CASES: dict[str, tuple[int, Config]] = {
@@ -59,15 +56,15 @@ CASES: dict[str, tuple[int, Config]] = {
     "1 rank, recomputed": (1, case(activation_checkpointing="full")),
     "1 rank, one micro-batch": (1, case(global_batch_size=4, micro_batch_size=4)),
     "dp2, ZeRO 1": (2, case(global_batch_size=8)),
-    "dp2, ZeRO 2": (2, case(zero=2, global_batch_size=8)),
-    "dp2, ZeRO 3": (2, case(zero=3, global_batch_size=8)),
-    "tp2": (2, case(tensor=2)),
-    "tp2, sequence parallel": (2, case(tensor=2, sequence=True)),
-    "pp2": (2, case(pipeline=2)),
-    "pp2, recomputed": (2, case(pipeline=2, activation_checkpointing="full")),
+    "dp2, ZeRO 2": (2, case(parallel=layout(zero=2), global_batch_size=8)),
+    "dp2, ZeRO 3": (2, case(parallel=layout(zero=3), global_batch_size=8)),
+    "tp2": (2, case(parallel=layout(tensor=2))),
+    "tp2, sequence parallel": (2, case(parallel=layout(tensor=2, sequence=True))),
+    "pp2": (2, case(parallel=layout(pipeline=2))),
+    "pp2, recomputed": (2, case(parallel=layout(pipeline=2), activation_checkpointing="full")),
     "1 rank, loss in chunks": (1, case(**CHUNKED)),
-    "tp2, loss in chunks": (2, case(tensor=2, **CHUNKED)),
-    "pp2, loss in chunks": (2, case(pipeline=2, **CHUNKED)),
+    "tp2, loss in chunks": (2, case(parallel=layout(tensor=2), **CHUNKED)),
+    "pp2, loss in chunks": (2, case(parallel=layout(pipeline=2), **CHUNKED)),
     "dp2, ZeRO 1, bf16": (
         2,
         case(precision="bf16", seq_length=64, micro_batch_size=1, global_batch_size=4, model={"num_hidden_layers": 4}),
@@ -76,9 +73,9 @@ CASES: dict[str, tuple[int, Config]] = {
 
 
 class LiveTensors(TorchDispatchMode):
-    """Bytes of live tensors at most while it is entered, over what was there before: `peak`, from the allocator.
+    """While entered, records allocations; afterwards `peak` is the most bytes of live tensors, beyond those before.
 
-    The profiler does not see what gloo's threads give back. So every collective is waited for until they have let go.
+    The profiler does not see what gloo's threads free, so each collective is waited for until they have let go.
     """
 
     def __enter__(self) -> LiveTensors:
@@ -86,7 +83,9 @@ class LiveTensors(TorchDispatchMode):
         self._profile.__enter__()
         return super().__enter__()
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(  # noqa: PLR0917 - torch passes by position
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         result = function(*args, **(kwargs or {}))
         if function.namespace == "c10d" and isinstance(result, tuple):
             dist.Work.unbox(result[-1]).wait()
@@ -98,7 +97,7 @@ class LiveTensors(TorchDispatchMode):
         self._profile.__exit__(*error)
         live: dict[int, int] = {}
         total = self.peak = 0
-        # By address: what was there before and is given back counts for nothing.
+        # By address: freeing what was allocated before counts for nothing.
         events = self._profile.profiler.kineto_results.experimental_event_tree()
         for _, address, size in sorted(_allocations(events)):
             total += max(size, 0) - live.pop(address, 0)
@@ -107,24 +106,26 @@ class LiveTensors(TorchDispatchMode):
             self.peak = max(self.peak, total)
 
 
-def peak(config: Config) -> tuple[int, int]:
-    """(live tensor bytes, resident bytes) at most, over what was there before."""
-    before = _status("VmRSS")
+def peak_memory(config: Config) -> tuple[int, int]:
+    """Peaks of this rank over two steps: bytes of live tensors, and resident bytes, both beyond those before."""
+    before = status_bytes("VmRSS")
     # Sets the high-water mark back to the present.
     Path("/proc/self/clear_refs").write_text("5")
     with LiveTensors() as live:
         engine = new_engine(config)
-        batches = random_batches(config, engine)
+        train_step = random_step(config, engine)
         for _ in range(2):
-            engine.train_step(batches, config.tokens_per_step, 1e-3)
-        resident = _status("VmHWM") - before
+            train_step()
+
+        resident = status_bytes("VmHWM") - before
+
     return live.peak, resident
 
 
 def _allocations(events: Any) -> Iterator[tuple[int, int, int]]:
-    """(time, address, bytes), negative where they are given back.
+    """(time, address, bytes) of allocations, negative where memory is freed.
 
-    Without what a collective takes for itself: gloo scatters a copy of all it is given, which NCCL does not.
+    Without those inside of a collective: gloo scatters a copy of its input, which NCCL does not.
     """
     for event in events:
         if event.name == "[memory]":
@@ -133,32 +134,30 @@ def _allocations(events: Any) -> Iterator[tuple[int, int, int]]:
             yield from _allocations(event.children)
 
 
-def _status(key: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) * 1024
+def print_cases(cases: dict[str, tuple[int, Config]], names: list[str]) -> None:
+    """Measures the cases of these names, or all if there are none, and prints a row for every stage."""
+    print_header(["case", "stage", "tensors, measured MB", "planned", "ratio", "resident, measured MB"], rule="---")
+    for name in names or cases:
+        world_size, config = cases[name]
+        ranks = launch(peak_memory, world_size, config)
+        plan = make_plan(config=config, world_size=world_size, device="cpu")
+        for memory in plan.memory:
+            live, resident = ranks[memory.stage * world_size // plan.layout.pipeline]
+            cells = [name, str(memory.stage), f"{live / 1e6:.0f}", f"{memory.total / 1e6:.0f}"]
+            print_row([*cells, f"{memory.total / live:.3f}", f"{resident / 1e6:.0f}"])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = BenchParser(__doc__)
     parser.add_argument("names", nargs="*", help="cases (default: all)")
     names = parser.parse_args().names
     with tempfile.TemporaryDirectory() as folder:
-        taught = {"distillation": random_teacher(MODEL | {"num_hidden_layers": 4}, folder)}
-        print_table(CASES | {"1 rank, distilled": (1, case(**taught)), "tp2, distilled": (2, case(2, **taught))}, names)
-
-
-def print_table(cases: dict[str, tuple[int, Config]], names: list[str]) -> None:
-    """Measures the cases of these names; none: all."""
-    print("| case | stage | tensors, measured MB | planned | ratio | resident, measured MB |")
-    print("|---|---|---|---|---|---|")
-    for name in names or cases:
-        world_size, config = cases[name]
-        ranks = launch(peak, world_size, config)
-        plan = make_plan(config, world_size, device="cpu")
-        for memory in plan.memory:
-            live, resident = ranks[memory.stage * world_size // plan.layout.pipeline]
-            numbers = f"{live / 1e6:.0f} | {memory.total / 1e6:.0f} | {memory.total / live:.3f}"
-            print(f"| {name} | {memory.stage} | {numbers} | {resident / 1e6:.0f} |", flush=True)
+        distillation = random_teacher(MODEL | {"num_hidden_layers": 4}, folder)
+        distilled = {
+            "1 rank, distilled": (1, case(distillation=distillation)),
+            "tp2, distilled": (2, case(parallel=layout(tensor=2), distillation=distillation)),
+        }
+        print_cases(CASES | distilled, names)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,147 @@
+"""The attention layer: Multi-head Explicit Attention (paper section 4.2), and the variants it is compared with."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from megatron_mea.attention.differential import DifferentialHeads
+from megatron_mea.attention.document_mask import AttentionFn, causal_attention
+from megatron_mea.attention.head_norm import HeadNorm
+from megatron_mea.attention.hlc import FoldedProjection, HeadProjection
+from megatron_mea.attention.talking_heads import TalkingHeads
+from megatron_mea.config.schema import Model
+from megatron_mea.exported.rotary_mea import apply_rotary
+from megatron_mea.parallel.activation_checkpoint import maybe_checkpoint
+from megatron_mea.parallel.collectives import enter_tp_region, exit_tp_region
+from megatron_mea.parallel.grid import NO_TP, TensorGroup
+from megatron_mea.parallel.layers import Linear, RMSNorm
+
+
+class MultiheadExplicitAttention(nn.Module):
+    """MEA, eq. 11 and 12; without head combination `plain`, without head norm `mea_no_norm`.
+
+    1. K_comp, V_comp from the projections, h' heads each; queries are not combined.
+    2. K = HLC(W_lc^K, K_comp), V = HLC(W_lc^V, V_comp): h heads each.
+    3. Ordinary grouped-query attention with Q, K, V; `core_attention` replaces it in `differential` and
+       `talking_heads`.
+    4. An RMSNorm over the d features of every query head's output by itself ("GroupNorm"), then W_O.
+
+    `qk_norm` (Qwen3) acts on the queries and on the composite keys, before RoPE. Over a tensor group every rank
+    holds an equal part of the query heads and computes the composite heads that these attend to.
+
+    Args:
+        layer: counted from 0 over the whole model.
+        recompute: save only projected queries, keys and values for backward, and recompute the rest.
+    """
+
+    def __init__(self, config: Model, layer: int, *, tp: TensorGroup = NO_TP, recompute: bool = False) -> None:
+        super().__init__()
+        self.recompute = recompute
+        name = f"model.layers.{layer}.self_attn"
+        hidden, dim, heads = config.hidden_size, config.head_dim, config.num_attention_heads
+        std, bias = config.initializer_range, config.attention_bias
+        self.tp, self.num_heads, self.head_dim = tp, heads // tp.size, dim
+
+        def head_projection(side: str, *, combines: bool) -> HeadProjection:
+            return HeadProjection(
+                layer=name,
+                side=side,
+                hidden_size=hidden,
+                num_components=config.component_heads[layer],
+                num_composites=config.num_key_value_heads,
+                head_dim=dim,
+                std=std,
+                bias=bias,
+                hlc=config.hlc_init if combines else None,
+                tp=tp,
+            )
+
+        def norm(suffix: str) -> RMSNorm:
+            return RMSNorm(name=f"{name}.{suffix}", size=dim, eps=config.rms_norm_eps, tp=tp, reduce_weight_grad=True)
+
+        self.q_proj = Linear(
+            name=f"{name}.q_proj", in_features=hidden, out_features=heads * dim, std=std, bias=bias, tp=tp, shard_dim=0
+        )
+        self.key_projection = head_projection("k", combines=config.mixes_keys)
+        self.value_projection = head_projection("v", combines=config.mixes_values)
+        output_std = std / math.sqrt(2 * config.num_hidden_layers)
+        self.o_proj = Linear(
+            name=f"{name}.o_proj", in_features=heads * dim, out_features=hidden, std=output_std, tp=tp, shard_dim=1
+        )
+
+        self.q_norm = self.k_norm = self.head_norm = None
+        if config.qk_norm:
+            self.q_norm, self.k_norm = norm("q_norm"), norm("k_norm")
+
+        if config.has_head_norm:
+            self.head_norm = HeadNorm(
+                name=f"{name}.head_norm",
+                size=config.output_dim,
+                eps=config.head_norm_eps,
+                gain=config.head_norm_init,
+                affine=config.head_norm_affine,
+                tp=tp,
+                reduce_weight_grad=True,
+            )
+
+        self.core_attention: DifferentialHeads | TalkingHeads | None = None
+        if config.attention_variant == "differential":
+            self.core_attention = DifferentialHeads(name=name, layer=layer, head_dim=dim, tp=tp)
+        elif config.attention_variant == "talking_heads":
+            self.core_attention = TalkingHeads(name, heads)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        *,
+        attend: AttentionFn = causal_attention,
+        folded: tuple[FoldedProjection | None, FoldedProjection | None] = (None, None),
+    ) -> torch.Tensor:
+        """(batch, seq, hidden), with cos and sin (batch, 1, seq, d), -> (batch, seq, hidden)
+
+        Args:
+            attend: the attention function that step 3 calls.
+            folded: folded projections of keys and of values (attention/folds.py); None to choose the cheapest form.
+        """
+        hidden_states = enter_tp_region(hidden_states, self.tp)
+        batch, seq, _ = hidden_states.shape
+
+        # shape: (batch, seq, H d) -> (batch, H, seq, d)
+        query = self.q_proj(hidden_states).view(batch, seq, self.num_heads, self.head_dim).transpose(1, 2)
+        key, value = self.key_projection(hidden_states, folded[0]), self.value_projection(hidden_states, folded[1])
+        output = maybe_checkpoint(
+            self._attend_and_project, query, key, value, cos=cos, sin=sin, attend=attend, enabled=self.recompute
+        )
+        return exit_tp_region(output, self.tp)
+
+    def _attend_and_project(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        attend: AttentionFn,
+    ) -> torch.Tensor:
+        """q, k, v -> this rank's partial o_proj output (batch, seq, hidden), to be reduced over the tensor group."""
+        if self.q_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+
+        query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
+        if self.core_attention is None:
+            output = attend(query, key, value)
+        else:
+            output = self.core_attention(query, key, value, attend=attend)
+
+        # shape: (batch, H, seq, d), or of differential pairs (batch, H / 2, seq, 2d) -> (batch, seq, H d)
+        output = output.transpose(1, 2).flatten(2) if self.head_norm is None else self.head_norm(output)
+        if isinstance(self.core_attention, DifferentialHeads):
+            output = output * self.core_attention.scale
+
+        return self.o_proj(output)

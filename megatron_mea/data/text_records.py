@@ -1,0 +1,134 @@
+"""Batches of raw records, parsed into texts later, and the count of broken records."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_mea.errors import Problem, UserError
+
+_BATCH_BYTES = 1 << 18
+"""Bytes of text at which a batch ends: some 0.1 s of work for a tokenizer."""
+
+MAX_BROKEN = 0.01
+"""Default share of records that may be broken and left out."""
+
+
+class UnreadableRecord(Exception):
+    """A record that is no text.
+
+    Args:
+        got, expected, hint: as in `errors.Problem`.
+        line: lines of the record before the broken one.
+    """
+
+    def __init__(self, got: str, expected: str, *, hint: str = "", line: int = 0) -> None:
+        super().__init__(got)
+        self.got, self.expected, self.hint, self.line = got, expected, hint, line
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordBatch:
+    """Unparsed records of one source.
+
+    Attributes:
+        source: the file or dataset.
+        unit: `line` (counted from 1) or `row` (from 0).
+        numbers: line or row at which each record begins.
+        records: bytes of a file, or values of a column.
+        parse: (record, text key) -> texts of the record; raises `UnreadableRecord`.
+    """
+
+    source: str
+    unit: str
+    numbers: list[int]
+    records: list[Any]
+    parse: Callable[[Any, str], list[str]]
+
+    def texts(self, text_key: str) -> tuple[list[str], list[Problem]]:
+        """The documents, without empty ones, and one problem for each broken record."""
+        texts: list[str] = []
+        broken = []
+        for number, record in zip(self.numbers, self.records, strict=True):
+            try:
+                texts += [text for text in self.parse(record, text_key) if not text.isspace() and text]
+            except UnreadableRecord as error:
+                where = f"{self.source}, {self.unit} {number + error.line}"
+                broken.append(Problem(where=where, got=error.got, expected=error.expected, hint=error.hint))
+
+        return texts, broken
+
+
+class BrokenRecords:
+    """Counts records and broken ones, and raises UserError when too many are broken.
+
+    Args:
+        max_share: share of the records that may be broken, from 0 to 1.
+
+    Attributes:
+        total: records so far.
+        count: broken records so far.
+        first_problems: problems of the first 20 broken records.
+    """
+
+    def __init__(self, max_share: float = MAX_BROKEN) -> None:
+        self.max_share, self.total, self.count = max_share, 0, 0
+        self.first_problems: list[Problem] = []
+
+    def add(self, records: int, broken: Sequence[Problem]) -> None:
+        """Counts `records` records, of which those of `broken` are broken.
+
+        Raises:
+            UserError: more are broken than would be allowed of 10,000 records, or of all so far if these are more.
+        """
+        self.total += records
+        self.count += len(broken)
+        self.first_problems += broken[: 20 - len(self.first_problems)]
+
+        if self.count > self.max_share * max(self.total, 10_000):
+            raise self._too_many_error()
+
+    def close(self) -> None:
+        """After the last record: reports the broken ones on stderr, or raises UserError where they are too many."""
+        if self.count > self.max_share * self.total:
+            raise self._too_many_error()
+
+        if self.count:
+            print(f"left out {self._summary()}:", file=sys.stderr)
+            for problem in self.first_problems:
+                print(f"  {problem.where}: {problem.got}", file=sys.stderr)
+            if self.count > len(self.first_problems):
+                print(f"  ... and {self.count - len(self.first_problems):,} more", file=sys.stderr)
+
+    def _too_many_error(self) -> UserError:
+        if self.count == 1:
+            return UserError.from_problems(self.first_problems)
+        return UserError.from_problems(
+            self.first_problems[:3], f"{self._summary()}, and at most {self.max_share:.2%} may be"
+        )
+
+    def _summary(self) -> str:
+        return f"{self.count:,} of {self.total:,} lines and rows that are broken"
+
+
+def batch_records(
+    *, source: str, unit: str, records: Iterator[tuple[int, Any]], parse: Callable[[Any, str], list[str]]
+) -> Iterator[RecordBatch]:
+    """Groups numbered records of one source into batches of about `_BATCH_BYTES`."""
+    numbers: list[int] = []
+    pending: list[Any] = []
+    size = 0
+
+    for number, record in records:
+        numbers.append(number)
+        pending.append(record)
+        size += len(record) if isinstance(record, (bytes, str)) else 1
+
+        if size >= _BATCH_BYTES:
+            yield RecordBatch(source=source, unit=unit, numbers=numbers, records=pending, parse=parse)
+            numbers, pending, size = [], [], 0
+
+    if pending:
+        yield RecordBatch(source=source, unit=unit, numbers=numbers, records=pending, parse=parse)

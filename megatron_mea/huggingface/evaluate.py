@@ -1,0 +1,108 @@
+"""Evaluating a model: cross-entropy and perplexity on prepared data, and lm-eval's tasks."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+from megatron_mea.config import Config
+from megatron_mea.data.corpora import IGNORE_INDEX
+from megatron_mea.data.windows import MAX_WINDOW, open_windows
+from megatron_mea.errors import UserError
+from megatron_mea.huggingface.lm_eval_tasks import accuracy_table, open_tasks, run_tasks
+from megatron_mea.huggingface.source import load_model
+from megatron_mea.outputs import reserve_output
+from megatron_mea.progress import progress_bar
+
+_BATCH = 8
+
+
+def evaluate(
+    *, model: str | Path, data: str | None, tasks: Sequence[str] | None, out: str | None
+) -> tuple[str, str | None]:
+    """Measures cross-entropy and perplexity on data, lm-eval's tasks, or both, and writes the JSON to `out` if named.
+
+    Args:
+        data: PREFIX; None takes the validation corpora of a checkpoint, unless there are tasks.
+        tasks: names and YAML files, as `lm_eval_tasks.open_tasks` takes them.
+
+    Returns:
+        The JSON text, and a table of the tasks for people; None without tasks.
+    """
+    tasks_by_name = open_tasks(tasks) if tasks else None
+    with contextlib.nullcontext() if out is None else reserve_output(out, folder=False) as result_file:
+        loaded_model, tokenizer, config = load_model(model)
+        loaded_model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+        result: dict[str, Any] = {"model": str(model)}
+        if data is not None or not tasks_by_name:
+            result |= cross_entropy(model=loaded_model, config=config, data=data)
+        table = None
+        if tasks_by_name:
+            result["tasks"] = run_tasks(model=loaded_model, tokenizer=tokenizer, tasks=tasks_by_name)
+            table = accuracy_table(result["tasks"])
+
+        text = json.dumps(result, indent=1)
+        if result_file is not None:
+            result_file.write_text(text + "\n")
+
+    return text, table
+
+
+def cross_entropy(*, model: PreTrainedModel, config: Config | None, data: str | None) -> dict[str, Any]:
+    """Cross-entropy (nats a token) and perplexity over all of the data.
+
+    Windows are as long as in training, with documents masked as in training (for a Hugging Face folder 2,048 tokens at
+    most, and masked). Every token is predicted once, except the first one, or the first of each masked document.
+
+    Args:
+        config: of a checkpoint.
+        data: PREFIX; None takes the validation corpora of a checkpoint.
+    """
+    if data is None and (config is None or not config.data.validation):
+        raise UserError(
+            where="--data", got="nothing", expected="the PREFIX of prepared data: this model names no validation data"
+        )
+
+    paths = [corpus.path for corpus in config.data.validation] if data is None else [data]
+    window = config.data.seq_length if config else min(model.config.max_position_embeddings, MAX_WINDOW)
+    document_mask = config is None or config.data.document_mask
+    windows = open_windows(
+        paths=paths,
+        where="--data",
+        window=window,
+        batch=_BATCH,
+        vocab_size=model.config.vocab_size,
+        document_mask=document_mask,
+    )
+
+    total_loss, num_tokens = 0.0, 0
+    with torch.inference_mode():
+        for batch in progress_bar(windows, desc="evaluate", unit="batch"):
+            arrays = (batch.input_ids, batch.position_ids, batch.targets)
+            input_ids, position_ids, targets = (torch.from_numpy(array).to(model.device) for array in arrays)
+
+            # transformers masks documents by itself where positions restart.
+            logits = model(input_ids, position_ids=position_ids, use_cache=False).logits.float()
+            loss_sum = F.cross_entropy(
+                logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+            )
+            total_loss += loss_sum.item()
+            num_tokens += int((targets != IGNORE_INDEX).sum())
+
+    if num_tokens == 0:
+        raise UserError(
+            where="--data", got=f"documents of one token in {', '.join(paths)}", expected="a token to predict"
+        )
+
+    loss = total_loss / num_tokens
+    perplexity = math.exp(min(loss, 700.0))
+    return {"data": paths, "tokens": num_tokens, "cross_entropy": loss, "perplexity": perplexity}

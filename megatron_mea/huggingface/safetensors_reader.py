@@ -1,0 +1,178 @@
+"""Reads the tensors of a Hugging Face folder in chunks, from safetensors alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megatron_mea.checkpoint.tensors import Fragment, row_chunks
+from megatron_mea.errors import Problem, UserError
+
+_DTYPES = ("F32", "BF16", "F16", "F64")
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
+_MAX_NAMED = 16
+"""Most names in a message: a folder of something else may have thousands that do not fit."""
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """The file of a tensor, its shape, and its dtype as safetensors calls it."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def scan_safetensors(path: Path, where: str) -> dict[str, StoredTensor]:
+    """Lists the tensors in the safetensors that transformers would load; reads names, shapes and dtypes.
+
+    Args:
+        where: the key or argument that named the folder, for messages.
+
+    Raises:
+        UserError: there are no safetensors, or they cannot be read, or they hold something else than floating point.
+    """
+    stored: dict[str, StoredTensor] = {}
+    for file in _safetensors_files(path, where):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - it is no dictionary
+                    # transformers 4 stored these constants, which follow from config.json, in early Llamas.
+                    if name.endswith(".rotary_emb.inv_freq"):
+                        continue
+                    if name in stored:
+                        raise UserError(
+                            where=where, got=f"{name} in {stored[name].file} and in {file}", expected="each tensor once"
+                        )
+
+                    tensor = tensors.get_slice(name)
+                    stored[name] = StoredTensor(file=file, shape=tuple(tensor.get_shape()), dtype=tensor.get_dtype())
+        except (OSError, SafetensorError) as error:
+            raise UserError(where=where, got=f"{file}, unreadable ({error})", expected="whole safetensors") from None
+
+    for name, tensor in stored.items():
+        if tensor.dtype not in _DTYPES:
+            raise UserError(
+                where=where,
+                got=f"{name} in {tensor.file}, of type {tensor.dtype}",
+                expected=f"one of {', '.join(_DTYPES)}",
+            )
+
+    return stored
+
+
+def check_tensors(
+    *,
+    path: Path,
+    where: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
+    expected_by: str,
+) -> list[Problem]:
+    """The tensors that a folder lacks, has in another shape than `expected`, or has beyond it.
+
+    Args:
+        expected_by: who expects them, for messages.
+    """
+    problems = []
+    for name in expected:
+        if name not in shapes:
+            problems.append(
+                Problem(where=where, got=f"{path} without {name}", expected=f"{name} of shape {expected[name]}")
+            )
+        elif shapes[name] != expected[name]:
+            got = f"{name} of shape {shapes[name]} in {path}"
+            problems.append(Problem(where=where, got=got, expected=f"{expected[name]}, by {expected_by}"))
+
+    unknown = (name for name in shapes if name not in expected)
+    problems += [
+        Problem(where=where, got=f"{name} in {path}", expected=f"only what {expected_by} describes") for name in unknown
+    ]
+    more = len(problems) - _MAX_NAMED
+    if more > 0:
+        problems[_MAX_NAMED:] = [Problem(where=where, got=f"{more} more such tensors", expected="none")]
+
+    return problems
+
+
+def without_tied_head(
+    *, path: Path, where: str, tensors: dict[str, StoredTensor], tied: bool
+) -> dict[str, StoredTensor]:
+    """Drops `lm_head.weight` of a model with tied embeddings, where a folder holds the matrix twice.
+
+    Raises:
+        UserError: the two differ.
+    """
+    if not (tied and _EMBEDDING in tensors and _HEAD in tensors):
+        return tensors
+
+    shape = tensors[_EMBEDDING].shape
+    equal = (
+        len(shape) == 2
+        and tensors[_HEAD].shape == shape
+        and all(
+            torch.equal(
+                *(read_chunk(tensors=tensors, name=name, offsets=offsets, shape=size) for name in (_EMBEDDING, _HEAD))
+            )
+            for offsets, size in row_chunks(shape, 1 << 24)
+        )
+    )
+    if not equal:
+        got = f"{_HEAD} in {path}, other than {_EMBEDDING}"
+        raise UserError(where=where, got=got, expected="equal matrices, or tie_word_embeddings: false in config.json")
+
+    return {name: tensor for name, tensor in tensors.items() if name != _HEAD}
+
+
+def read_chunk(
+    *, tensors: Mapping[str, StoredTensor], name: str, offsets: tuple[int, ...], shape: tuple[int, ...]
+) -> torch.Tensor:
+    """float32 copy of a box of a tensor; the file is memory-mapped meanwhile."""
+    piece = torch.empty(shape)
+    with safe_open(tensors[name].file, framework="pt") as file:
+        piece.copy_(file.get_slice(name)[_slices(offsets, shape)])
+    return piece
+
+
+def fill_fragments(tensors: Mapping[str, StoredTensor], fragments: Iterable[Fragment]) -> None:
+    """Fills fragments of the tensors, a chunk at a time."""
+    for fragment in fragments:
+        with safe_open(tensors[fragment.name].file, framework="pt") as file:
+            full_tensor = file.get_slice(fragment.name)
+            for offsets, view in fragment.chunks():
+                view.copy_(full_tensor[_slices(offsets, view.shape)])
+
+
+def _slices(offsets: Iterable[int], shape: Iterable[int]) -> tuple[slice, ...]:
+    return tuple(slice(first, first + size) for first, size in zip(offsets, shape, strict=True))
+
+
+def _safetensors_files(path: Path, where: str) -> list[Path]:
+    """The single file of a folder, else the shards that its index names."""
+    index, single = path / "model.safetensors.index.json", path / "model.safetensors"
+    if single.is_file():
+        return [single]
+
+    if not index.is_file():
+        expected = f"{single.name}, or {index.name} and the files that it names"
+        pickles = sorted({file.name for suffix in _PICKLE_SUFFIXES for file in path.glob(f"*{suffix}")})
+        hint = f"{pickles[0]} may run code and is not read: where you trust it, load and save it with transformers 5"
+        raise UserError(
+            where=where, got=f"{path} without {single.name}", expected=expected, hint=hint if pickles else ""
+        )
+
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        # Nothing outside of the folder is read, whatever the index says.
+        if outside := [name for name in names if Path(name).name != name]:
+            raise ValueError(f"{outside[0]!r} is no name of a file in the folder")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(where=where, got=f"{index}, unreadable ({error})", expected="an index of safetensors") from None
+
+    return [path / name for name in names]

@@ -1,0 +1,185 @@
+"""Bytes that a micro-batch saves for its backward pass, counted from the code of model/ and attention/.
+
+On a GPU torch's RMSNorm is one kernel, which saves its input in the parameter dtype and one float32 a row; the head
+norm's kernel saves its input alone. On a CPU both are composed and save a float32 input, its normalised values and that
+float32 a row.
+"""
+
+from __future__ import annotations
+
+from megatron_mea.plan.workload import KV, StageShard, Workload
+
+FLOAT32 = 4
+"""Bytes of a float32 element."""
+
+
+def stage_activations(workload: Workload, stage: StageShard) -> int:
+    """Bytes that one micro-batch saves on one rank of a pipeline stage, without the loss."""
+    tokens, element_bytes, hidden = workload.tokens, workload.element_bytes, workload.model.hidden_size
+    local_tokens = tokens // workload.sequence_shards
+
+    # Two int64 a token, such as its id and its position.
+    saved_bytes = 2 * tokens * 8
+    if stage.blocks:
+        # cos and sin, which all blocks share.
+        saved_bytes += 2 * tokens * workload.model.head_dim * element_bytes
+        if workload.model.attention_variant == "talking_heads":
+            # The boolean mask.
+            seq = workload.config.data.seq_length
+            saved_bytes += tokens * seq if workload.config.data.document_mask else seq * seq
+
+    if workload.full_recompute:
+        saved_bytes += len(stage.blocks) * local_tokens * hidden * element_bytes
+        if workload.folds_outside_recompute:
+            saved_bytes += sum(folded_weights(workload, layer) for layer in stage.blocks)
+    else:
+        saved_bytes += sum(block_activations(workload, layer) for layer in stage.blocks)
+
+    if stage.has_head:
+        saved_bytes += norm_activations(workload=workload, rows=local_tokens, width=hidden)
+        saved_bytes += tokens * hidden * element_bytes
+    elif workload.layout.pipeline > 1:
+        # DeepSpeed holds the hidden states that it sent on until their gradient comes back.
+        saved_bytes += local_tokens * hidden * element_bytes
+
+    return saved_bytes
+
+
+def recomputed_activations(workload: Workload, layer: int) -> int:
+    """Bytes that exist during a block's backward pass alone, in addition to those saved until then."""
+    if workload.full_recompute:
+        saved_bytes = folded_weights(workload, layer) if workload.folds_outside_recompute else 0
+        return block_activations(workload, layer) - saved_bytes
+
+    if workload.selective_recompute:
+        inner_bytes = (
+            workload.tokens * (workload.model.intermediate_size // workload.layout.tensor) * workload.element_bytes
+        )
+        return max(2 * inner_bytes, attention_activations(workload) - _qkv_bytes(workload))
+
+    return 0
+
+
+def _qkv_bytes(workload: Workload) -> int:
+    """Bytes of this rank's queries, keys and values."""
+    width = (workload.local_heads + 2 * workload.local_composites) * workload.model.head_dim
+    return workload.tokens * width * workload.element_bytes
+
+
+def block_activations(workload: Workload, layer: int) -> int:
+    """Bytes that one block saves of a micro-batch on one rank: two norms, attention, feed-forward."""
+    model, element_bytes, tokens = workload.model, workload.element_bytes, workload.tokens
+    local_tokens = tokens // workload.sequence_shards
+    norms = 2 * norm_activations(workload=workload, rows=local_tokens, width=model.hidden_size)
+
+    # The inputs of q, k, v and of gate, up.
+    inputs = 2 * tokens * model.hidden_size * element_bytes
+    projections = sum(projection_activations(workload=workload, layer=layer, kv=kv) for kv in ("k", "v"))
+    attention = _qkv_bytes(workload) if workload.selective_recompute else attention_activations(workload)
+
+    # gate, up, and unless they are recomputed silu(gate) and the product
+    num_tensors = 2 if workload.selective_recompute else 4
+    feed_forward = num_tensors * tokens * (model.intermediate_size // workload.layout.tensor) * element_bytes
+
+    return norms + inputs + feed_forward + projections + attention
+
+
+def attention_activations(workload: Workload) -> int:
+    """Bytes saved from queries, keys and values to the input of o_proj.
+
+    A fused kernel saves no attention weights but one float32 a query.
+    """
+    model, element_bytes, tokens = workload.model, workload.element_bytes, workload.tokens
+    query_width = workload.local_heads * model.head_dim
+    key_width = workload.local_composites * model.head_dim
+
+    # q, k, v and the output
+    saved_bytes = tokens * (2 * query_width + 2 * key_width) * element_bytes
+    if model.attention_variant == "talking_heads":
+        # Logits, mixed weights; weights in float32 and, where that is another one, in the parameter dtype.
+        num_scores = tokens * workload.config.data.seq_length * workload.local_heads
+        saved_bytes += num_scores * (2 * element_bytes + FLOAT32 + (element_bytes if element_bytes < FLOAT32 else 0))
+    elif model.attention_variant == "differential":
+        # A kernel for each half of the values, which are repeated; the output of both kernels is an input of the norm.
+        saved_bytes += tokens * (2 * query_width + key_width) * element_bytes
+        saved_bytes += 2 * tokens * workload.local_heads * FLOAT32
+        # lambda, its two exponentials
+        saved_bytes += 3 * FLOAT32
+    else:
+        saved_bytes += tokens * workload.local_heads * FLOAT32
+
+    if model.qk_norm:
+        for heads in (workload.local_heads, workload.local_composites):
+            saved_bytes += norm_activations(workload=workload, rows=tokens * heads, width=model.head_dim)
+
+    if model.has_head_norm:
+        # Its output is the input of o_proj. Its input is saved already, and on a GPU it saves nothing else.
+        saved_bytes += tokens * query_width * element_bytes
+        if workload.device == "cpu":
+            input_is_saved = element_bytes == FLOAT32 or model.attention_variant == "differential"
+            shared_bytes = tokens * query_width * element_bytes if input_is_saved else 0
+            rows = tokens * query_width // model.output_dim
+            saved_bytes += (
+                norm_activations(workload=workload, rows=rows, width=model.output_dim, affine=model.head_norm_affine)
+                - shared_bytes
+            )
+
+    return saved_bytes
+
+
+def projection_activations(*, workload: Workload, layer: int, kv: KV) -> int:
+    """Bytes that a head combination saves, apart from the keys or values that attention saves.
+
+    Folded: the folded weight, and the component weight where it was gathered into a copy; where a step folds once,
+    these belong to no micro-batch (`step_folds`). Combined: the component heads of all tokens.
+    """
+    model, element_bytes = workload.model, workload.element_bytes
+    projection = workload.kv_projection(layer, kv)
+    component_width = projection.num_components * model.head_dim
+
+    if projection.form == "combined":
+        return workload.tokens * component_width * element_bytes
+    if projection.form == "plain":
+        gathers_weight = projection.sharded and not projection.shards_composites
+        return component_width * model.hidden_size * element_bytes if gathers_weight else 0
+
+    return 0 if workload.folds_once_per_step else _fold_bytes(workload=workload, layer=layer, kv=kv)
+
+
+def folded_weights(workload: Workload, layer: int) -> int:
+    """Bytes that a layer's folded keys and values save for a micro-batch."""
+    folded = [kv for kv in ("k", "v") if workload.kv_projection(layer, kv).form == "folded"]
+    return sum(projection_activations(workload=workload, layer=layer, kv=kv) for kv in folded)
+
+
+def step_folds(workload: Workload, stage: StageShard) -> int:
+    """Bytes held for a full step: folded weights that all micro-batches share, and float32 sums of their gradients."""
+    if not workload.folds_once_per_step:
+        return 0
+
+    folded_numel = workload.local_composites * workload.model.head_dim * workload.model.hidden_size
+    return sum(
+        _fold_bytes(workload=workload, layer=layer, kv=kv) + folded_numel * FLOAT32
+        for layer in stage.blocks
+        for kv in ("k", "v")
+        if workload.kv_projection(layer, kv).form == "folded"
+    )
+
+
+def _fold_bytes(*, workload: Workload, layer: int, kv: KV) -> int:
+    """Bytes of a folded weight, and of the component weight where it was gathered."""
+    projection = workload.kv_projection(layer, kv)
+    gathered_components = projection.num_components if projection.sharded else 0
+    return (
+        (workload.local_composites + gathered_components)
+        * workload.model.head_dim
+        * workload.model.hidden_size
+        * workload.element_bytes
+    )
+
+
+def norm_activations(*, workload: Workload, rows: int, width: int, affine: bool = True) -> int:
+    """Bytes that an RMSNorm over `rows` vectors of `width` elements saves, without its output."""
+    if workload.device == "cuda":
+        return rows * (width * workload.element_bytes + FLOAT32)
+    return rows * (width * FLOAT32 * (2 if affine else 1) + FLOAT32)

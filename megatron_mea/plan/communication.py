@@ -1,0 +1,310 @@
+"""Collectives and sends of a training step, by process group.
+
+The bytes of a call are those of the tensor handed to all_reduce and send, of the output of all_gather and of the
+input of reduce_scatter: the full tensor, of which a ring moves (n - 1) / n (all_reduce: twice). Scalars (norms, losses,
+flags) and validation are left out, and groups of one rank.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_mea.plan.workload import KV, LocalParameter, StageShard, Workload
+
+Group = Literal["tensor", "data", "pipeline"]
+
+BUCKET_ELEMENTS = 500_000_000
+"""Elements of a bucket of gradients at most (training/engine.py)."""
+REUSE_DISTANCE = 1_000_000_000
+"""ZeRO 3 keeps gathered parameters that are reused within so many elements: `stage3_max_reuse_distance`."""
+PERSISTENCE_THRESHOLD = 100_000
+"""ZeRO 3 never partitions parameters of up to so many elements: `stage3_param_persistence_threshold`."""
+PREFETCH_BUCKET_ELEMENTS = 50_000_000
+"""Elements that ZeRO 3 gathers in a call at most: `stage3_prefetch_bucket_size`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """`count` calls of a collective by one rank of pipeline stage `stage` in a step, `bytes` of payload in all."""
+
+    stage: int
+    group: Group
+    collective: str
+    count: int
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """`count` calls of a collective that carry `bytes` together."""
+
+    group: Group
+    collective: str
+    bytes: int
+    count: int = 1
+
+
+def communication_per_step(workload: Workload) -> list[Traffic]:
+    """Traffic of a step of tensor rank 0 of every pipeline stage."""
+    rows = []
+    for stage in workload.stages:
+        counts: Counter[tuple[Group, str]] = Counter()
+        sizes: Counter[tuple[Group, str]] = Counter()
+        for repeats, calls in (
+            (workload.layout.micro_batches, _micro_batch_calls(workload, stage)),
+            (1, _step_calls(workload, stage)),
+        ):
+            for call in calls:
+                counts[call.group, call.collective] += repeats * call.count
+                sizes[call.group, call.collective] += repeats * call.bytes
+
+        rows += [
+            Traffic(stage=stage.index, group=group, collective=collective, count=count, bytes=sizes[group, collective])
+            for (group, collective), count in counts.items()
+        ]
+
+    return rows
+
+
+def _micro_batch_calls(workload: Workload, stage: StageShard) -> Iterator[Call]:
+    """Calls that every micro-batch repeats."""
+    layout = workload.layout
+    if layout.tensor > 1:
+        yield from _tensor_parallel_calls(workload, stage)
+    if workload.teacher:
+        yield from _teacher_calls(workload.teacher, workload.teacher.stages[stage.index])
+
+    if layout.pipeline > 1:
+        local_tokens = workload.tokens // workload.sequence_shards
+        hidden_bytes = local_tokens * workload.model.hidden_size * workload.element_bytes
+        if not stage.has_head:
+            yield Call(group="pipeline", collective="send", bytes=hidden_bytes)
+            # Position ids travel beside the hidden states.
+            yield Call(group="pipeline", collective="send", bytes=workload.tokens * 8)
+        if not stage.has_embedding:
+            yield Call(group="pipeline", collective="send", bytes=hidden_bytes)
+
+    if layout.data > 1 and workload.zero_stage > 1:
+        yield from _reduce_gradients(workload, stage)
+        if workload.zero_stage == 3:
+            yield from _gather_parameters(workload, stage)
+
+
+def _step_calls(workload: Workload, stage: StageShard) -> Iterator[Call]:
+    """Calls that a step makes once."""
+    layout, element_bytes = workload.layout, workload.element_bytes
+    if layout.tensor > 1:
+        for layer in stage.blocks:
+            yield from _kv_calls(workload=workload, layer=layer, once_per_step=True)
+
+    if layout.pipeline > 1 and workload.model.tie_word_embeddings and (stage.has_embedding or stage.has_head):
+        # Gradients of the two copies, which bfloat16 runs hold in float32; then one copy overwrites the other.
+        embedding_numel = workload.local_vocab_size * workload.model.hidden_size
+        yield Call(group="pipeline", collective="all_reduce", bytes=embedding_numel * 4)
+        yield Call(group="pipeline", collective="broadcast", bytes=embedding_numel * element_bytes)
+
+    if layout.data == 1:
+        return
+    if workload.zero_stage == 1:
+        yield from _reduce_gradients(workload, stage)
+
+    if workload.zero_stage < 3:
+        # One call for parameters with weight decay, one for those without.
+        yield Call(group="data", collective="all_gather", bytes=stage.local_numel * element_bytes, count=2)
+        return
+
+    for parameter in stage.parameters:
+        if parameter.local_numel <= PERSISTENCE_THRESHOLD:
+            padded_numel = _padded_numel(parameter, layout.data)
+            yield Call(group="data", collective="all_gather", bytes=padded_numel * element_bytes)
+
+
+def _tensor_parallel_calls(workload: Workload, stage: StageShard) -> Iterator[Call]:
+    """Calls of a micro-batch's forward and backward pass over a tensor group (parallel/collectives.py)."""
+    tokens, element_bytes = workload.tokens, workload.element_bytes
+    if stage.has_embedding:
+        yield from _exit_tp_region(workload)
+
+    for layer in stage.blocks:
+        yield from block_calls(workload, layer)
+
+    if stage.has_head:
+        yield from _enter_tp_region(workload)
+        if workload.sequence_shards > 1:
+            # The gain of the norm in front, whose gradient covers a shard of the tokens.
+            yield Call(group="tensor", collective="all_reduce", bytes=workload.model.hidden_size * element_bytes)
+
+        # Largest logit, sum of exponentials and target logit of each token.
+        chunks = -(-tokens // workload.loss_chunk_tokens)
+        count = 3 if chunks == 1 else 2 * chunks
+        yield Call(group="tensor", collective="all_reduce", bytes=3 * tokens * 4, count=count)
+
+
+def block_calls(workload: Workload, layer: int) -> Iterator[Call]:
+    """Calls of one block's forward and backward pass over a tensor group, including those that it recomputes."""
+    model, element_bytes = workload.model, workload.element_bytes
+    for _ in ("attention", "feed-forward"):
+        yield from _enter_tp_region(workload)
+        yield from _exit_tp_region(workload)
+        if workload.sequence_shards > 1:
+            # The gain of the norm in front, whose gradient covers a shard of the tokens.
+            yield Call(group="tensor", collective="all_reduce", bytes=model.hidden_size * element_bytes)
+
+    gains = [model.head_dim] * (2 * model.qk_norm)
+    gains += [model.output_dim] * (model.has_head_norm and model.head_norm_affine)
+    # lambda of differential heads is computed from four vectors.
+    gains += [model.head_dim] * (4 * (model.attention_variant == "differential"))
+    if gains:
+        yield Call(group="tensor", collective="all_reduce", bytes=sum(gains) * element_bytes, count=len(gains))
+
+    yield from _kv_calls(workload=workload, layer=layer, once_per_step=False)
+    if workload.full_recompute:
+        # Recomputation ends with the last tensor that is needed, which comes before the last `exit_tp_region`.
+        if workload.sequence_shards > 1:
+            yield Call(group="tensor", collective="all_gather", bytes=2 * _hidden_bytes(workload), count=2)
+            yield Call(group="tensor", collective="reduce_scatter", bytes=_hidden_bytes(workload))
+        else:
+            yield Call(group="tensor", collective="all_reduce", bytes=_hidden_bytes(workload))
+        yield from _component_gathers(workload=workload, layer=layer, recompute=True)
+
+
+def _teacher_calls(workload: Workload, stage: StageShard) -> Iterator[Call]:
+    """Calls of a teacher's forward pass and of the divergence from it; `workload` is the teacher's."""
+    if workload.layout.tensor > 1:
+        # Without a backward pass a region makes half of the calls of `_enter_tp_region` and `_exit_tp_region`.
+        regions = 2 * len(stage.blocks)
+        exits = regions + stage.has_embedding
+        if workload.sequence_shards > 1:
+            entries = regions + stage.has_head
+            yield Call(group="tensor", collective="all_gather", bytes=entries * _hidden_bytes(workload), count=entries)
+            yield Call(group="tensor", collective="reduce_scatter", bytes=exits * _hidden_bytes(workload), count=exits)
+        else:
+            yield Call(group="tensor", collective="all_reduce", bytes=exits * _hidden_bytes(workload), count=exits)
+
+        for layer in stage.blocks:
+            yield from _component_gathers(workload, layer)
+
+        if stage.has_head:
+            # Largest logits and sums of exponentials of both models, and the divergence of each token.
+            yield Call(group="tensor", collective="all_reduce", bytes=5 * workload.tokens * 4, count=5)
+
+    if workload.layout.pipeline > 1 and not stage.has_head:
+        yield Call(group="pipeline", collective="send", bytes=_hidden_bytes(workload) // workload.sequence_shards)
+
+
+def _component_gathers(workload: Workload, layer: int, *, recompute: bool = False) -> Iterator[Call]:
+    """All-gathers of component heads in one block's forward pass, or in its recomputation."""
+    for kv in ("k", "v"):
+        saved = workload.folds_outside_recompute and workload.kv_projection(layer, kv).form == "folded"
+        if recompute and saved:
+            continue
+        calls = _kv_projection_calls(workload=workload, layer=layer, kv=kv)
+        yield from (call for call in calls if call.collective == "all_gather")
+
+
+def _kv_calls(*, workload: Workload, layer: int, once_per_step: bool) -> Iterator[Call]:
+    """Calls for a block's keys and values that a step makes once, or those that every micro-batch makes."""
+    for kv in ("k", "v"):
+        shared = workload.folds_once_per_step and workload.kv_projection(layer, kv).form == "folded"
+        if shared == once_per_step:
+            yield from _kv_projection_calls(workload=workload, layer=layer, kv=kv)
+
+
+def _kv_projection_calls(*, workload: Workload, layer: int, kv: KV) -> Iterator[Call]:
+    """Calls for component heads, as weights or activations, and for gradients of what every rank holds in full."""
+    model, element_bytes = workload.model, workload.element_bytes
+    projection = workload.kv_projection(layer, kv)
+    component_width = projection.num_components * model.head_dim
+    if projection.form != "plain" and not projection.shards_composites:
+        hlc_numel = projection.num_components * projection.num_composites
+        yield Call(group="tensor", collective="all_reduce", bytes=hlc_numel * element_bytes)
+    if projection.form == "plain" and projection.shards_composites:
+        return
+
+    bias = 1 if model.attention_bias else 0
+    weight_bytes = component_width * (model.hidden_size + bias) * element_bytes
+    if not projection.sharded:
+        yield Call(group="tensor", collective="all_reduce", bytes=weight_bytes, count=1 + bias)
+    elif projection.form == "combined":
+        activation_bytes = component_width * workload.tokens * element_bytes
+        yield Call(group="tensor", collective="all_gather", bytes=activation_bytes)
+        yield Call(group="tensor", collective="reduce_scatter", bytes=activation_bytes)
+    else:
+        yield Call(group="tensor", collective="all_gather", bytes=weight_bytes, count=1 + bias)
+        yield Call(group="tensor", collective="reduce_scatter", bytes=weight_bytes, count=1 + bias)
+
+
+def _hidden_bytes(workload: Workload) -> int:
+    """Bytes of a micro-batch's hidden states, before sequence parallelism shards them."""
+    return workload.tokens * workload.model.hidden_size * workload.element_bytes
+
+
+def _enter_tp_region(workload: Workload) -> Iterator[Call]:
+    """Calls of `enter_tp_region`: identity forward and all-reduce backward, or their sequence-parallel pair."""
+    if workload.sequence_shards > 1:
+        yield Call(group="tensor", collective="all_gather", bytes=_hidden_bytes(workload))
+        yield Call(group="tensor", collective="reduce_scatter", bytes=_hidden_bytes(workload))
+    else:
+        yield Call(group="tensor", collective="all_reduce", bytes=_hidden_bytes(workload))
+
+
+_exit_tp_region = _enter_tp_region
+"""Calls of `exit_tp_region`: the same, with forward and backward exchanged."""
+
+
+def _reduce_gradients(workload: Workload, stage: StageShard) -> Iterator[Call]:
+    """Calls that average gradients over data ranks, in the parameter dtype (`communication_data_type`).
+
+    ZeRO 1 once a step, 2 and 3 once a micro-batch. DeepSpeed's stages 1 and 2 both all-reduce full buckets
+    (`use_multi_rank_bucket_allreduce`); only stage 3 scatters.
+    """
+    if workload.zero_stage == 3:
+        collective = "reduce_scatter"
+        numels = [_padded_numel(parameter, workload.layout.data) for parameter in stage.parameters]
+    else:
+        collective = "all_reduce"
+        numels = [parameter.local_numel for parameter in stage.parameters]
+
+    gradient_bytes = sum(numels) * workload.element_bytes
+    yield Call(group="data", collective=collective, bytes=gradient_bytes, count=_num_buckets(numels))
+
+
+def _gather_parameters(workload: Workload, stage: StageShard) -> Iterator[Call]:
+    """Calls with which ZeRO 3 gathers the partitioned parameters in each micro-batch.
+
+    It gathers them for the forward pass, and again for the backward pass where that is further than `REUSE_DISTANCE`
+    away: parameters that have half of that after them. Coalesced calls carry up to `PREFETCH_BUCKET_ELEMENTS`.
+    """
+    later_numel, gathered_numel = 0, 0
+    for parameter in reversed(stage.parameters):
+        if parameter.local_numel > PERSISTENCE_THRESHOLD:
+            gathers = 2 if 2 * later_numel >= REUSE_DISTANCE else 1
+            gathered_numel += _padded_numel(parameter, workload.layout.data) * gathers
+        later_numel += parameter.local_numel
+
+    if gathered_numel:
+        yield Call(
+            group="data",
+            collective="all_gather",
+            bytes=gathered_numel * workload.element_bytes,
+            count=1 + gathered_numel // PREFETCH_BUCKET_ELEMENTS,
+        )
+
+
+def _padded_numel(parameter: LocalParameter, partitions: int) -> int:
+    """Elements of a parameter, padded so that it splits into equal partitions."""
+    return -(-parameter.local_numel // partitions) * partitions
+
+
+def _num_buckets(numels: Iterable[int]) -> int:
+    """How many buckets hold gradients of these sizes in this order."""
+    count, filled = 0, BUCKET_ELEMENTS
+    for numel in numels:
+        if filled + numel > BUCKET_ELEMENTS:
+            count, filled = count + 1, 0
+        filled += numel
+
+    return count

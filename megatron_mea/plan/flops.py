@@ -1,0 +1,126 @@
+"""Floating-point operations of training: 2 for a multiplication and an addition; matrix products only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_mea.plan.workload import KV, Workload
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flops:
+    """FLOPs a token of the full model, all ranks together.
+
+    Work that all ranks of a tensor group repeat counts once. `recomputation` is a second forward pass of the blocks,
+    or of their attention, with activation checkpointing; `teacher` the forward pass of another model.
+    """
+
+    forward: float
+    backward: float
+    recomputation: float
+    teacher: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """FLOPs a token of everything that a training step does."""
+        return self.forward + self.backward + self.recomputation + self.teacher
+
+
+def flops_per_token(workload: Workload) -> Flops:
+    """Forward 2 x matrix parameters + attention + head combination; backward twice that (Kaplan, arXiv 2001.08361).
+
+    Attention is 4 x seq_length x H d: scores and weighted values for all pairs of tokens. The causal half that a
+    kernel may leave out is not taken off, which is the usual convention.
+    """
+    layers = range(workload.model.num_hidden_layers)
+    blocks = sum(block_flops(workload, layer) for layer in layers)
+    forward = blocks + 2 * workload.model.hidden_size * workload.model.vocab_size
+    teacher = flops_per_token(workload.teacher).forward if workload.teacher else 0.0
+
+    return Flops(
+        forward=forward,
+        backward=2 * forward,
+        recomputation=sum(_recomputed_flops(workload, layer) for layer in layers),
+        teacher=teacher,
+    )
+
+
+def _recomputed_flops(workload: Workload, layer: int) -> float:
+    """FLOPs a token that one block repeats in its backward pass."""
+    if workload.selective_recompute:
+        return attention_flops(workload)
+    if not workload.full_recompute:
+        return 0.0
+
+    # Recomputation ends with the last tensor that is needed, the input of down_proj.
+    down_proj = 2 * workload.model.hidden_size * workload.model.intermediate_size
+    folds = (
+        sum(fold_flops(workload=workload, layer=layer, kv=kv) for kv in ("k", "v"))
+        if workload.folds_outside_recompute
+        else 0.0
+    )
+    return block_flops(workload, layer) - folds - down_proj
+
+
+def stage_flops(workload: Workload) -> tuple[float, ...]:
+    """FLOPs a token of every pipeline stage, its tensor ranks together, without a teacher's."""
+    head = 6 * workload.model.hidden_size * workload.model.vocab_size
+    return tuple(
+        sum(3 * block_flops(workload, layer) + _recomputed_flops(workload, layer) for layer in stage.blocks)
+        + head * stage.has_head
+        for stage in workload.stages
+    )
+
+
+def block_flops(workload: Workload, layer: int) -> float:
+    """FLOPs a token of one block's forward pass."""
+    model = workload.model
+    query_width = model.num_attention_heads * model.head_dim
+    queries_and_output = 4 * model.hidden_size * query_width
+    feed_forward = 6 * model.hidden_size * model.intermediate_size
+
+    keys = kv_projection_flops(workload=workload, layer=layer, kv="k")
+    values = kv_projection_flops(workload=workload, layer=layer, kv="v")
+    return queries_and_output + attention_flops(workload) + feed_forward + (keys + values)
+
+
+def attention_flops(workload: Workload) -> float:
+    """FLOPs a token of one layer's scores and weighted values."""
+    model, seq = workload.model, workload.config.data.seq_length
+    attention = 4 * seq * model.num_attention_heads * model.head_dim
+    if model.attention_variant == "differential":
+        # A kernel for each half of the values.
+        attention *= 2
+    elif model.attention_variant == "talking_heads":
+        attention += 4 * seq * model.num_attention_heads**2
+
+    return attention
+
+
+def kv_projection_flops(*, workload: Workload, layer: int, kv: KV) -> float:
+    """FLOPs a token of one layer's keys or values: a projection, and its head combination in the form that runs.
+
+    Folded (paper eq. 18) h h' d (hidden + bias) multiplications a micro-batch, or a step, and a projection to h heads;
+    combined (eq. 10) a projection to h' heads and h h' d multiplications a token.
+    """
+    model, projection = workload.model, workload.kv_projection(layer, kv)
+    combination = 2 * projection.num_components * projection.num_composites * model.head_dim
+    num_heads = projection.num_components if projection.form == "combined" else projection.num_composites
+    matrix_product = 2 * model.hidden_size * num_heads * model.head_dim
+
+    if projection.form == "plain":
+        return matrix_product
+    if projection.form == "combined":
+        return matrix_product + combination
+    return matrix_product + fold_flops(workload=workload, layer=layer, kv=kv)
+
+
+def fold_flops(*, workload: Workload, layer: int, kv: KV) -> float:
+    """FLOPs a token of folding one layer's keys or values; 0 where they are not folded."""
+    model, projection = workload.model, workload.kv_projection(layer, kv)
+    if projection.form != "folded":
+        return 0.0
+
+    columns = model.hidden_size + (1 if model.attention_bias else 0)
+    tokens = workload.tokens * (workload.layout.micro_batches if workload.folds_once_per_step else 1)
+    return 2 * projection.num_components * projection.num_composites * model.head_dim * columns / tokens

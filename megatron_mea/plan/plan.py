@@ -1,0 +1,211 @@
+"""The `plan` verb: memory, FLOPs and communication of a run, computed before anything is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_mea.config.layout import TEACHER_KEY, Layout, check_layout, check_teacher
+from megatron_mea.config.schema import Config
+from megatron_mea.huggingface.weights import read_model_settings
+from megatron_mea.plan.communication import Traffic, communication_per_step
+from megatron_mea.plan.flops import Flops, flops_per_token, stage_flops
+from megatron_mea.plan.memory import Memory, memory_per_stage
+from megatron_mea.plan.workload import Device, Workload
+
+CHECKPOINT_BYTES_PER_ELEMENT = 12
+"""Master weight and two moments, float32."""
+MEMORY_COLUMNS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "master_and_moments": "master_and_moments",
+    "teacher": "teacher",
+    "activations": "activations",
+    "logits": "logits",
+    "buffers": "buffers",
+    "passes": "peak_forward_backward",
+    "reduction": "peak_update",
+    "total": "total",
+}
+"""Name in the command's output -> field of `Memory`; the output keeps the names that it has always had."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameters:
+    """Elements of the model's parameters, a tied matrix counted once; `per_rank`: on a rank of each pipeline stage."""
+
+    total: int
+    embedding: int
+    head: int
+    attention: int
+    head_combination: int
+    feed_forward: int
+    norms: int
+    per_rank: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Needs of a run; memory and communication are those of the rank of each pipeline stage that holds most.
+
+    `stage_flops` are FLOPs a token on each stage, its tensor ranks together.
+    """
+
+    world_size: int
+    layout: Layout
+    zero_stage: int
+    steps: int
+    tokens_per_step: int
+    parameters: Parameters
+    memory: tuple[Memory, ...]
+    flops: Flops
+    stage_flops: tuple[float, ...]
+    communication: tuple[Traffic, ...]
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of a checkpoint on the disk."""
+        return CHECKPOINT_BYTES_PER_ELEMENT * self.parameters.total
+
+    @property
+    def checkpoint_copy_bytes(self) -> int:
+        """Bytes of host memory in which a rank keeps its part of a checkpoint while it is written, and for the next."""
+        return CHECKPOINT_BYTES_PER_ELEMENT * max(self.parameters.per_rank) // self.layout.data
+
+
+def make_plan(config: Config, *, world_size: int | None = None, device: Device = "cuda") -> Plan:
+    """The plan of a run on `world_size` processes; by default as many as hold one copy of the model.
+
+    Raises:
+        UserError: the layout cannot work, or a teacher is missing or cannot teach this model on it.
+    """
+    layout = check_layout(config, world_size)
+    teacher = _teacher_workload(config=config, layout=layout, device=device)
+    workload = Workload(config=config, layout=layout, device=device, teacher=teacher)
+    return Plan(
+        world_size=layout.world_size,
+        layout=layout,
+        zero_stage=config.parallel.zero_stage,
+        steps=config.steps,
+        tokens_per_step=config.tokens_per_step,
+        parameters=count_parameters(workload),
+        memory=tuple(memory_per_stage(workload)),
+        flops=flops_per_token(workload),
+        stage_flops=stage_flops(workload),
+        communication=tuple(communication_per_step(workload)),
+    )
+
+
+def _teacher_workload(*, config: Config, layout: Layout, device: Device) -> Workload | None:
+    """The workload of the teacher, None where there is none; reads its settings and not its weights."""
+    if config.training.distillation is None:
+        return None
+
+    model = read_model_settings(Path(config.training.distillation.teacher), TEACHER_KEY)
+    check_teacher(config, model)
+    return Workload(config=config.model_copy(update={"model": model}), layout=layout, device=device, trains=False)
+
+
+def count_parameters(workload: Workload) -> Parameters:
+    """Elements by part of the model, from the specifications that the decoder's parameters carry."""
+    global_numels = {
+        parameter.name: parameter.global_numel for stage in workload.stages for parameter in stage.parameters
+    }
+
+    def numel_of(*substrings: str) -> int:
+        return sum(numel for name, numel in global_numels.items() if any(part in name for part in substrings))
+
+    return Parameters(
+        total=sum(global_numels.values()),
+        embedding=numel_of("embed_tokens"),
+        head=numel_of("lm_head"),
+        attention=numel_of("_proj", ".lambda_") - numel_of(".mlp."),
+        head_combination=numel_of(".hlc_", "_mix."),
+        feed_forward=numel_of(".mlp."),
+        norms=numel_of("norm"),
+        per_rank=tuple(stage.local_numel for stage in workload.stages),
+    )
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The plan for `--json`: sizes in bytes, FLOPs of one token, memory and communication of one rank in one step."""
+    layout = plan.layout
+    return {
+        "world_size": plan.world_size,
+        "layout": {"tensor": layout.tensor, "pipeline": layout.pipeline, "data": layout.data},
+        "zero_stage": plan.zero_stage,
+        "micro_batches": layout.micro_batches,
+        "steps": plan.steps,
+        "tokens": plan.steps * plan.tokens_per_step,
+        "tokens_per_step": plan.tokens_per_step,
+        "parameters": asdict(plan.parameters),
+        "memory_per_rank_bytes": [
+            {"stage": stage.stage} | {name: getattr(stage, field) for name, field in MEMORY_COLUMNS.items()}
+            for stage in plan.memory
+        ],
+        "checkpoint_bytes": plan.checkpoint_bytes,
+        "checkpoint_copy_per_rank_bytes": plan.checkpoint_copy_bytes,
+        "flops_per_token": asdict(plan.flops) | {"total": plan.flops.total},
+        "flops_total": plan.flops.total * plan.steps * plan.tokens_per_step,
+        "communication_per_step": [asdict(row) for row in plan.communication],
+        "pipeline_bubble": layout.pipeline_bubble,
+    }
+
+
+def as_text(plan: Plan) -> str:
+    """The plan as the command prints it."""
+    return "\n".join(_text_lines(plan))
+
+
+def _text_lines(plan: Plan) -> Iterator[str]:
+    layout, parameters, flops = plan.layout, plan.parameters, plan.flops
+    yield (
+        f"{plan.world_size} process(es): tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}, "
+        f"ZeRO {plan.zero_stage}, {layout.micro_batches} micro-batch(es) a step on each data rank"
+    )
+
+    tokens = plan.steps * plan.tokens_per_step
+    yield f"{plan.steps:,} steps of {plan.tokens_per_step:,} tokens: {tokens:,} tokens"
+    yield f"pipeline bubble: {layout.pipeline_bubble:.1%} of a step"
+    yield ""
+
+    yield f"parameters: {parameters.total:,}"
+    for name, numel in asdict(parameters).items():
+        if name not in ("total", "per_rank") and numel:
+            yield f"  {name.replace('_', ' '):20}{numel:>18,}"
+
+    yield f"  {'on a rank':20}{max(parameters.per_rank):>18,}" + (
+        f"   (of {len(parameters.per_rank)} stages, the largest)" if layout.pipeline > 1 else ""
+    )
+    yield ""
+
+    at_rest = "the first three, the teacher" if flops.teacher else "the first three"
+    yield f"memory of a rank of each stage, MiB: the total is {at_rest} and the larger of passes and reduction"
+    yield f"  {'stage':20}" + "".join(f"{stage.stage:12}" for stage in plan.memory)
+    for name, field in MEMORY_COLUMNS.items():
+        if name == "teacher" and not flops.teacher:
+            continue
+        mebibytes = (getattr(stage, field) / 2**20 for stage in plan.memory)
+        yield f"  {name.replace('_', ' '):20}" + "".join(f"{size:12,.1f}" for size in mebibytes)
+
+    yield (
+        f"checkpoint: {plan.checkpoint_bytes / 2**20:,.1f} MiB on the disk; while it is written a rank keeps a copy of "
+        f"{plan.checkpoint_copy_bytes / 2**20:,.1f} MiB in the host's memory"
+    )
+    yield ""
+
+    yield (
+        f"FLOPs a token: {flops.total:.4g} (forward {flops.forward:.4g}, backward {flops.backward:.4g}, "
+        f"recomputation {flops.recomputation:.4g}{f', teacher {flops.teacher:.4g}' if flops.teacher else ''}); "
+        f"{flops.total * tokens:.4g} in all"
+    )
+    yield ""
+
+    yield "communication of a rank in a step:" + ("" if plan.communication else " none")
+    if plan.communication:
+        yield "  stage  group     collective      calls             MiB"
+    for row in plan.communication:
+        mib = row.bytes / 2**20
+        yield f"  {row.stage:5}  {row.group:8}  {row.collective:14}{row.count:7}{mib:16,.2f}"

@@ -1,0 +1,186 @@
+"""The `submit` verb: everything that can be checked before a job waits in a queue for hours, then sbatch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_mea.checkpoint.lease import lease_holder
+from megatron_mea.config import Config
+from megatron_mea.config.layout import Layout, check_layout
+from megatron_mea.errors import UserError
+from megatron_mea.slurm import scheduler
+from megatron_mea.slurm.job_files import job_files, record_jobs
+from megatron_mea.slurm.resources import (
+    Resources,
+    check_resources,
+    longest_signal_lead,
+    read_heartbeat,
+    resource_problems,
+)
+from megatron_mea.slurm.script import Site, render
+from megatron_mea.training.rank_env import RankEnv
+from megatron_mea.training.startup import open_corpora, open_run_inputs, read_run_state
+
+_HEARTBEAT_TIMEOUT = 90.0
+"""Seconds after its last heartbeat for which a run counts as being trained."""
+
+
+def submit(*, config: Config, resources: Resources, dry_run: bool) -> str:
+    """Checks a run and submits its job; returns the text to print: how to follow it, or with `dry_run` the script.
+
+    Raises:
+        UserError: anything that would fail in the queue or afterwards; nothing was written or submitted.
+    """
+    layout, step, warnings = check_run(config, resources)
+    site = Site.read()
+    slurm_folder = Path(config.run.dir).resolve() / "slurm"
+    path = slurm_folder / "train.sbatch"
+    options, resource_warnings = check_resources(
+        configs=[config], resources=resources, site=site, needs_scheduler=not dry_run
+    )
+    script = render(
+        name="train.sbatch",
+        site=site,
+        options=options,
+        values={
+            **template_values(configs=[config], resources=resources, script=path, log="%j.log"),
+            "RUN_DIR": str(slurm_folder.parent),
+            "CONFIG": str(slurm_folder / "config.yaml"),
+            "STEPS": config.steps,
+        },
+    )
+
+    warning_lines = [f"warning: {warning}" for warning in [*warnings, *resource_warnings]]
+    if dry_run:
+        return "\n".join([script, *(f"# {line}" for line in warning_lines)])
+
+    schedule = scheduler.check_script(script)
+    with job_files(configs=[config], path=path, script=script) as jobs:
+        for _ in range(resources.chain):
+            jobs.append(scheduler.submit(str(path), after=jobs[-1] if jobs else None))
+            record_jobs(config, jobs)
+
+    return "\n".join(
+        _summary(
+            jobs=jobs,
+            config=config,
+            resources=resources,
+            layout=layout,
+            step=step,
+            path=path,
+            schedule=schedule,
+            warning_lines=warning_lines,
+        )
+    )
+
+
+def check_run(config: Config, resources: Resources) -> tuple[Layout, int, list[str]]:
+    """Checks what `train` would: layout, data, tokenizer, weights, space.
+
+    Returns:
+        The layout, the step at which the run would begin, and warnings.
+
+    Raises:
+        UserError: the resources contradict themselves, or the run cannot start, is finished, or is being trained.
+    """
+    if problems := list(resource_problems(resources, None)):
+        raise UserError.from_problems(problems)
+
+    layout, state = check_layout(config, resources.world_size), read_run_state(config)
+    if state.finished_step is not None:
+        got = f"{config.run.dir}, finished at step {state.finished_step}"
+        raise UserError(
+            where="run.dir", got=got, expected="a run with steps to do", hint="raise training.steps to go on"
+        )
+
+    if process := _training_process(Path(config.run.dir)):
+        raise UserError(
+            where="run.dir", got=f"{config.run.dir}, which {process} trains", expected="a run that nobody trains now"
+        )
+
+    data = open_corpora(config=config, layout=layout, state=state)
+    rank_env = RankEnv(rank=0, world_size=resources.world_size, local_rank=0, master_address="", master_port=1)
+    inputs = open_run_inputs(config=config, rank_env=rank_env, layout=layout, state=state, data=data)
+
+    warnings = inputs.warnings
+    if resources.gpus_per_node % layout.tensor:
+        warnings.append(
+            f"the {layout.tensor} ranks of a tensor group (parallel.tensor_model_parallel_size) do not share a node of "
+            f"{resources.gpus_per_node}: every layer would wait for the network"
+        )
+
+    return layout, state.resume_checkpoint[0] if state.resume_checkpoint else 0, warnings
+
+
+def template_values(*, configs: Sequence[Config], resources: Resources, script: Path, log: str) -> dict[str, Any]:
+    """Values by placeholder that train.sbatch and sweep.sbatch share.
+
+    Args:
+        configs: of the runs that the script trains.
+        script: its path; logs are written beside it.
+        log: name of the log in sbatch's notation, such as %j.log.
+    """
+    return {
+        "NAME": f"mea-{script.parents[1].name}",
+        "NODES": resources.nodes,
+        "TASKS": resources.gpus_per_node,
+        "TIME": resources.time,
+        # sbatch replaces %j and its like.
+        "LOG": f"{str(script.parent).replace('%', '%%')}/{log}",
+        "FOLDER": str(Path.cwd()),
+        "LEAD": longest_signal_lead(configs, resources),
+        "SUBMISSION": time.strftime("%Y%m%d-%H%M%S"),
+        "REQUEUE": "yes" if resources.chain == 1 else "no",
+    }
+
+
+def _training_process(run_dir: Path) -> str | None:
+    """The process that trains in the run folder, None where it has ended or has had no heartbeat for a while."""
+    heartbeat = read_heartbeat(run_dir)
+    if not heartbeat or time.time() - (run_dir / "heartbeat.json").stat().st_mtime > _HEARTBEAT_TIMEOUT:
+        return None
+
+    return lease_holder(run_dir)
+
+
+def _summary(
+    *,
+    jobs: Sequence[str],
+    config: Config,
+    resources: Resources,
+    layout: Layout,
+    step: int,
+    path: Path,
+    schedule: str,
+    warning_lines: Sequence[str],
+) -> Iterator[str]:
+    """Lines to print after a submission.
+
+    Args:
+        jobs: their ids, in the order of the chain.
+        step: at which the run begins.
+        path: of the script.
+        schedule: answer of sbatch on when and where the job would start.
+    """
+    run_dir, first_job, log = path.parents[1], jobs[0], path.parent / f"{jobs[0]}.log"
+    for previous, job in zip([None, *jobs], jobs, strict=False):
+        yield f"Submitted batch job {job}" + (f", after {previous}" if previous else "")
+
+    yield from warning_lines
+    yield (
+        f"  world size    {resources.world_size} = {resources.nodes} node(s) x {resources.gpus_per_node}: tensor "
+        f"{layout.tensor} x pipeline {layout.pipeline} x data {layout.data}"
+    )
+    yield f"  run folder    {run_dir}"
+    yield f"  begins        {f'at step {step}, the newest checkpoint' if step else 'anew'}, of {config.steps}"
+    yield f"  log           {log}"
+    yield f"  script        {path}"
+    yield f"  scheduler     {schedule}"
+    yield f"  follow        tail -F {log}"
+    yield f"  state         squeue --job {','.join(jobs)}; cat {run_dir / 'heartbeat.json'}"
+    yield f"  save, requeue scancel --batch --signal=USR2 {first_job}"
+    yield f"  save, stop    scancel --batch --signal=USR1 {first_job}"
+    yield f"  cancel        scancel {' '.join(reversed(jobs))}"

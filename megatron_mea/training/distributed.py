@@ -1,0 +1,171 @@
+"""The process group of a run: joining and leaving it, the grid of ranks, and timeouts of collectives."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import socket
+import warnings
+from datetime import timedelta
+from importlib import import_module
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_mea.config.schema import Config
+from megatron_mea.errors import UserError
+from megatron_mea.parallel.grid import Grid, TensorGroup
+from megatron_mea.training.rank_env import RankEnv
+
+START_MINUTES = 30.0
+"""Minutes for which collectives and the watchdog wait until the first step has warmed everything up."""
+SAVE_MINUTES = 60.0
+"""Minutes that a checkpoint may take: a disk may be slow or busy."""
+_COLLECTIVE_MARGIN = 1.0
+"""Minutes by which a collective gives up later than the watchdog, whose message says more."""
+_DYNAMO_DISABLE = "TORCHDYNAMO_DISABLE"
+"""Environment variable with which torch.compile returns functions as they are."""
+
+
+def choose_device(rank_env: RankEnv) -> torch.device:
+    """The device of this rank: a GPU where torch can use one.
+
+    Raises:
+        UserError: the node has fewer GPUs than ranks; or torch is made for GPUs and finds none in a SLURM job, where
+            training would be slow without a word.
+    """
+    if not torch.cuda.is_available():
+        if torch.version.cuda and os.environ.get("SLURM_STEP_ID") and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+            got = f"no GPU that torch {torch.__version__} can use on {socket.gethostname()}"
+            hint = "look at nvidia-smi there; to train on CPUs set CUDA_VISIBLE_DEVICES to nothing (launch/site.env)"
+            raise UserError(where="environment", got=got, expected="as many GPUs as ranks on every node", hint=hint)
+
+        return torch.device("cpu")
+
+    num_gpus = torch.cuda.device_count()
+    # A scheduler may show each rank its own GPU only, which then is number 0.
+    if rank_env.local_rank >= num_gpus > 1:
+        raise UserError(
+            where="environment",
+            got=f"LOCAL_RANK={rank_env.local_rank} with {num_gpus} GPUs",
+            expected="a GPU for each rank",
+        )
+
+    return torch.device("cuda", rank_env.local_rank if num_gpus > 1 else 0)
+
+
+def start_distributed(rank_env: RankEnv) -> torch.device:
+    """Joins the process group (NCCL on GPUs, gloo elsewhere) and returns this rank's device."""
+    device = choose_device(rank_env)
+    rank_env.export()
+    on_gpu = device.type == "cuda"
+    if not on_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+    # DeepSpeed announces its defaults on every rank, and uses names that torch has deprecated.
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    _import_muon()
+
+    if on_gpu:
+        torch.cuda.set_device(device)
+        # DeepSpeed takes it for the number of the device.
+        os.environ["LOCAL_RANK"] = str(device.index)
+
+    # On a CPU DeepSpeed would compile a shared-memory all-reduce for minutes, and hang on another job's lock.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="nccl" if on_gpu else "gloo",
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=timedelta(minutes=START_MINUTES),
+        distributed_port=rank_env.master_port,
+    )
+    return device
+
+
+def _import_muon() -> None:
+    """Imports the Muon optimizer, which DeepSpeed imports later whichever optimizer trains, without torch's compiler.
+
+    Its module calls torch.compile on import, which takes a second to load the compiler for functions that nobody calls.
+    """
+    previous = os.environ.get(_DYNAMO_DISABLE)
+    os.environ[_DYNAMO_DISABLE] = "1"
+    try:
+        import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        # torch asks whenever it is to compile something: from here on it does.
+        del os.environ[_DYNAMO_DISABLE]
+        if previous is not None:
+            os.environ[_DYNAMO_DISABLE] = previous
+
+
+def build_grid(config: Config) -> Grid:
+    """The coordinates of this rank and its process groups; collective. Tensor ranks are neighbours, to share a node."""
+    from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
+
+    parallel = config.parallel
+    tp_size, pp_size = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    dp_size = dist.get_world_size() // (tp_size * pp_size)
+    topology = PipeModelDataParallelTopology(num_pp=pp_size, num_mp=tp_size, num_dp=dp_size)
+    # It prints its topology.
+    with contextlib.redirect_stdout(io.StringIO()):
+        mpu = PipelineParallelGrid(topology)
+
+    tp = TensorGroup(
+        size=tp_size,
+        rank=mpu.get_slice_parallel_rank(),
+        group=mpu.get_slice_parallel_group(),
+        sequence_parallel=parallel.sequence_parallel,
+    )
+
+    embedding_group = None
+    if pp_size > 1:
+        # The distance between a rank of the first stage and its counterpart in the last.
+        distance = (pp_size - 1) * dp_size * tp_size
+        # Every rank takes part in making every group.
+        groups = [(first, dist.new_group([first, first + distance])) for first in range(dp_size * tp_size)]
+        embedding_group = next((group for first, group in groups if dist.get_rank() in (first, first + distance)), None)
+
+    return Grid(
+        tp=tp,
+        data_rank=mpu.get_data_parallel_rank(),
+        data_size=dp_size,
+        pipeline_rank=mpu.get_pipe_parallel_rank(),
+        pipeline_size=pp_size,
+        embedding_group=embedding_group,
+        mpu=mpu,
+    )
+
+
+def writers_group() -> Any:
+    """A new gloo group of all ranks for the threads that write checkpoints; collective."""
+    return dist.new_group(backend="gloo", timeout=timedelta(minutes=SAVE_MINUTES + _COLLECTIVE_MARGIN))
+
+
+def set_collective_timeout(minutes: float, exclude: Any) -> None:
+    """Sets the time after which collectives give up, in all process groups but one.
+
+    Args:
+        minutes: those of the watchdog; collectives wait a minute longer, so that it speaks first.
+        exclude: the process group that keeps its timeout.
+    """
+    from torch.distributed.distributed_c10d import _set_pg_timeout, _world
+
+    for group in list(_world.pg_map):
+        if group is not exclude:
+            _set_pg_timeout(timedelta(minutes=minutes + _COLLECTIVE_MARGIN), group)
+
+
+def stop_distributed() -> None:
+    """Leaves the process group, if one was joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,269 @@
+"""Start-up checks of run folder, checkpoints, data, weights and disk space, before processes meet or memory is taken.
+
+What needs no torch comes first (`read_run_state`, `open_corpora`), so that most mistakes are refused within half a
+second; `open_run_inputs` imports torch and transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_mea.checkpoint.folder import OVERHEAD_BYTES, CheckpointMetadata, complete_checkpoints, metadata_is_intact
+from megatron_mea.checkpoint.resume import check_resume, requested_resume_step
+from megatron_mea.config import Config
+from megatron_mea.config.checks import config_warnings
+from megatron_mea.config.layout import TEACHER_KEY, Layout
+from megatron_mea.config.schema import Model
+from megatron_mea.data.corpora import Corpora
+from megatron_mea.data.tokenizer import check_tokenizer_folder, load_tokenizer
+from megatron_mea.errors import UserError
+from megatron_mea.huggingface.locate import INIT_FROM, check_named_model
+from megatron_mea.training.rank_env import RankEnv
+
+if TYPE_CHECKING:
+    from megatron_mea.huggingface.weights import StoredModel, WeightSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """State of a run folder before training starts.
+
+    Args:
+        checkpoints: (step, folder) of the checkpoints whose meta.json is intact, oldest first.
+        resume_step: the step that `run.resume_from` asks for; None for the newest.
+        finished_step: the last step of the run, where nothing is left to do.
+    """
+
+    checkpoints: list[tuple[int, Path]]
+    resume_step: int | None
+    finished_step: int | None
+
+    @property
+    def resume_checkpoint(self) -> tuple[int, Path] | None:
+        """(step, folder) of the checkpoint to resume from, unless it turns out to be damaged."""
+        candidates = (entry for entry in reversed(self.checkpoints) if self.resume_step in (None, entry[0]))
+        return next(candidates, None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    """The corpora of a run, and lines to print; `changes` are those of a configuration that resumes."""
+
+    train: Corpora
+    validation: Corpora | None
+    warnings: list[str]
+    changes: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInputs:
+    """Everything that was opened and checked before processes meet.
+
+    Args:
+        weights: initial weights of a run without a checkpoint; None: initialised from the seed.
+        teacher: the model of `training.distillation`.
+        resume_step: the step that `run.resume_from` asks for; None for the newest checkpoint.
+        warnings, changes: lines to print; changes are those of a configuration that resumes.
+    """
+
+    rank_env: RankEnv
+    layout: Layout
+    train: Corpora
+    validation: Corpora | None
+    weights: WeightSource | None
+    teacher: StoredModel | None
+    resume_step: int | None
+    warnings: list[str]
+    changes: list[str]
+
+
+def read_run_state(config: Config) -> RunState:
+    """Reads the run folder; writes nothing, imports no torch.
+
+    Raises:
+        UserError: run.dir is a file, has no checkpoint of the step asked for, or is finished with other settings.
+    """
+    run_dir = Path(config.run.dir)
+    for folder in (run_dir, run_dir / "checkpoints"):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(
+                where="run.dir", got=f"{folder}, which is a file", expected="a folder, or a name that is free"
+            )
+
+    checkpoints = intact_checkpoints(run_dir)
+    resume_step = requested_resume_step(config.run.resume_from, checkpoints)
+    finished_step = read_finished_step(run_dir)
+    if finished_step is None or finished_step < config.steps or resume_step is not None:
+        return RunState(checkpoints=checkpoints, resume_step=resume_step, finished_step=None)
+
+    for _, folder in checkpoints[-1:]:
+        check_resume(metadata=CheckpointMetadata.read(folder), config=config, fingerprint=None)
+
+    return RunState(checkpoints=checkpoints, resume_step=resume_step, finished_step=finished_step)
+
+
+def intact_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of the checkpoints whose meta.json is intact, oldest first.
+
+    Damaged ones are quarantined later, when all ranks verify every file.
+    """
+    return [(step, folder) for step, folder in complete_checkpoints(run_dir) if metadata_is_intact(folder)]
+
+
+def read_finished_step(run_dir: Path) -> int | None:
+    """The step in FINISHED; None where the run is not finished."""
+    try:
+        return int(json.loads((run_dir / "FINISHED").read_text())["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def open_corpora(*, config: Config, layout: Layout, state: RunState) -> RunData:
+    """Opens the corpora and compares with the checkpoint to resume from; writes nothing, imports no torch.
+
+    Raises:
+        UserError: the data cannot be used, the configuration may not resume, or a tokenizer or model is not there.
+    """
+    data, evaluation = config.data, config.evaluation
+    check_tokenizer_folder(data.tokenizer, "data.tokenizer")
+    settings = {
+        "seq_length": data.seq_length,
+        "vocab_size": config.model.vocab_size,
+        "document_mask": data.document_mask,
+    }
+    batch_size = config.training.global_batch_size
+
+    train = Corpora(corpora=data.train, seed=config.training.seed, key="data.train", **settings)
+    train.require_target(batch_size)
+    validation = None
+    if data.validation:
+        validation = Corpora(corpora=data.validation, seed=None, key="data.validation", **settings)
+        validation.require_batches(
+            samples=evaluation.batches * batch_size, batches=evaluation.batches, batch_size=batch_size
+        )
+
+    warnings = config_warnings(config, layout)
+    if config.run.resume_from != "newest" and state.resume_step is None:
+        step = config.run.resume_from
+        warnings.append(f"this run has gone back to step {step} before (run.resume_from), and goes on from its newest")
+
+    changes: list[str] = []
+    if state.resume_checkpoint is not None:
+        metadata = CheckpointMetadata.read(state.resume_checkpoint[1])
+        changes = check_resume(metadata=metadata, config=config, fingerprint=train.fingerprint())
+    elif config.run.init_from is not None:
+        check_named_model(Path(config.run.init_from), INIT_FROM)
+
+    if config.training.distillation is not None:
+        check_named_model(Path(config.training.distillation.teacher), TEACHER_KEY)
+
+    return RunData(train=train, validation=validation, warnings=warnings, changes=changes)
+
+
+def open_run_inputs(*, config: Config, rank_env: RankEnv, layout: Layout, state: RunState, data: RunData) -> RunInputs:
+    """Opens weights, teacher and tokenizer beside the corpora of `open_corpora`; writes nothing, imports torch.
+
+    Raises:
+        UserError: one of them cannot be used, the disk holds no checkpoint, or there is no compiler for
+            `training.compile`.
+    """
+    from megatron_mea.huggingface.weights import open_weights
+    from megatron_mea.training.teacher import open_teacher, tokenizer_warnings
+
+    if config.training.compile:
+        check_compilers()
+
+    warnings, weights = [*data.warnings], None
+    ranks = {"rank": rank_env.rank, "world_size": rank_env.world_size}
+    if state.resume_checkpoint is None and config.run.init_from is not None:
+        weights = open_weights(path=Path(config.run.init_from), model=config.model, **ranks)
+        warnings += weights.warnings
+
+    teacher = open_teacher(config=config, **ranks)
+
+    num_ids, vocab_size = len(load_tokenizer(config.data.tokenizer)), config.model.vocab_size
+    if num_ids > vocab_size:
+        expected = f"at least the {num_ids} ids of data.tokenizer = {config.data.tokenizer}"
+        raise UserError(where="model.vocab_size", got=vocab_size, expected=expected)
+
+    if teacher is not None:
+        warnings += tokenizer_warnings(config, teacher)
+
+    warnings += check_disk_space(config, num_checkpoints=len(state.checkpoints))
+    return RunInputs(
+        rank_env=rank_env,
+        layout=layout,
+        train=data.train,
+        validation=data.validation,
+        weights=weights,
+        teacher=teacher,
+        resume_step=state.resume_step,
+        warnings=warnings,
+        changes=data.changes,
+    )
+
+
+def check_compilers() -> None:
+    """Raises UserError where torch.compile would fail for want of a compiler, in the middle of the first step."""
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    if on_gpu and find_spec("triton") is None:
+        raise UserError(
+            where="training.compile",
+            got="no triton",
+            expected="triton, which torch for CUDA brings",
+            hint="pip install triton",
+        )
+
+    # Triton builds its launchers with a C compiler.
+    variable, name = ("CC", "gcc") if on_gpu else ("CXX", "g++")
+    compilers = [os.environ[variable]] if variable in os.environ else ["gcc", "clang"] if on_gpu else ["g++"]
+    if not any(map(shutil.which, compilers)):
+        raise UserError(
+            where="training.compile",
+            got=f"no {' or '.join(compilers)}",
+            expected="false, or a compiler",
+            hint=f"install {name}, or let {variable} name one",
+        )
+
+
+def check_disk_space(config: Config, *, num_checkpoints: int) -> list[str]:
+    """A warning where the disk cannot hold `checkpoint.keep` checkpoints and the one that is being written.
+
+    Args:
+        num_checkpoints: of the run, on the disk already.
+
+    Raises:
+        UserError: the disk cannot hold a single one.
+    """
+    folder = Path(config.run.dir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+
+    free, size = shutil.disk_usage(folder).free, checkpoint_bytes(config.model)
+
+    needed = f"{size / 1e9:,.3f} GB for a checkpoint (12 bytes a parameter)"
+    if free < size:
+        got = f"{config.run.dir}, where {free / 1e9:,.3f} GB are free"
+        raise UserError(where="run.dir", got=got, expected=f"at least {needed}")
+
+    missing = max(1, config.checkpoint.keep + 1 - num_checkpoints)
+    if free < missing * size:
+        return [f"run.dir has {free / 1e9:,.3f} GB free, and checkpoint.keep needs {missing} times {needed}"]
+
+    return []
+
+
+def checkpoint_bytes(model: Model) -> int:
+    """Bytes of one checkpoint: float32 weights, both moments, and everything beside them."""
+    from megatron_mea.model.decoder import parameter_shapes
+
+    return 3 * 4 * sum(map(math.prod, parameter_shapes(model).values())) + OVERHEAD_BYTES

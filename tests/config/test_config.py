@@ -1,0 +1,180 @@
+"""The configuration: documentation and schema agree, numbers are numbers, what is written loads again."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_mea.config import dump_config, load_config
+from megatron_mea.config.checks import config_warnings
+from megatron_mea.config.layout import Layout
+from megatron_mea.config.load import known_keys, parse_config
+from megatron_mea.config.schema import Config
+from megatron_mea.errors import Problem, UserError
+from megatron_mea.training.schedule import learning_rate
+
+ROOT = Path(__file__).parents[2]
+ONE_PROCESS = Layout(tensor=1, pipeline=1, data=1, micro_batches=1)
+MINIMAL = {"data": {"tokenizer": "t", "train": [{"path": "p"}]}, "run": {"dir": "r"}}
+
+
+def parse(**sections) -> Config:
+    """The minimal configuration with the keys of `sections`."""
+    updated = {name: {**MINIMAL.get(name, {}), **keys} for name, keys in sections.items()}
+    return parse_config({**MINIMAL, **updated})
+
+
+def test_the_documentation_lists_every_key_with_its_default():
+    text = (ROOT / "docs/configuration.md").read_text()
+    documented = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.S)[1])
+    documented["data"] |= MINIMAL["data"]
+    documented["run"] |= MINIMAL["run"]
+    keys = {f"{section}.{key}" for section, tree in documented.items() for key in tree}
+
+    assert keys == {key for key in known_keys() if key.count(".") == 1}
+    assert parse_config(documented) == parse_config(MINIMAL)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_configuration_that_ships_is_valid_and_not_handicapped(path):
+    assert config_warnings(load_config(path), ONE_PROCESS) == []
+
+
+@given(
+    lr=st.floats(1e-9, 1.0),
+    steps=st.integers(2, 10**6),
+    text=st.text(st.characters(blacklist_categories=("Cs", "Cc")), min_size=1),
+    beta=st.floats(0, 0.999),
+)
+def test_a_written_configuration_loads_to_an_equal_one(lr, steps, text, beta):
+    config = parse(
+        optimizer={"lr": lr, "betas": [beta, 0.9]},
+        training={"steps": steps},
+        schedule={"warmup_steps": steps - 1},
+        data={"tokenizer": text},
+        model={"rope_scaling": {"rope_type": "linear", "factor": 2}},
+    )
+
+    assert parse_config(yaml.safe_load(dump_config(config))) == config
+
+
+@given(mantissa=st.integers(1, 999), exponent=st.integers(-9, 9))
+def test_exponents_are_numbers_in_files_and_overrides(tmp_path_factory, mantissa, exponent):
+    text = f"{mantissa}e{exponent}"
+    path = tmp_path_factory.mktemp("config") / "c.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL) + f"optimizer: {{lr: {text}}}\n")
+    assert load_config(path).optimizer.lr == float(text)
+    assert load_config(path, ["optimizer.lr=1", f"optimizer.lr={text}"]).optimizer.lr == float(text)
+
+
+def test_overrides_are_yaml(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump({"data": MINIMAL["data"]}))
+    overrides = [
+        "data.train=[{path: a, weight: 2}, {path: b}]",
+        "model.num_hidden_layers=2",
+        "model.num_component_heads=[1, 2]",
+        "training.tokens=1e6",
+        "evaluation.interval=1e2",
+        "schedule.warmup_steps=3",
+        "logging.tensorboard=false",
+    ]
+    config = load_config(path, overrides)
+
+    assert [corpus.weight for corpus in config.data.train] == [2, 1]
+    assert config.model.component_heads == [1, 2]
+    assert config.steps == math.ceil(1e6 / (64 * 1024))
+    assert config.evaluation.interval == 100
+    assert config.logging.tensorboard is False
+    assert config.run.dir == "runs/c"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "nearest"),
+    [
+        ("optimizer.learning_rate", 1, "schedule.min_lr_ratio"),
+        ("optimizer.weight_decy", 1, "optimizer.weight_decay"),
+        ("training.lr", 1, "optimizer.lr"),
+        ("modle", {}, "model"),
+        ("data.train", [{"paht": "x"}], "data.train.path"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(key, value, nearest):
+    section, _, name = key.partition(".")
+    with pytest.raises(UserError) as error:
+        parse(**{section: {name: value} if name else value})
+    assert any(problem.hint == f"did you mean {nearest}?" for problem in error.value.problems)
+
+
+class TestSchedule:
+    @given(
+        steps=st.integers(2, 5000),
+        share=st.floats(0, 0.99),
+        floor=st.floats(0, 1),
+        kind=st.sampled_from(["cosine", "constant", "wsd"]),
+    )
+    def test_endpoints_and_bounds(self, steps, share, floor, kind):
+        warmup = int(steps * share)
+        decay = {"decay_steps": max((steps - warmup) // 2, 1)} if kind == "wsd" else {}
+        config = parse(
+            optimizer={"lr": 2.0},
+            training={"steps": steps},
+            schedule={"kind": kind, "warmup_steps": warmup, "min_lr_ratio": floor} | decay,
+        )
+        rates = [learning_rate(config, step) for step in range(1, steps + 1)]
+
+        assert all(0 <= rate <= 2.0 * (1 + 1e-12) for rate in rates)
+
+        if warmup:
+            assert rates[0] == pytest.approx(2.0 / warmup)
+            assert rates[warmup - 1] == pytest.approx(2.0)
+        assert rates[-1] == pytest.approx(2.0 if kind == "constant" else 2.0 * floor)
+        assert rates[max(warmup - 1, 0) :] == sorted(rates[max(warmup - 1, 0) :], reverse=True)
+
+    def test_wsd_falls_linearly(self):
+        config = parse(
+            optimizer={"lr": 1.0},
+            training={"steps": 10},
+            schedule={"kind": "wsd", "warmup_steps": 2, "min_lr_ratio": 0, "decay_steps": 4},
+        )
+        rates = [learning_rate(config, step) for step in range(1, 11)]
+
+        assert rates == pytest.approx([0.5, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
+
+    def test_cosine_at_half_way(self):
+        config = parse(optimizer={"lr": 1.0}, training={"steps": 12}, schedule={"warmup_steps": 2, "min_lr_ratio": 0.1})
+        assert learning_rate(config, 7) == pytest.approx(0.55)
+
+
+def test_the_handicap_of_small_embeddings_beside_a_head_norm():
+    wide = {"hidden_size": 128, "num_hidden_layers": 4, "head_dim": 16, "num_attention_heads": 8}
+    (warning,) = config_warnings(
+        parse(model=wide | {"initializer_range": 0.06, "embedding_initializer_range": 0.02}), ONE_PROCESS
+    )
+
+    assert "model.embedding_initializer_range" in warning
+    assert "0.24" in warning  # 0.06 / sqrt(8) * sqrt(128)
+
+    for remedy in (
+        {"embedding_initializer_range": 0.6},
+        {"head_norm_init": 0.1, "embedding_initializer_range": 0.02},
+        {"attention_variant": "plain"},
+    ):
+        assert config_warnings(parse(model=wide | {"initializer_range": 0.06} | remedy), ONE_PROCESS) == []
+
+
+def test_an_error_travels_between_ranks():
+    error = UserError.from_problems(
+        [Problem(where="a", got=1, expected="2"), Problem(where="b", got=3, expected="4", hint="mend")], "a footer"
+    )
+    unpickled = pickle.loads(pickle.dumps(error))
+
+    assert str(unpickled) == str(error)
+    assert unpickled.problems == error.problems

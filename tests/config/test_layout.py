@@ -1,0 +1,195 @@
+"""Possible and refused layouts, the table in the message, and the split of layers over pipeline stages."""
+
+from __future__ import annotations
+
+import re
+from itertools import combinations, pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.models import SMALL, small_model
+
+from megatron_mea.config import Config
+from megatron_mea.config.checks import config_warnings
+from megatron_mea.config.layout import Layout, check_layout, check_teacher, possible_layouts
+from megatron_mea.config.load import parse_config
+from megatron_mea.config.schema import Distillation
+from megatron_mea.errors import UserError
+from megatron_mea.model.decoder import Decoder
+from megatron_mea.model.stages import balanced_partition, layer_sizes, pipeline_stages
+
+
+def config(*, parallel: dict | None = None, batch: int = 8, micro: int = 2, **model) -> Config:
+    return parse_config(
+        {
+            "model": SMALL | {"attention_variant": "mea", "num_component_heads": 2} | model,
+            "parallel": parallel or {},
+            "data": {"tokenizer": "none", "train": [{"path": "none"}], "seq_length": 12},
+            "schedule": {"warmup_steps": 2},
+            "training": {"steps": 6, "global_batch_size": batch, "micro_batch_size": micro},
+            "run": {"dir": "none"},
+        }
+    )
+
+
+def sizes(tensor: int, *, pipeline: int = 1, zero: int = 1) -> dict:
+    return {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline, "zero_stage": zero}
+
+
+def refusal(settings: Config, world: int) -> tuple[list[str], str]:
+    """The keys that a refusal names, and the text behind its problems."""
+    with pytest.raises(UserError) as error:
+        check_layout(settings, world)
+    text = str(error.value)
+    return [problem.where for problem in error.value.problems], text[text.rindex("expected:") :].partition("\n")[2]
+
+
+TENSOR, PIPELINE = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
+REFUSED = {
+    "heads": (config(parallel=sizes(3)), 3, TENSOR),
+    "composite heads": (config(parallel=sizes(4), num_attention_heads=24, num_key_value_heads=6), 4, TENSOR),
+    "layers": (config(parallel=sizes(1, pipeline=4)), 4, PIPELINE),
+    "ZeRO with a pipeline": (config(parallel=sizes(tensor=1, pipeline=2, zero=2)), 2, "parallel.zero_stage"),
+    "processes": (config(parallel=sizes(2)), 3, f"{TENSOR} x {PIPELINE}"),
+    "batch": (config(), 3, "training.global_batch_size"),
+    "talking heads": (
+        config(parallel=sizes(2), attention_variant="talking_heads", num_component_heads=None),
+        2,
+        TENSOR,
+    ),
+    "pairs of heads": (
+        config(parallel=sizes(4), attention_variant="differential", num_component_heads=None),
+        4,
+        TENSOR,
+    ),
+    "sequence": (config(parallel={"sequence_parallel": True}), 1, "parallel.sequence_parallel"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_work_is_refused_with_a_table_of_what_can(name):
+    settings, world, key = REFUSED[name]
+    keys, table = refusal(settings, world)
+    assert key in keys
+    assert f"of {world} processes" in table
+
+    rows = re.findall(r"^ +(\d+) +(\d+) +(\d+) +(\d+)  (.*)$", table, re.MULTILINE)
+    layouts = [tuple(map(int, row[:4])) for row in rows]
+    assert layouts == [
+        (layout.tensor, layout.pipeline, layout.data, layout.micro_batches)
+        for layout in possible_layouts(settings, world)
+    ]
+    assert all(row[4] == ("0, 1" if row[1] != "1" else "0, 1, 2, 3") for row in rows)
+
+    if not layouts:
+        world_sizes = [int(size) for size in re.search(r"^  ([\d, ]+)$", table, re.MULTILINE).group(1).split(", ")]
+        assert world_sizes == [size for size in range(1, 2 * world + 1) if possible_layouts(settings, size)]
+
+
+def test_every_row_of_the_table_works_and_nothing_else():
+    """Against an enumeration of all sizes."""
+    for world in range(1, 17):
+        possible = {(layout.tensor, layout.pipeline) for layout in possible_layouts(config(), world)}
+        for tensor in range(1, 17):
+            for pipeline in range(1, 17):
+                works = True
+                try:
+                    layout = check_layout(config(parallel=sizes(tensor, pipeline=pipeline)), world)
+                except UserError:
+                    works = False
+
+                assert works == ((tensor, pipeline) in possible)
+                if works:
+                    assert layout.tensor * layout.pipeline * layout.data == world
+                    assert layout.micro_batches * layout.data * 2 == 8
+
+                # 8 query heads, 4 composite heads and 40 features in 3 layers, 4 micro-batches
+                data = world // (tensor * pipeline)
+                expected = tensor in (1, 2, 4, 8) and 40 % tensor == 0 and pipeline <= 3
+                expected = expected and world == data * tensor * pipeline and 4 % max(data, 1) == 0
+                # a vocabulary of 37 in parts of equal size leaves the last of 8 ranks some
+                assert works == (expected and tensor * tensor <= 37)
+
+
+def test_a_pipeline_with_few_micro_batches_is_warned_of():
+    (warning,) = config_warnings(config(head_norm_init=0.1), Layout(tensor=1, pipeline=4, data=1, micro_batches=4))
+    assert "4 micro-batches in a pipeline of 4 stages" in warning
+    assert "43%" in warning
+    assert not config_warnings(config(head_norm_init=0.1), Layout(tensor=1, pipeline=4, data=1, micro_batches=8))
+    assert not config_warnings(config(head_norm_init=0.1), Layout(tensor=1, pipeline=1, data=1, micro_batches=1))
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=9), st.data())
+def test_stages_are_contiguous_and_the_largest_is_as_small_as_can_be(layers, data):
+    count = data.draw(st.integers(1, len(layers)))
+    parts = balanced_partition(layers, count)
+    assert [index for part in parts for index in part] == list(range(len(layers)))
+    assert len(parts) == count
+    assert all(parts)
+
+    def largest(cuts: tuple[int, ...]) -> int:
+        ends = (0, *cuts, len(layers))
+        return max(sum(layers[a:b]) for a, b in pairwise(ends))
+
+    best = min(largest(cuts) for cuts in combinations(range(1, len(layers)), count - 1))
+    assert max(sum(layers[index] for index in part) for part in parts) == best
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_layer_sizes_count_embedding_and_head(tied):
+    model = small_model(tie_word_embeddings=tied, num_component_heads=[1, 2, 3])
+    sizes = layer_sizes(model)
+    vocabulary = 37 * 24
+    assert (sizes[0], sizes[-1]) == (vocabulary, vocabulary + 24)
+
+    total = sum(parameter.numel() for parameter in Decoder(model).parameters())
+    assert sum(sizes) == total + (vocabulary if tied else 0)
+
+    # A component head of keys and of values has 6 x 24 weights and 4 combination entries each.
+    assert sizes[2] - sizes[1] == sizes[3] - sizes[2] == 2 * (6 * 24 + 4)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_the_ends_keep_a_block_however_large_the_vocabulary(tied, count):
+    """DeepSpeed's gradient norm fails on a rank whose only parameters are a norm and a tied matrix."""
+    model = small_model(vocab_size=50_000, num_hidden_layers=4, tie_word_embeddings=tied)
+    stages = pipeline_stages(model, count)
+    assert [block for stage in stages for block in stage.blocks] == list(range(4))
+    assert all(stage.blocks for stage in stages)
+    assert [stage.embedding for stage in stages] == [True] + [False] * (count - 1)
+    assert [stage.head for stage in stages] == [False] * (count - 1) + [True]
+
+
+def test_stages_hold_the_parameters_of_the_full_model():
+    model = small_model(tie_word_embeddings=True)
+    names = [
+        [parameter.spec.name for parameter in Decoder(model, stage=stage).parameters()]
+        for stage in pipeline_stages(model, 3)
+    ]
+    tied = "model.embed_tokens.weight"
+    assert names[0][0] == tied
+
+    names[-1].remove(tied)
+    joined = [name for stage in names for name in stage]
+    assert joined == [parameter.spec.name for parameter in Decoder(model).parameters()]
+
+
+def test_a_teacher_must_fit_the_layout():
+    settings = config(parallel=sizes(4, pipeline=3), num_key_value_heads=8)
+    distilled = settings.training.model_copy(update={"distillation": Distillation(teacher="big")})
+    settings = settings.model_copy(update={"training": distilled})
+    check_teacher(settings, settings.model)
+
+    with pytest.raises(UserError) as refused:
+        check_teacher(settings, small_model(num_attention_heads=6, num_key_value_heads=3, num_hidden_layers=2))
+    assert {problem.where for problem in refused.value.problems} == {"training.distillation.teacher"}
+    assert [(problem.got, problem.expected) for problem in refused.value.problems] == [
+        (
+            f"big, on {TENSOR} = 4",
+            "a divisor of its num_attention_heads = 6: ranks hold equal parts of the query heads",
+        ),
+        (f"big, on {TENSOR} = 4", "a divisor or a multiple of its num_key_value_heads = 3"),
+        (f"big, on {PIPELINE} = 3", "at most its num_hidden_layers = 2"),
+    ]

@@ -1,0 +1,72 @@
+"""A run that begins with an imported checkpoint, on several layouts."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from support.hf_folders import save_stock_model
+from support.runs import command, environment, rows, train
+
+from megatron_mea.cli import main
+from megatron_mea.data.tokenizer import copy_tokenizer
+
+SETTINGS = {
+    "model.num_component_heads": None,
+    "model.attention_variant": "mea_no_norm",
+    "model.num_attention_heads": 4,
+    "model.rms_norm_eps": 1e-6,
+    "model.max_position_embeddings": 128,
+    "training.steps": 2,
+    "evaluation.interval": 10,
+    "checkpoint.interval": 10,
+}
+
+
+@pytest.fixture(scope="module")
+def imported(tiny, tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("imported")
+    source = save_stock_model("llama", root / "llama")
+    copy_tokenizer(tiny.tokenizer, source)
+    assert main(["import", str(source), str(root / "checkpoint")]) == 0
+    return root / "checkpoint"
+
+
+@pytest.fixture(scope="module")
+def expected(config, imported) -> float:
+    """Validation loss of the source itself, as a plain model."""
+    plain = ["model.attention_variant=plain", f"run.init_from={imported.parent / 'llama'}", "training.steps=1"]
+    train(config, "source", *plain, "schedule.warmup_steps=0")
+    return rows(config, "source")[0]["validation_loss"]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ["parallel.tensor_model_parallel_size=2", "parallel.zero_stage=3"],
+        ["parallel.pipeline_model_parallel_size=2"],
+    ],
+    ids=["tensor", "pipeline"],
+)
+def test_trains_at_once_on_any_layout(layout, config, imported, expected):
+    """Before the first step its loss is the source's on the same windows, and afterwards it falls."""
+    name = layout[0].partition(".")[2]
+    train(config, name, f"run.init_from={imported}", *layout, processes=2)
+    logged = rows(config, name)
+    assert [row["step"] for row in logged] == [0, 1, 2]
+    assert logged[0]["validation_loss"] == pytest.approx(expected, rel=1e-5)
+    assert logged[2]["validation_loss"] < expected
+
+
+def test_a_run_does_not_go_on_from_it(config, imported):
+    """It holds no moments: it is no checkpoint of a run."""
+    place = config.parent / "resumed/checkpoints/step_00000000"
+    place.parent.mkdir(parents=True)
+    shutil.copytree(imported, place)
+    done = subprocess.run(command(config, "resumed"), env=environment(), capture_output=True, text=True)
+
+    assert done.returncode == 2
+    assert "error: run.dir" in done.stderr
+    assert "run.init_from" in done.stderr

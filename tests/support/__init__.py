@@ -1,0 +1,1 @@
+"""Helpers of the tests: an independent reference, small models, runs, processes, clusters."""

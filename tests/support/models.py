@@ -1,0 +1,76 @@
+"""Small model configurations, and a decoder with random parameters together with the reference's tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megatron_mea.config.schema import Model
+from megatron_mea.model.decoder import Decoder
+from megatron_mea.parallel.parameter import parameters_by_name
+from support.reference import random_tensors
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 37,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 6,
+    "initializer_range": 0.3,
+    "max_position_embeddings": 64,
+}
+
+
+def small_model(**changes: Any) -> Model:
+    """The model section `SMALL` with these changes."""
+    return Model(**SMALL | changes)
+
+
+def variants() -> list[dict[str, Any]]:
+    """Changes for every kind of attention: variant, h', combined keys or values, q/k norm, biases, tied embeddings."""
+    cases = [{"attention_variant": "plain"}, {"attention_variant": "plain_norm"}]
+    for variant in ("mea", "mea_no_norm"):
+        for components in (4, 2, [1, 2, 3]):
+            cases.append({"attention_variant": variant, "num_component_heads": components})
+        cases += [{"attention_variant": variant, "hlc_mixes": side} for side in ("keys", "values")]
+
+    cases.append({"attention_variant": "mea", "head_norm_affine": False})
+    cases += [{"attention_variant": "differential"}, {"attention_variant": "talking_heads"}]
+    cases = [case | {"qk_norm": qk_norm} for case in cases for qk_norm in (False, True)]
+
+    cases.append({"attention_variant": "differential", "head_norm_affine": False, "attention_bias": True})
+    cases.append({"attention_variant": "talking_heads", "num_key_value_heads": 1, "tie_word_embeddings": True})
+    cases.append({"attention_variant": "mea", "num_component_heads": 2, "attention_bias": True})
+    cases.append({"attention_variant": "mea", "qk_norm": True, "attention_bias": True, "tie_word_embeddings": True})
+    return cases
+
+
+def name_of(case: dict[str, Any]) -> str:
+    """The id of a parametrised test case."""
+    return "-".join(str(value) if isinstance(value, (str, list)) else f"{key}={value}" for key, value in case.items())
+
+
+def decoder_and_tensors(model: Model, seed: int = 1) -> tuple[Decoder, dict[str, torch.Tensor]]:
+    """A float64 decoder, and tensors of the same values for the reference, which require gradients."""
+    tensors = random_tensors(model.model_dump(), torch.Generator().manual_seed(seed))
+    decoder = Decoder(model).double()
+    parameters = parameters_by_name(decoder)
+    assert parameters.keys() == tensors.keys()
+
+    for name, parameter in parameters.items():
+        parameter.data.copy_(tensors[name].detach())
+
+    return decoder, tensors
+
+
+def tokens(vocab: int, *shape: int) -> torch.Tensor:
+    """Random token ids, the same at every call."""
+    return torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(7))
+
+
+def positions_of(ids: torch.Tensor) -> torch.Tensor:
+    """Position ids (batch, seq) from 0 for token ids (batch, seq)."""
+    return torch.arange(ids.shape[1]).expand_as(ids)

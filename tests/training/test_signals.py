@@ -1,0 +1,74 @@
+"""Stop requests by signal, once and twice, whatever the process is doing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+WAITING = """
+import hashlib, sys
+from megatron_mea.training.signals import StopSignal
+assert "torch" not in sys.modules
+stop = StopSignal()
+print("ready", flush=True)
+# A call into a library that lets other threads run, as a collective does, and returns in some minutes.
+hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+"""
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
+def test_a_second_signal_ends_a_process_that_hangs(second):
+    with subprocess.Popen([sys.executable, "-c", WAITING], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "ready\n"
+            # A terminal and a launcher repeat the first one.
+            for _ in range(3):
+                process.send_signal(signal.SIGUSR2)
+                time.sleep(0.2)
+            time.sleep(2)
+            assert process.poll() is None
+            process.send_signal(second)
+            assert process.wait(timeout=5) == 128 + second
+        finally:
+            process.kill()
+
+
+def test_the_first_signal_is_remembered():
+    script = "from megatron_mea.training.signals import StopSignal; import os, signal, time; stop = StopSignal()\n"
+    script += (
+        "assert stop.received is None; os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.2); print(stop.received)"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "SIGTERM\n")
+
+
+def test_an_interruption_while_python_executes_a_string_keeps_its_status(tmp_path: Path) -> None:
+    """A module that Python runs with -m ends by the signal where KeyboardInterrupt came out of such a string."""
+    (tmp_path / "command.py").write_text(f"""if True:
+        import argparse, sys
+        from megatron_mea import cli
+        text = "import os; os.kill(os.getpid(), {int(signal.SIGINT)})\\nwhile True: pass"
+        cli.parse_arguments = lambda argv: argparse.Namespace(verb="train")
+        cli._VERBS["train"] = lambda arguments: exec(text)
+        sys.exit(cli.main())
+    """)
+    command = [sys.executable, "-m", "command"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert (result.returncode, result.stderr) == (130, "megatron-mea: interrupted\n")
+
+
+def test_slurms_termination_does_not_interrupt_a_save():
+    """SLURM sends TERM at the time limit of a job, after the signal that the job asked for, and kills in the end."""
+    script = "from megatron_mea.training.signals import StopSignal; import os, signal, time; stop = StopSignal()\n"
+    script += "os.kill(os.getpid(), signal.SIGUSR2); time.sleep(2.3); os.kill(os.getpid(), signal.SIGTERM)\n"
+    script += "time.sleep(0.3); print(stop.received)"
+    for environment, expected in (({"SLURM_JOB_ID": "7"}, (0, "SIGUSR2\n")), ({}, (143, ""))):
+        base = {name: value for name, value in os.environ.items() if name != "SLURM_JOB_ID"}
+        result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=base | environment)
+        assert (result.returncode, result.stdout) == expected

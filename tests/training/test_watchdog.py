@@ -1,0 +1,115 @@
+"""The watchdog ends a rank that makes no progress, and no other."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+from support.runs import ROOT, command, environment
+
+FAULTY = ROOT / "tests/support/faulty.py"
+
+ALIVE = """
+import sys, time
+from megatron_mea.training import watchdog
+assert "torch" not in sys.modules
+watchdog._GRACE = 0
+dog = watchdog.Watchdog(3, 0.4 / 60)
+with dog.extend_timeout(1):
+    time.sleep(0.9)
+for _ in range(3):
+    time.sleep(0.2)
+    dog.mark()
+"""
+
+
+@pytest.mark.parametrize(
+    ("more", "status"),
+    [
+        ("dog.close(); time.sleep(0.9)", 0),
+        ("dog.minutes = 1; time.sleep(0.9)", 0),
+        ("with dog.extend_timeout(1): time.sleep(0.9)\ntime.sleep(60)", 1),
+    ],
+)
+def test_marks_and_pauses_keep_a_process_alive(more, status):
+    result = subprocess.run([sys.executable, "-c", ALIVE + more], capture_output=True, text=True, timeout=30)
+    assert result.returncode == status, result.stderr
+    if status:
+        lines = result.stderr.splitlines()
+        assert lines[0] == "rank 3: no progress for 0.00666667 minutes; the stacks of rank 3:"
+        assert all(line.startswith("rank 3: ") for line in lines)
+        assert any('File "<string>"' in line for line in lines)
+    else:
+        assert result.stderr == ""
+
+
+def test_a_rank_that_hangs_ends_all_with_their_stacks(tiny, tmp_path):
+    config = tiny.write_config(tmp_path / "tiny.yaml", **{"training.steps": 100})
+    python = tmp_path / "python"
+    # Only the ranks have the fault, not the checks of local.sh before them.
+    wrap = f'if [ "$1" = -m ]; then set -- {FAULTY} hang:1:4 "$@"; fi'
+    python.write_text(f'#!/bin/bash\n{wrap}\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+
+    result = subprocess.run(
+        command(config, "run", "parallel.timeout_minutes=0.05", processes=2),
+        env=environment() | {"PYTHON": str(python), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert result.returncode == 1
+
+    metrics = tmp_path / "run/metrics.jsonl"
+    assert '"step": 3,' in metrics.read_text()
+    # 3 s until the watchdog ends the rank, 5 s for the stacks of the others.
+    assert time.time() - metrics.stat().st_mtime < 25
+    for rank in (0, 1):
+        assert f"rank {rank}: no progress for 0.05 minutes; the stacks of rank {rank}:\n" in result.stderr
+    assert re.search(r"rank 1: .*faulty\.py.* in step", result.stderr)
+    assert re.search(r"rank 0: .*engine\.py.* in train_step", result.stderr)
+
+
+SLOW = """
+import sys, time
+from megatron_mea.training.signals import StopSignal
+from megatron_mea.cli import main
+from megatron_mea.training import loop, watchdog
+validation_batches, batches = loop.validation_batches, []
+
+def slow(**arguments):
+    for batch in validation_batches(**arguments):
+        time.sleep(0.25)
+        batches.append(batch)
+        yield batch
+
+loop.validation_batches = slow
+status = main(sys.argv[1:])
+assert len(batches) == 24, len(batches)
+sys.exit(status)
+"""
+
+
+def test_a_long_validation_is_no_hang(tiny, tmp_path):
+    """12 batches of 0.25 s before and after the step, with a limit of 2.4 s."""
+    config = tiny.write_config(
+        tmp_path / "tiny.yaml", **{"training.steps": 1, "schedule.warmup_steps": 0, "evaluation.batches": 6}
+    )
+    settings = [f"run.dir={tmp_path / 'run'}", "parallel.timeout_minutes=0.04"]
+    result = subprocess.run(
+        [sys.executable, "-c", SLOW, "train", str(config), *settings],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert result.returncode == 0, result.stderr
+
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "validation_loss" in row] == [0, 1]
+    for row in rows[1:]:
+        assert 0 < row["forward_seconds_min"] <= row["forward_seconds_median"] <= row["forward_seconds_max"]
