@@ -19,6 +19,8 @@ from support.tiny import Tiny
 
 from megatron_mea.cli import main
 
+pytest_plugins = ["support.fast"]
+
 # On a busy machine the time of an example says nothing.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")

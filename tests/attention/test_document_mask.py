@@ -134,6 +134,7 @@ def test_recomputed_blocks_have_the_same_gradients():
     assert all(torch.equal(actual, expected) for expected, actual in zip(*gradients, strict=True))
 
 
+@pytest.mark.slow
 @settings(max_examples=50)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=40), st.integers(2, 8))
 def test_windows_of_documents(tmp_path_factory, lengths, seq):

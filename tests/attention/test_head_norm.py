@@ -170,6 +170,7 @@ def kernels() -> dict:
     return json.loads(process.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_equal_the_formula(name, kernels):
     errors = kernels["errors"][name]
@@ -177,6 +178,7 @@ def test_kernels_equal_the_formula(name, kernels):
     assert max(errors.values()) <= 1, errors
 
 
+@pytest.mark.slow
 def test_kernels_save_only_inputs_and_return_the_layout_of_x(kernels):
     assert "head_norm" in kernels["kernel"]
     assert kernels["saved"] == [[2, 4, 77, 64], [64]]

@@ -15,6 +15,8 @@ from megatron_mea.checkpoint.folder import CheckpointMetadata, complete_checkpoi
 from megatron_mea.checkpoint.tensors import read_fragments
 from megatron_mea.config import Config
 
+pytestmark = pytest.mark.slow
+
 STEPS, LEG = 50, 3
 UNEVEN = {"num_component_heads": [1, 2, 3, 2, 4], "num_hidden_layers": 5}
 """No group divides h' or the vocabulary of 37, no pipeline the number of blocks."""

@@ -124,6 +124,7 @@ def test_numbers_beyond_eight_digits_sort_as_numbers(tmp_path):
     assert newest_intact(tmp_path)[0].name == "step_100000000"
 
 
+@pytest.mark.slow
 def test_commands_but_train_need_no_deepspeed(trained, tmp_path):
     """And the package itself imports nothing heavy."""
     script = """if True:

@@ -19,6 +19,8 @@ from support.runs import command, environment, rows, train
 
 from megatron_mea.checkpoint.folder import complete_checkpoints, find_corruption
 
+pytestmark = pytest.mark.slow
+
 FAILING_DISK = """
 import os, resource, threading, time
 def fail():

@@ -17,6 +17,8 @@ from support.runs import command, environment, interrupt, rows, train
 from megatron_mea.checkpoint.folder import complete_checkpoints
 from megatron_mea.checkpoint.tensors import read_tensors, tensor_shapes, weight_shapes
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {
     "training.steps": 12,
     "evaluation.interval": 4,

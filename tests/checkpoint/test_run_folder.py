@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from support.runs import command, environment, rows, train
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def config(tiny, tmp_path) -> Path:

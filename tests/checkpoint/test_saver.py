@@ -210,10 +210,12 @@ def checks_on_this_rank(root: Path) -> None:
     stop_distributed()
 
 
+@pytest.mark.slow
 def test_saver(tmp_path):
     run_distributed(checks_on_this_rank, 2, tmp_path)
 
 
+@pytest.mark.slow
 def test_lease(tmp_path):
     """The job that took it last holds it; a previous holder that has ended or is known to be dead is not named."""
     first, second = Lease(tmp_path), Lease(tmp_path)

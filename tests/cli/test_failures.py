@@ -157,6 +157,7 @@ sys.exit(exit_status(work))
 """
 
 
+@pytest.mark.slow
 def test_the_survivor_of_two_says_so_in_one_line(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -100,6 +100,7 @@ OTHER_PLACES = [  # override, where, got, expected
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("override", "expected"), refusal_params(VALUES))
 def test_a_wrong_value(run_refused, override, expected):
     check_problems(run_refused("train", "tiny.yaml", override), (override.partition("=")[0], *expected))
@@ -117,6 +118,7 @@ def test_what_cannot_be_compiled(run_refused, monkeypatch):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("override", "expected"), refusal_params(OTHER_PLACES))
 def test_a_wrong_value_told_elsewhere(run_refused, override, expected):
     check_problems(run_refused("train", "tiny.yaml", override), expected)
@@ -140,6 +142,7 @@ def test_numbers_with_an_exponent(workdir, place, number, lr):
     assert (config.optimizer.lr, config.training.steps, type(config.training.steps)) == (lr, 1_000_000, int)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["data.train", "data.validation"])
 def test_as_many_corpora_as_a_mixture_has_parts(run_refused, key):
     def corpora(count):
@@ -160,6 +163,7 @@ FILES = [  # contents of wrong.yaml, place in it, got, expected
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("contents", "expected"), refusal_params(FILES))
 def test_an_unreadable_file(workdir, run_refused, contents, expected):
     Path("wrong.yaml").write_bytes(contents)
@@ -178,6 +182,7 @@ RANKS = [  # what differs from the first of two ranks, where, got, expected
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("change", "expected"), refusal_params(RANKS))
 def test_the_environment_of_a_rank(run_refused, monkeypatch, change, expected):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
@@ -261,6 +266,7 @@ COMMANDS = [  # command, where, got, expected, hint; tiny.yaml is a file, `token
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "expected"), refusal_params(COMMANDS))
 def test_a_wrong_command(run_folder, run_refused, command, expected):
     for name, contents in (("dict", "{}"), ("list", "[]")):
@@ -276,6 +282,7 @@ PROCESSES = [  # command, where, got, expected
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "expected"), refusal_params(PROCESSES))
 def test_as_a_process(workdir, command, expected):
     Path("a.jsonl").write_bytes(GOOD + b"oops\n")
@@ -288,6 +295,7 @@ def test_as_a_process(workdir, command, expected):
     assert snapshot(workdir) == before
 
 
+@pytest.mark.slow
 def test_a_wrong_configuration_is_refused_before_torch_is_imported(workdir):
     script = """if True:
         import sys

@@ -28,6 +28,7 @@ TOKENIZERS = [  # change of each file, got, expected
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("changes", "got", "expected"), TOKENIZERS)
 def test_an_unusable_tokenizer(workdir, run_refused, changes, got, expected):
     for name, change in changes.items():
@@ -59,6 +60,7 @@ CORPORA = [  # which file, its change, got, expected; {size} is its size before,
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "change", "got", "expected"), CORPORA)
 @pytest.mark.parametrize("corpus", ["train", "validation"])
 def test_a_damaged_corpus(workdir, run_refused, corpus, kind, change, got, expected):
@@ -116,6 +118,7 @@ SOURCES = [  # name, contents, place in it, got, expected
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [TOKENIZER, PREPARE], ids=["tokenizer", "prepare"])
 @pytest.mark.parametrize(("name", "contents", "place", "got", "expected"), SOURCES)
 def test_an_unreadable_source(workdir, run_refused, command, name, contents, place, got, expected):
@@ -134,6 +137,7 @@ def test_no_text(workdir, run_refused, name, contents):
     check_problems(run_refused(*TOKENIZER.split(), name), ("--input", f"{name}: no text", "sources with text"))
 
 
+@pytest.mark.slow
 def test_data_without_a_token_to_predict(workdir, run_folder, run_refused):
     check_problems(
         run_refused("evaluate", "run", "--data", "ones"),
@@ -141,6 +145,7 @@ def test_data_without_a_token_to_predict(workdir, run_folder, run_refused):
     )
 
 
+@pytest.mark.slow
 def test_evaluate_finds_an_id_that_no_sample_shows(workdir, run_folder, run_refused):
     tokens = np.zeros(600_000, np.int64)
     tokens[300_000] = 384
@@ -164,6 +169,7 @@ def test_no_model(run_refused, command, folder, got):
     check_problems(problems, (folder, got, "a checkpoint folder, or a run folder with checkpoints"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", MODEL_COMMANDS)
 @pytest.mark.parametrize("file", ["meta.json", "__0_0.distcp", "tokenizer/tokenizer.json", ".metadata"])
 def test_a_flipped_byte(run_folder, run_refused, command, file):
@@ -185,6 +191,7 @@ RESUMES = [  # key, old value, new value
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [*([row] for row in RESUMES), RESUMES[:4]], ids=lambda rows: rows[-1][0])
 def test_resume_with_other_values(run_folder, run_refused, changes):
     problems = run_refused("train", "tiny.yaml", "optimizer.lr=1", *(f"{key}={new}" for key, _, new in changes))
@@ -193,11 +200,13 @@ def test_resume_with_other_values(run_folder, run_refused, changes):
     check_problems(problems, *sorted(expected))
 
 
+@pytest.mark.slow
 def test_a_finished_run_with_another_model(run_folder, run_refused):
     problems = run_refused("train", "tiny.yaml", "training.steps=2", "model.hidden_size=32")
     assert [problem.where for problem in problems] == ["model.hidden_size"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("corpora", "where", "got", "old"),
     [
@@ -217,6 +226,7 @@ def test_resume_with_another_corpus(run_folder, run_refused, corpora, where, got
     assert f"order: {old.format(**sizes)}" in problems[0].expected
 
 
+@pytest.mark.slow
 def test_what_a_resume_accepts(run_folder):
     """Allowed changes and a damaged newest checkpoint do not stop a resume; the refusals above rely on it."""
     with pytest.raises(TrainingStarted):
@@ -254,6 +264,7 @@ TEACHERS = [  # teacher, other overrides, got, expected
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("teacher", "others", "expected"), [(*row[:2], row[2:]) for row in TEACHERS])
 def test_a_model_that_cannot_teach(run_folder, run_refused, teacher, others, expected):
     shutil.copytree(run_folder, "damaged")

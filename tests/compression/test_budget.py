@@ -17,6 +17,7 @@ from megatron_mea.plan.plan import as_json, make_plan
 CONFIGS = Path(__file__).parents[2] / "configs/paper"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "layers", "expected"),
     [

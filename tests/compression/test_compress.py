@@ -54,6 +54,7 @@ def composites(*, tensors: dict[str, torch.Tensor], layer: int, side: str) -> to
     return heads if combination is None else torch.einsum("ch,cax->hax", combination, heads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "align"),
     [(kind, True) for kind in (*KINDS, "plain_norm", "mea", "mea_no_norm")] + [("qwen2", False), ("mea", False)],
@@ -117,6 +118,7 @@ def test_the_model_is_the_original_with_its_heads_replaced(kind, align, tmp_path
     assert all(torch.equal(before[name], compressed[name]) for name in unchanged)
 
 
+@pytest.mark.slow
 def test_plain_stays_exact_with_all_heads(tmp_path):
     original = save_source_model("qwen3", tmp_path / "in")
     assert main(["compress", str(original), str(tmp_path / "out"), "--component-heads", "4", "--align"]) == 0
@@ -155,6 +157,7 @@ WRONG = [
 
 
 class TestOptions:
+    @pytest.mark.slow
     @pytest.mark.parametrize(("options", "expected"), LISTS)
     def test_heads_of_each_layer(self, options, expected):
         arguments = {"heads": None, "ratio": None, "layers": None} | options
@@ -173,6 +176,7 @@ class TestOptions:
         assert not (tmp_path / "deep").exists()
 
 
+@pytest.mark.slow
 class TestCalibration:
     @pytest.mark.parametrize("kind", ["qwen2", "mea"])
     def test_moments_are_those_of_the_outputs(self, kind, tiny, tmp_path):
@@ -244,6 +248,7 @@ class TestCalibration:
                 assert errors[1] < errors[0]
 
 
+@pytest.mark.slow
 class TestRatio:
     def test_heads_go_where_least_is_lost(self, tmp_path, capsys):
         original, out = save_source_model("llama", tmp_path / "in"), tmp_path / "out"
@@ -262,6 +267,7 @@ class TestRatio:
         assert "9 of 12 key/value heads are cached (75.0%); in the layers 1: 4, 2: 1, 3: 4" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 class TestCheckpoint:
     def test_a_full_disk_is_one_message(self, tmp_path, capsys):
         original, out = tmp_path / "original", tmp_path / "deep/out"

@@ -101,6 +101,7 @@ class TestFactorise:
 
 
 class TestAlign:
+    @pytest.mark.slow
     @given(sizes(), st.sampled_from(ROTATIONS))
     def test_what_is_lost_is_what_it_says_and_no_more_than_without_rotations(self, case, rotation):
         heads, dim, inputs, rank, seed = case
@@ -112,6 +113,7 @@ class TestAlign:
         assert virtual.lost == pytest.approx(error, rel=1e-5, abs=1e-8)
         assert virtual.lost <= factorise(moment, num_heads=heads, rank=rank).lost + 1e-9
 
+    @pytest.mark.slow
     @given(sizes(), st.sampled_from(ROTATIONS))
     def test_factors_have_the_sizes_that_training_gives(self, case, rotation):
         heads, dim, inputs, rank, seed = case
@@ -154,6 +156,7 @@ class TestAlign:
         rotations = align_heads(moment_of(weights, x), num_heads=3, rank=2, rotation="orthogonal").rotations
         torch.testing.assert_close(rotations.mT @ rotations, torch.eye(8).double().expand(3, 8, 8), atol=1e-10, rtol=0)
 
+    @pytest.mark.slow
     def test_many_equal_singular_values_are_no_obstacle(self, monkeypatch):
         """Orthogonal T of 128 features give 128 times the same, of which LAPACK's decomposition does not converge."""
         monkeypatch.setattr(module, "_MAX_ROUNDS", 6)

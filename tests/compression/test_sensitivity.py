@@ -14,6 +14,8 @@ from megatron_mea.compression.compress import measure_costs
 from megatron_mea.compression.compressed_model import Factoriser
 from megatron_mea.compression.source_model import open_source_model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def original(tiny, tmp_path):

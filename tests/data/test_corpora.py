@@ -223,6 +223,7 @@ def open_many(path: str, *, soft: int, hard: int) -> int | str:
         return str(error)
 
 
+@pytest.mark.slow
 def test_more_corpora_than_files_may_be_open(paths: list[str]) -> None:
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
         assert pool.submit(open_many, paths[0], soft=100, hard=1000).result() == 200

@@ -246,6 +246,7 @@ def test_a_halted_exchange_never_pairs_old_with_new(tmp_path: Path, monkeypatch:
         IndexedReader(tmp_path / "corpus")
 
 
+@pytest.mark.slow
 def test_a_killed_writer_leaves_nothing_behind_the_next_one(tmp_path: Path) -> None:
     for name in ("corpus.bin.tmp-1", "corpus.idx.tmp-1", "corpus.bin.tmp-1.mine", "corpus2.bin.tmp-1"):
         (tmp_path / name).write_bytes(b"half")

@@ -91,6 +91,7 @@ def test_permute_looks_random() -> None:
     assert (np.diff(permuted) == 1).sum() < 10
 
 
+@pytest.mark.slow
 @given(WEIGHTS)
 @settings(max_examples=25, deadline=None)
 def test_quotas_are_the_rounded_weights(weights: list[float]) -> None:
@@ -134,6 +135,7 @@ def check_shares(weights: Sequence[float]) -> None:
     assert np.array_equal(number, count[np.arange(2 * PERIOD), corpus] - 1)
 
 
+@pytest.mark.slow
 @given(WEIGHTS)
 @settings(max_examples=25, deadline=None)
 def test_shares_are_right_at_every_step(weights: list[float]) -> None:
@@ -151,6 +153,7 @@ def test_shares_of_many_corpora(weights: Sequence[float]) -> None:
 WINDOWS = st.lists(st.integers(1, 60), min_size=1, max_size=4)
 
 
+@pytest.mark.slow
 @given(WINDOWS, st.none() | st.integers(0, 2**32), st.integers(0, 3))
 @settings(max_examples=20, deadline=None)
 def test_each_window_once_an_epoch_of_each_corpus(windows: list[int], seed: int | None, shape: int) -> None:
@@ -207,6 +210,7 @@ def mixtures(draw: st.DrawFn) -> tuple[SampleOrder, list[int], int]:
     )
 
 
+@pytest.mark.slow
 @given(mixtures())
 @settings(max_examples=25, deadline=None)
 def test_epochs_of_small_corpora_agree_with_their_enumeration(drawn: tuple[SampleOrder, list[int], int]) -> None:
@@ -223,6 +227,7 @@ def test_epochs_of_small_corpora_agree_with_their_enumeration(drawn: tuple[Sampl
         assert (np.abs(served * PERIOD - number * order.mixture.quota) < PERIOD).all()
 
 
+@pytest.mark.slow
 @given(mixtures(), st.data())
 @settings(max_examples=12, deadline=None)
 def test_a_global_batch_does_not_depend_on_what_was_asked_before(
@@ -238,6 +243,7 @@ def test_a_global_batch_does_not_depend_on_what_was_asked_before(
         assert np.array_equal(fresh.locate(part), (corpus[part], window[part]))
 
 
+@pytest.mark.slow
 @given(st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=8), min_size=1, max_size=3), st.integers(1, 9))
 @settings(max_examples=20, deadline=None)
 def test_an_epoch_packs_every_token_once(documents: list[list[int]], length: int) -> None:

@@ -87,6 +87,7 @@ def test_equal_to_an_independent_encoding(tokenizer: Path, texts: list[str], tmp
     assert file_names(tmp_path) == ["corpus.jsonl", "out.bin", "out.idx"]
 
 
+@pytest.mark.slow
 def test_workers_do_not_change_a_byte(
     tokenizer: Path,
     texts: list[str],
@@ -124,6 +125,7 @@ def test_workers_do_not_change_a_byte(
     assert read_corpus(tmp_path / "out-3") == reference_ids(tokenizer, list(read_documents(inputs)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_failing_source_leaves_nothing(workers: int, tokenizer: Path, texts: list[str], tmp_path: Path) -> None:
     source = write(tmp_path / "corpus.jsonl", texts[:300])
@@ -266,6 +268,7 @@ def test_ids_with_gaps_get_a_type_that_holds_them(tmp_path: Path) -> None:
     assert read_corpus(tmp_path / "out") == [[0, 70_000, 0, 1]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("delay", [1.5, 6.0])
 def test_an_interrupted_prepare_leaves_nothing(tmp_path, tokenizer, delay):
     """Ctrl-C reaches the whole group, also while workers start; SIGTERM reaches the command alone."""
@@ -289,6 +292,7 @@ def test_an_interrupted_prepare_leaves_nothing(tmp_path, tokenizer, delay):
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("limit", "kind"), [(10_000, "bin"), (500_000, "idx")])
 def test_a_full_disk_ends_with_a_message_and_leaves_nothing(
     limit: int, kind: str, tokenizer: Path, texts: list[str], tmp_path: Path
@@ -344,6 +348,7 @@ def prepare_in_progress(tmp_path: Path, tokenizer: Path) -> Iterator[subprocess.
         process.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc to see processes")
 def test_a_killed_prepare_leaves_nothing_that_looks_finished(tokenizer: Path, texts: list[str], tmp_path: Path) -> None:
     with prepare_in_progress(tmp_path, tokenizer) as process:
@@ -361,6 +366,7 @@ def test_a_killed_prepare_leaves_nothing_that_looks_finished(tokenizer: Path, te
     assert file_names(tmp_path) == ["big.jsonl", "corpus.jsonl", "x.bin", "x.idx"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc to see processes")
 def test_a_dead_worker_ends_the_work_with_a_message(tokenizer: Path, tmp_path: Path) -> None:
     with prepare_in_progress(tmp_path, tokenizer) as process:

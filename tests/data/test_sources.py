@@ -233,6 +233,7 @@ def bytes_read() -> int:
     return int(counters.read_text().split("rchar: ")[1].split()[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst"])
 def test_the_first_document_costs_little_of_a_large_file(kind: str, tmp_path: Path) -> None:
     random = np.random.default_rng(0)

@@ -231,6 +231,7 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["broken.jsonl"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [3_000, 15_000], ids=["tokenizer.model", "tokenizer.json"])
 @pytest.mark.parametrize("exists", [False, True], ids=["new", "over-another"])
 def test_a_full_disk_ends_with_a_message_and_leaves_nothing(limit: int, exists: bool, tmp_path: Path) -> None:

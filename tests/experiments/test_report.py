@@ -63,6 +63,7 @@ def page(sweep, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_the_table(page):
     rows = list(csv.DictReader(page.with_suffix(".csv").open()))
     assert list(rows[0]) == ["variant", "lr", "seed", "L0", "L0_low", "L0_high", "alpha", "stable", "best"]
@@ -256,6 +257,7 @@ def test_what_cannot_be_reported(arguments, where, message, tmp_path, monkeypatc
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no chromium: bash tests/experiments/install.sh")
 @pytest.mark.parametrize(("width", "height"), [(360, 740), (1280, 900)])
 def test_the_page_in_a_browser(page, width, height, tmp_path):

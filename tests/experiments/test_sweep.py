@@ -91,6 +91,7 @@ echo '{{"step": 4}}' > "$run/FINISHED"
 SWEEP = ("sweep", "tiny.yaml", "--learning-rates", "1e-3,3e-3,1e-2", "--out", "out", "training.steps=4")
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_does_not_stop_the_others(python, ask):
     (python.parent / "out/mea-lr1e-3").mkdir(parents=True)
     (python.parent / "out/mea-lr1e-3/FINISHED").write_text('{"step": 4}')
@@ -118,6 +119,7 @@ def test_a_run_that_fails_does_not_stop_the_others(python, ask):
     assert len((python.parent / "trained").read_text().splitlines()) == 6
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_a_result(python, ask):
     """It is not tried again, here or as an array, unless something of it has changed."""
     sweep = ("sweep", "tiny.yaml", "training.steps=4", "--learning-rates", "1e-3,0.1", "--out", "out")
@@ -134,6 +136,7 @@ def test_a_run_that_diverges_is_a_result(python, ask):
     assert len(trained.read_text().splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_runs_at_the_same_time_share_the_cores(python, ask, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(8), raising=False)
@@ -160,6 +163,7 @@ def test_a_folder_that_is_none_is_told_before_anything_is_trained(python, ask):
     assert not (python.parent / "trained").exists()
 
 
+@pytest.mark.slow
 def test_what_the_disk_refuses_is_one_message_and_stops_the_runs_in_hand(python, ask):
     (python.parent / "afile").write_text("")
     status, _, err = ask("sweep", "tiny.yaml", "--out", "afile/out")
@@ -177,6 +181,7 @@ while :; do pause 0.1; done
     assert (python.parent / "saved").exists()
 
 
+@pytest.mark.slow
 def test_an_array_for_what_is_left(desk, ask):
     desk.slurm()
     (desk.folder / "out/mea-lr1e-3").mkdir(parents=True)
@@ -226,6 +231,7 @@ def test_options_of_a_job_are_refused_where_there_is_none(option, desk, ask):
     assert not (desk.folder / "out").exists()
 
 
+@pytest.mark.slow
 def test_as_many_at_once_as_asked(desk, ask):
     arguments = ["sweep", "tiny.yaml", "--learning-rates", "1e-2,1e-3,1e-4", "--out", "out", "--submit", "--dry-run"]
     assert "#SBATCH --array=0-2%2\n" in ask(*arguments, "--at-once", "2")[1]

@@ -141,6 +141,7 @@ MODES = {
 }
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("mode", MODES)
 def test_generate_equals_generate_without_a_cache(path, mode):
@@ -210,6 +211,7 @@ def test_a_step_does_not_copy_the_cache(monkeypatch, qk_norm, dtype):
             assert key_scale.untyped_storage().data_ptr() == layer.keys.untyped_storage().data_ptr()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_a_compiled_step_is_one_graph_and_compiled_once(path, qk_norm):

@@ -29,6 +29,7 @@ def test_logits_equal_the_reference(case):
         torch.testing.assert_close(hf(ids).logits, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("case", variants(), ids=name_of)
@@ -88,6 +89,7 @@ def test_cached_scalars_keep_float32_precision_in_bfloat16():
     assert not torch.equal(scalars, scalars.bfloat16().float())
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("case", [case for case in variants() if case["attention_variant"].startswith("mea")][::2])
 def test_generate(case):

@@ -40,6 +40,7 @@ def load(folder: Path, **settings):
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **settings)
 
 
+@pytest.mark.slow
 def test_accelerate(exported, tmp_path):
     """A layer at a time from disk, as `device_map` does with a model that is too large."""
     from accelerate import disk_offload
@@ -53,6 +54,7 @@ def test_accelerate(exported, tmp_path):
     assert torch.equal(mapped(ids.to(mapped.device)).logits.cpu(), expected) or torch.cuda.is_available()
 
 
+@pytest.mark.slow
 def test_peft(exported, tmp_path):
     """LoRA on the component projections: gradients reach them alone, and merging changes no logit."""
     from peft import LoraConfig, PeftModel, get_peft_model
@@ -74,6 +76,7 @@ def test_peft(exported, tmp_path):
     torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_pipeline(exported):
     tokenizer = AutoTokenizer.from_pretrained(exported, trust_remote_code=True)
     generate = pipeline("text-generation", model=str(exported), tokenizer=tokenizer, trust_remote_code=True)
@@ -82,6 +85,7 @@ def test_pipeline(exported):
     assert [row[0]["generated_text"][:5] for row in texts] == ["And t", "To be"]
 
 
+@pytest.mark.slow
 def test_classification(exported):
     """Trust is asked for once, although transformers builds the base model from its configuration."""
     model = AutoModelForSequenceClassification.from_pretrained(exported, trust_remote_code=True, num_labels=3).eval()
@@ -93,6 +97,7 @@ def test_classification(exported):
     assert model.score.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.slow
 def test_trainer(exported, tiny, tmp_path):
     """A few steps lower the loss, and what is saved loads again, its code with it."""
     tokenizer = AutoTokenizer.from_pretrained(exported, trust_remote_code=True)
@@ -118,6 +123,7 @@ def test_trainer(exported, tiny, tmp_path):
     assert reloaded(ids[None], labels=ids[None]).loss.item() < before
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_are_those_of_one_batch(exported, tmp_path):
     """Rows of unequal length: the loss is a mean over the tokens of all micro batches, not of their means."""
     rows = [{"input_ids": torch.arange(4, 4 + length), "labels": torch.arange(4, 4 + length)} for length in (30, 5)]
@@ -172,6 +178,7 @@ def write_task(*, folder: Path, name: str, rows: list[dict]) -> Path:
 ROWS = [{"goal": f"the {word}", "sol1": "king", "sol2": "x9#q", "label": i % 2} for i, word in enumerate("abcdefgh")]
 
 
+@pytest.mark.slow
 def test_tasks_of_local_files(exported, whole, tiny, tmp_path, capsys, monkeypatch):
     """Against log-likelihoods computed here; checkpoint and export agree; with --data both are measured."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -223,6 +230,7 @@ def test_the_table_has_the_papers_numbers():
     assert "mean" not in accuracy_table({name: {"acc_norm": 0.5} for name in PAPER_TASKS})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "reason"),
     [

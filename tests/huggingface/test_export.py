@@ -25,6 +25,8 @@ from megatron_mea.exported.modeling_mea import MEAForCausalLM
 from megatron_mea.huggingface import export as export_module
 from megatron_mea.huggingface.export import export
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {
     "model.num_attention_heads": 4,
     # The narrowest heads that vLLM's kernels take.

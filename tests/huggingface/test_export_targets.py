@@ -176,6 +176,7 @@ def test_refusals(kind, case, reason):
     assert reason in str(refused.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ["stock", "vllm"])
 def test_the_command(whole, tmp_path, capsys, kind, dtype):
@@ -216,6 +217,7 @@ def test_the_command(whole, tmp_path, capsys, kind, dtype):
     assert (model(ids).logits - expected).abs().max() <= tolerance * expected.abs().max()
 
 
+@pytest.mark.slow
 def test_a_refused_target_writes_nothing(trained, tmp_path, capsys):
     assert main(["export", str(trained), str(tmp_path / "deep" / "out"), "--target", "stock"]) == 2
     error = capsys.readouterr().err
@@ -224,6 +226,7 @@ def test_a_refused_target_writes_nothing(trained, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_export_for_vllm_comes_back(tmp_path):
     """Its config.json tells of the cache what others tell of the model; the weights are the same."""
     source = save_export(folder=tmp_path / "own", num_component_heads=[1, 2, 4], head_dim=32)
@@ -238,6 +241,7 @@ def test_the_export_for_vllm_comes_back(tmp_path):
     assert all(torch.equal(weights[name], expected[name]) for name in weights)
 
 
+@pytest.mark.slow
 def test_a_folder_is_exported_as_its_import_is(tmp_path, capsys):
     """The temporary checkpoint is removed, and an impossible target is refused before there is one."""
     source, exports = save_export(folder=tmp_path / "own", attention_variant="mea_no_norm", num_component_heads=2), {}

@@ -45,6 +45,7 @@ def logits(folder: Path) -> torch.Tensor:
     return model.eval()(ids, use_cache=False).logits
 
 
+@pytest.mark.slow
 class TestStock:
     """Llama, Mistral, Qwen2 and Qwen3 of transformers' own classes, in and out."""
 
@@ -202,6 +203,7 @@ class TestStock:
         assert ids[0] == ids[1]
 
 
+@pytest.mark.slow
 class TestVariants:
     @pytest.mark.parametrize("variant", ["plain", "plain_norm", "mea", "mea_no_norm"])
     def test_of_a_stock_model(self, variant, tmp_path, capsys):
@@ -349,6 +351,7 @@ class TestPieces:
         actual = read_tensors(tmp_path, shapes)
         assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
+    @pytest.mark.slow
     def test_no_more_than_pieces_are_in_memory(self, tmp_path):
         """112 MB in float32, 56 MB in bfloat16, and the process grows by less than 40 MB."""
         sizes = {"hidden_size": 1024, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8}

@@ -56,6 +56,7 @@ WINDOW = {"use_sliding_window": True, "sliding_window": 64, "layer_types": None}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "changes", "expected"),
     [
@@ -110,6 +111,7 @@ def change_tensors(change):
 LAYER = "model.layers.1.self_attn"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "change", "expected"),
     [
@@ -173,6 +175,7 @@ def index(text: str):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
@@ -223,6 +226,7 @@ def test_a_tokenizer_without_an_end_of_document(tiny, refuse):
     assert "without an eos token" in refuse("llama", change)
 
 
+@pytest.mark.slow
 def test_code_of_a_folder_is_not_run(models, tmp_path, capsys, monkeypatch):
     """Nor does anything ask whether it may be: `y` on stdin is no consent."""
     source = tmp_path / "source"
@@ -242,6 +246,7 @@ def test_code_of_a_folder_is_not_run(models, tmp_path, capsys, monkeypatch):
 
 
 class TestPlace:
+    @pytest.mark.slow
     def test_what_is_there_stays(self, models, tmp_path, capsys):
         (tmp_path / "file").write_text("mine")
         (tmp_path / "folder").mkdir()

@@ -13,6 +13,8 @@ from support.runs import command, environment, rows, train
 from megatron_mea.cli import main
 from megatron_mea.data.tokenizer import copy_tokenizer
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {
     "model.num_component_heads": None,
     "model.attention_variant": "mea_no_norm",

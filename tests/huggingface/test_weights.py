@@ -132,6 +132,7 @@ def test_a_value_that_a_description_leaves_out_is_the_one_of_its_model_type(tmp_
     assert open_weights(source, scaled).warnings == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -165,6 +166,7 @@ class TestFiles:
         save_file({"layers.0.attention.wq.weight": torch.zeros(16, 16)}, source / "consolidated.safetensors")
         open_weights(source, plain_model("llama"))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("index", "expected"),
         [
@@ -189,6 +191,7 @@ class TestFiles:
         assert problems(source, plain_model("llama")) == [("run.init_from", f"{source} without lm_head.weight")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["flipped", "cut", "missing"])
 def test_damage_is_a_users_error_on_every_rank_that_meets_it(damage, trained, tmp_path):
     """Each of two ranks verifies its share; what describes the tensors is read by both."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from support.distributed import run_distributed
 from support.engines import config, layout, new_engine, plain_training, train
+
+pytestmark = pytest.mark.slow
 
 STEPS = 3
 MEA = {"attention_variant": "mea", "num_component_heads": 4}

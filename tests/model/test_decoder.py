@@ -194,6 +194,7 @@ def test_logits_are_causal_and_ignored_targets_do_not_count():
     torch.testing.assert_close(decoder(ids, positions_of(ids), targets), nll[is_counted].sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", variants(), ids=name_of)
 def test_activation_checkpointing_changes_nothing(case):
     """Nor does folding inside or outside of the checkpoint."""

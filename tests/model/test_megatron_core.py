@@ -25,6 +25,8 @@ from megatron_mea.parallel.grid import TensorGroup
 from megatron_mea.parallel.layers import IGNORE_INDEX
 from megatron_mea.parallel.parameter import parameters_by_name
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("megatron.core", reason="megatron-core is not installed: pip install -e '.[test,megatron]'")
 
 SEQ = 24

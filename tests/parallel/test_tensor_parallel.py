@@ -110,6 +110,7 @@ def cases(size: int) -> list[dict]:
     return shardable
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_losses_and_gradients_equal_one_process(size):
     counts = run_distributed(check_all, size, cases(size), size)

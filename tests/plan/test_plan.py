@@ -105,6 +105,7 @@ def test_parameters(name):
         assert max(numels) in (full_numel, full_numel // 2), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("seq", [16, 128])
 def test_flops_equal_those_that_torch_counts(name, seq):
@@ -229,6 +230,7 @@ CASES = {name: bench.CASES[2][name] for name in ("dp2, ZeRO 1", "dp2, ZeRO 2", "
 }
 
 
+@pytest.mark.slow
 def test_communication_is_what_processes_send(teacher):
     """Bytes and calls of every group and collective, of a training step on two processes."""
     folded = {"seq_length": 160, "distillation": teacher}

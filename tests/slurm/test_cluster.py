@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from support.cluster import Cluster
 
+pytestmark = pytest.mark.slow
+
 
 def submit(cluster: Cluster, folder: Path, *options: str, script: str) -> str:
     """Submits a job of two nodes with two tasks each, which writes to `folder`/log; returns its id."""

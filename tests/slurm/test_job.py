@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 START = "2026-01-01T00:00:01"
 WAIT_FOR_USR2 = "trap 'exit 0' USR2; while :; do sleep 0.05; done"
 SITE = "PYTHON=python-of-site\nCONTAINER=(--container-image='an image')\nMAX_FRUITLESS=2\nMAX_FAILURES=3\n"

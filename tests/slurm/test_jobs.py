@@ -18,6 +18,8 @@ from support.runs import ROOT, command, environment, rows
 
 from megatron_mea.checkpoint.folder import complete_checkpoints
 
+pytestmark = pytest.mark.slow
+
 FAULTY = ROOT / "tests/support/faulty.py"
 TIME = "1:00:00"
 

@@ -23,6 +23,7 @@ def report(rank: int, host: str, **changes) -> preflight.Report:
     return preflight.Report(rank=rank, host=host, **(fields | changes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -127,6 +128,7 @@ def pair(tmp_path) -> Pair:
     return Pair(tmp_path)
 
 
+@pytest.mark.slow
 def test_two_that_can_train_together(pair):
     first, second = pair.run("-m", "megatron_mea.slurm.preflight")
     assert first[0] == second[0] == 0, first[2] + second[2]
@@ -140,6 +142,7 @@ def test_two_that_can_train_together(pair):
     assert not pair.note.exists()
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_not_shared(pair):
     first, second = pair.patched(dirs=("run", "elsewhere"))
     assert (first[0], second[0]) == (2, 1)
@@ -152,6 +155,7 @@ def test_a_folder_that_is_not_shared(pair):
     assert message.startswith("UserError: error: run.dir")
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written(pair):
     (pair.folder / "run").write_text("a file")
     first, second = pair.patched()
@@ -160,6 +164,7 @@ def test_a_folder_that_cannot_be_written(pair):
     assert pair.note.read_text().startswith("2\n")
 
 
+@pytest.mark.slow
 def test_versions_that_differ(pair):
     first, second = pair.patched('if is_rank_1: preflight._software_versions = lambda: {"torch": "1.0"}')
     assert (first[0], second[0]) == (2, 1)
@@ -172,6 +177,7 @@ def test_versions_that_differ(pair):
     assert pair.note.read_text().startswith("2\nUserError: ")
 
 
+@pytest.mark.slow
 def test_a_bad_node_is_named_and_leaves_no_note(pair):
     """Another node may do better: the job is to be tried again."""
     broken = 'preflight._check_device = lambda rank_env: (torch.device("cpu"), "cuda:1 multiplies wrongly")'
@@ -183,6 +189,7 @@ def test_a_bad_node_is_named_and_leaves_no_note(pair):
     assert not pair.note.exists()
 
 
+@pytest.mark.slow
 def test_a_rank_that_never_comes_is_named(pair):
     ((status, out, err),) = pair.patched(timeout=2, dirs=("run",))
     assert (status, out) == (1, "")

@@ -11,6 +11,8 @@ from support.desk import SINFO
 
 from megatron_mea.slurm.scheduler import Partition, partitions
 
+pytestmark = pytest.mark.slow
+
 DRY = "--dry-run"
 FAILS = "echo 'sbatch: error: Batch job submission failed: Invalid qos specification' >&2; exit 1"
 

@@ -32,6 +32,7 @@ def sbatch_options(script: str) -> list[str]:
     return lines
 
 
+@pytest.mark.slow
 def test_a_script_without_a_scheduler(desk, submit):
     before = desk.files()
     status, script, err = submit(DRY, "training.micro_batch_size=1", nodes=2, gpus=2)
@@ -61,6 +62,7 @@ def test_a_script_without_a_scheduler(desk, submit):
     assert f"PYTHON=${{PYTHON:-{sys.executable}}}" in script
 
 
+@pytest.mark.slow
 def test_options_are_quoted_and_come_last(submit):
     options = ["--qos", "high", "--comment=two words", "-A", "team", "--exclude=node[1-3]", "--mail-type", "END,FAIL"]
     status, script, _ = submit(DRY, "--chain", "3", "--", *options)
@@ -72,6 +74,7 @@ def test_options_are_quoted_and_come_last(submit):
     assert "\nREQUEUE=no\n" in script
 
 
+@pytest.mark.slow
 def test_values_may_stand_behind_options(ask):
     resources = ["--nodes", "1", "optimizer.lr=0.5", "--gpus-per-node", "1", "run.dir=other", "--time", "60"]
     status, script, _ = ask("submit", "tiny.yaml", "run.dir=first", *resources, "training.steps=7", DRY)
@@ -87,6 +90,7 @@ def test_what_is_no_option_is_refused(more, submit):
     assert "unrecognized arguments: --bogus" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("word", "expected"),
     [
@@ -110,6 +114,7 @@ def test_options_that_submit_sets_are_refused(word, expected, submit):
     assert f"error: -- {word}\n  got:      an option that `submit` sets\n  expected: {expected}\n" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "where"),
     [
@@ -135,6 +140,7 @@ def test_all_contradictions_are_told_at_once(submit):
     assert re.findall("error: (.*)", err) == ["--nodes", "--chain", "-- --array=1", "--time"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -169,6 +175,7 @@ def write_heartbeat(desk, **fields) -> None:
     (desk.folder / "run/heartbeat.json").write_text(json.dumps({"step": 1, "steps": 4, "time": "", **fields}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "lead"),
     [
@@ -185,6 +192,7 @@ def test_a_run_says_how_early_it_must_be_told(fields, lead, desk, submit):
     assert f"--signal=B:USR2@{lead}" in sbatch_options(script)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save", [{}, {"save_seconds": None}])
 def test_a_run_that_has_not_saved_yet_is_estimated_by_its_size(save, desk, submit, monkeypatch):
     monkeypatch.setattr("megatron_mea.slurm.resources.checkpoint_bytes", lambda model: 40e9)
@@ -197,6 +205,7 @@ def test_a_run_that_has_not_saved_yet_is_estimated_by_its_size(save, desk, submi
     assert leads == ["--signal=B:USR2@230"] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("signal", "message"),
     [
@@ -213,6 +222,7 @@ def test_a_signal_that_would_come_too_late_is_refused(signal, message, submit):
     assert message in err
 
 
+@pytest.mark.slow
 def test_an_earlier_signal_wins(submit):
     status, script, _ = submit(DRY, "--", "--signal", "B:USR2@600")
     assert status == 0
@@ -221,6 +231,7 @@ def test_an_earlier_signal_wins(submit):
     assert signals == ["--signal=B:USR2@40", "--signal B:USR2@600"]
 
 
+@pytest.mark.slow
 def test_a_run_that_somebody_trains_is_refused(desk, submit):
     write_heartbeat(desk)
     Lease(desk.folder / "run").take()
@@ -241,6 +252,7 @@ def test_a_run_that_somebody_trains_is_refused(desk, submit):
     assert submit(DRY)[0] == 0
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_refused(trained, desk, submit):
     shutil.copytree(trained, desk.folder / "run")
     same_steps = ["training.steps=2", "checkpoint.interval=1"]
@@ -266,12 +278,14 @@ def test_a_run_that_would_fail_is_refused(more, gpus, where, submit):
     assert where in err
 
 
+@pytest.mark.slow
 def test_a_tensor_group_over_two_nodes_is_warned_of(submit):
     status, script, _ = submit(DRY, "parallel.tensor_model_parallel_size=2", nodes=2)
     assert status == 0
     assert "# warning: the 2 ranks of a tensor group" in script
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["--chain", "2"]])
 def test_without_a_scheduler_nothing_is_written(more, desk, submit):
     before = desk.files()

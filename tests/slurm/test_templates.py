@@ -7,6 +7,8 @@ import subprocess
 import pytest
 from support.runs import ROOT
 
+pytestmark = pytest.mark.slow
+
 DRY = "--dry-run"
 
 

@@ -216,6 +216,7 @@ def check_nonfinite(teacher: Path, cases: dict) -> None:
         train(engine=engine, first=1, last=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2, pytest.param(4, marks=pytest.mark.full)])
 def test_layouts(world_size, teacher):
     references = {
@@ -294,6 +295,7 @@ def test_another_tokenizer_is_a_warning(tiny, tmp_path):
         assert len(tokenizer_warnings(run, stored)) == num_warnings
 
 
+@pytest.mark.slow
 class TestRuns:
     """End-to-end runs through the commands."""
 

@@ -163,6 +163,7 @@ def check_drift() -> None:
                 getattr(parameter, "ds_tensor", parameter).data.view(-1)[3] *= 1 - 2**-24
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_engine(world_size):
     curves = run_distributed(checks_on_this_rank, world_size)

@@ -14,6 +14,8 @@ from support.engines import config, layout, new_engine, plain_training, rank_bat
 
 from megatron_mea.config import Config
 
+pytestmark = pytest.mark.slow
+
 STEPS = 20
 FORMS = {"activations": 12, "weights": 24}
 """seq_length at which a micro-batch combines heads as activations or as weights: `folding_is_cheaper`.

@@ -149,6 +149,7 @@ def slow_validation_on_rank_1(config: str, folder: Path) -> None:
     assert main(["train", config]) == 0
 
 
+@pytest.mark.slow
 def test_a_row_has_the_stall_of_the_slowest_rank_and_of_validation(tiny, tmp_path):
     """Two slow batches before the first step and two after every second step; the second of two is read ahead a bit."""
     run_distributed(slow_validation_on_rank_1, 2, str(tiny.config), tmp_path)

@@ -20,6 +20,7 @@ def count_steps(path) -> int:
     return sum(event.get("name") == "aten::embedding" for event in events) / 2
 
 
+@pytest.mark.slow
 def test_a_run_writes_a_trace_of_the_configured_steps(tiny, tmp_path):
     tiny.write_config(config := tmp_path / "tiny.yaml")
     output = runs.train(config, "run", "logging.profile={start: 2, steps: 2}", "data.validation=[]")

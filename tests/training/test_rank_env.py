@@ -24,6 +24,7 @@ STEP = BATCH | {
 MASTER = {"MASTER_ADDR": "fast7", "MASTER_PORT": "29500"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 WAITING = """
 import hashlib, sys
 from megatron_mea.training.signals import StopSignal

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from support.runs import ROOT
 
+pytestmark = pytest.mark.slow
+
 REFUSED = [  # command, what its message names; `tokenizer` is a folder, `run` a run
     ("train tiny.yaml model.hiden_size=16", "model.hiden_size"),
     ("train tiny.yaml parallel.tensor_model_parallel_size=3", "parallel.tensor_model_parallel_size"),

@@ -19,6 +19,7 @@ from megatron_mea.training.straggler import StragglerDetector, find_stragglers
 SECONDS = st.floats(0, 10, allow_nan=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("seconds", "stages", "expected"),
     [
@@ -104,6 +105,7 @@ def measure_all() -> list:
     ]
 
 
+@pytest.mark.slow
 def test_a_slow_rank_is_reported_when_it_is_slow_twice():
     one_stage, two_stages, other_stage, evaluating = zip(*run_distributed(measure_all, 3), strict=True)
     # All ranks have the same result.

@@ -20,6 +20,8 @@ from megatron_mea.checkpoint.folder import complete_checkpoints, find_corruption
 from megatron_mea.checkpoint.tensors import read_tensors, tensor_shapes
 from megatron_mea.experiments.read_head_stats import read_head_stats
 
+pytestmark = pytest.mark.slow
+
 STEPS = 60
 SETTINGS = {
     "training.steps": STEPS,

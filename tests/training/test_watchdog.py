@@ -11,6 +11,8 @@ import time
 import pytest
 from support.runs import ROOT, command, environment
 
+pytestmark = pytest.mark.slow
+
 FAULTY = ROOT / "tests/support/faulty.py"
 
 ALIVE = """
