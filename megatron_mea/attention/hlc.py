@@ -12,12 +12,12 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.autograd.function import once_differentiable
 
 from megatron_mea.parallel.collectives import copy_to_tp_region, gather_from_tp_region
 from megatron_mea.parallel.grid import NO_TP, TensorGroup
-from megatron_mea.parallel.parameter import Initializer, constant, normal, sharded_parameter
+from megatron_mea.parallel.layers import Linear
+from megatron_mea.parallel.parameter import Initializer, sharded_parameter
 
 
 def combine_heads(components: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -123,7 +123,7 @@ Form = Literal["plain", "folded", "combined"]
 """How heads are computed: without a combination, by a folded weight, or by combining component heads."""
 
 
-class HeadProjection(nn.Module):
+class HeadProjection(Linear):
     """Projects a hidden state to this rank's key or value heads: component heads and, with `hlc`, their combination.
 
     Over a tensor group of t ranks with equal numbers of query heads (t divides h, or h divides t), the combination is
@@ -151,31 +151,18 @@ class HeadProjection(nn.Module):
         hlc: str | None,
         tp: TensorGroup = NO_TP,
     ) -> None:
-        super().__init__()
+        rows = num_components * head_dim
+        super().__init__(
+            name=f"{layer}.{side}_proj",
+            in_features=hidden_size,
+            out_features=rows,
+            std=std,
+            bias=bias,
+            tp=tp,
+            shard_dim=0 if rows % tp.size == 0 else None,
+        )
         self.tp, self.hidden_size, self.head_dim = tp, hidden_size, head_dim
         self.num_components, self.num_composites = num_components, num_composites
-
-        rows = num_components * head_dim
-        shard_dim = 0 if rows % tp.size == 0 else None
-        name = f"{layer}.{side}_proj"
-        self.weight = sharded_parameter(
-            name=f"{name}.weight",
-            global_shape=(rows, hidden_size),
-            kind="matrix",
-            initialize=normal(std),
-            tp=tp,
-            shard_dim=shard_dim,
-        )
-        self.bias = None
-        if bias:
-            self.bias = sharded_parameter(
-                name=f"{name}.bias",
-                global_shape=(rows,),
-                kind="vector",
-                initialize=constant(0.0),
-                tp=tp,
-                shard_dim=shard_dim,
-            )
 
         self.shards_composites = num_composites % tp.size == 0
         self.hlc = None

@@ -77,7 +77,8 @@ def random_batches(config: Config, engine: Any) -> list[Batch]:
 
 def random_step(config: Config, engine: Any) -> Callable[[], Any]:
     """A training step of `engine` on random micro-batches, the same ones with every call; returns its StepResult."""
-    return partial(engine.train_step, random_batches(config, engine), config.tokens_per_step, lr=1e-3)
+    batches = random_batches(config, engine)
+    return partial(engine.train_step, batches, num_targets=config.tokens_per_step, lr=1e-3)
 
 
 def launch(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
