@@ -97,8 +97,6 @@ def command(checkout: Path, *arguments: str) -> str:
         "PYTHON": sys.executable,
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
-        # Modules that travel with an export are cached by name: each checkout has a cache of its own.
-        "HF_MODULES_CACHE": str(checkout / "runs/compare-modules"),
     }
     done = subprocess.run(arguments, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -173,11 +171,11 @@ def resume(*, before: Path, out: Path, checkout: Path, only: str) -> None:
         start(checkout=checkout, case=case, config=config)
         export(checkout, folder)
 
-        # The old export is read by its own modeling files, which lie in it.
-        arguments = ("evaluate", str(before / case.name / "export"), "--data", str(before / "data"))
-        old = json.loads(verb(checkout, *arguments))["cross_entropy"]
-        arguments = ("evaluate", str(folder / "export"), "--data", str(before / "data"))
-        new = json.loads(verb(checkout, *arguments))["cross_entropy"]
+        # Weights and configuration of the old export, which `evaluate` reads with this checkout's own classes.
+        old, new = (
+            json.loads(verb(checkout, "evaluate", str(export), "--data", str(before / "data")))["cross_entropy"]
+            for export in (before / case.name / "export", folder / "export")
+        )
         print(f"{case.name}: the export of before {old!r}, of the resumed run {new!r}", flush=True)
         if old != new:
             sys.exit(f"{case.name}: exports differ")
@@ -185,7 +183,8 @@ def resume(*, before: Path, out: Path, checkout: Path, only: str) -> None:
 
 def rows(run: Path) -> list[dict]:
     """The metrics without what no two runs share: times."""
-    parsed = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    file = run / "metrics.jsonl"
+    parsed = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     return [{key: value for key, value in row.items() if "second" not in key} for row in parsed]
 
 
@@ -194,12 +193,14 @@ def digests(export: Path) -> dict[str, str]:
 
 
 def compare(before: Path, after: Path) -> None:
-    names = sorted(path.name for path in before.iterdir() if (path / "export").exists())
+    names = sorted(path.name for folder in (before, after) for path in folder.glob("*/") if (path / "run").exists())
+    names = list(dict.fromkeys(names))
+    if not names:
+        sys.exit(f"no runs in {before} and {after}")
+
     bad = []
     for name in names:
-        same_rows = (after / name / "run/metrics.jsonl").exists() and rows(before / name / "run") == rows(
-            after / name / "run"
-        )
+        same_rows = rows(before / name / "run") == rows(after / name / "run") != []
         same_tensors = digests(before / name / "export") == digests(after / name / "export") != {}
         if not (same_rows and same_tensors):
             bad.append(name)

@@ -24,7 +24,7 @@ class DifferentialHeads(nn.Module):
     def __init__(self, *, name: str, layer: int, head_dim: int, tp: TensorGroup = NO_TP) -> None:
         super().__init__()
         self.tp = tp
-        # A tensor, since a Python number would compile each layer's code anew; an integer one, since floating-point
+        # A tensor, since a Python number would recompile the code for each layer; an integer one, since floating-point
         # buffers are rounded to the parameter dtype.
         self.register_buffer("layer", torch.tensor(layer, device="cpu"), persistent=False)
 

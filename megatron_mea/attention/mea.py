@@ -33,7 +33,7 @@ class MultiheadExplicitAttention(nn.Module):
     holds an equal part of the query heads and computes the composite heads that these attend to.
 
     Args:
-        layer: counted from 0 over the whole model.
+        layer: counted from 0 over the full model.
         recompute: save only projected queries, keys and values for backward, and recompute the rest.
     """
 

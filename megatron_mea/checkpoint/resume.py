@@ -27,7 +27,7 @@ class ResumePoint:
     """The checkpoint that a run resumes from, if any.
 
     Args:
-        source: the checkpoint folder; None: the run begins anew.
+        source: the checkpoint folder; None: the run starts from step 0.
         notes: lines to print.
         quarantined: (checkpoint, reason) of those that must be renamed before the run resumes.
     """

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -43,6 +43,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's moments as torch names them; that of parameter `name` is called `exp_avg.name`."""
 _TORCH_WRITER = "inline_container"
 """Source file of torch that writes files, as its error messages name it."""
+
+
+class ReadChunk(Protocol):
+    """Reads the chunk of a tensor at these offsets; float32."""
+
+    def __call__(self, name: str, *, offsets: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,13 +122,13 @@ def write_tensors(
     *,
     folder: Path,
     shapes: Mapping[str, tuple[int, ...]],
-    read: Callable[[str, tuple[int, ...], tuple[int, ...]], torch.Tensor],
+    read: ReadChunk,
 ) -> None:
     """Writes and flushes full tensors, with a single chunk in memory at a time; a file for each chunk.
 
     Args:
         shapes: of all tensors of the checkpoint, by exported name.
-        read: (name, offsets, shape) -> a chunk, float32; called when the chunk is written.
+        read: called when the chunk is written.
 
     Raises:
         OSError: the disk refuses.
@@ -135,7 +141,7 @@ def write_tensors(
     }
     planner = _SavePlanner(
         [(index, shapes[index.fqn], chunk_shape) for index, chunk_shape in chunk_shapes.items()],
-        lambda index: read(index.fqn, tuple(index.offset or ()), tuple(chunk_shapes[index])),
+        lambda index: read(index.fqn, offsets=tuple(index.offset or ()), shape=tuple(chunk_shapes[index])),
     )
 
     # For a single file the writer would hold all tensors in memory, and a single rank would verify it when it is read.

@@ -124,7 +124,7 @@ def _write_checkpoint(compressed: CompressedModel, folder: Path) -> None:
     shapes, checkpoint = parameter_shapes(model), source_model.checkpoint
     with progress_bar(total=4 * sum(map(math.prod, shapes.values())), desc="write", unit="B", unit_scale=True) as bar:
 
-        def read(name: str, offsets: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
+        def read(name: str, *, offsets: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
             bar.update(4 * math.prod(shape))
             return compressed.read_piece(name=name, offsets=offsets, shape=shape)
 

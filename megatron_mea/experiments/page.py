@@ -36,7 +36,7 @@ def render(
     figures: dict[str, tuple[str, bytes]],
     notes: Sequence[str],
 ) -> str:
-    """The whole page as HTML.
+    """The full page as HTML.
 
     Args:
         tokens: at which the fits are extrapolated.

@@ -38,7 +38,7 @@ def read_head_stats(run_dir: Path) -> HeadHistory:
         if tag.startswith((MATRIX_PREFIX, OUTPUT_PREFIX)):
             steps, values = records[tag] = [], []
             for row in events.Tensors(tag):
-                # A run that went back to an earlier step recorded later ones anew.
+                # A run that went back to an earlier step recorded later ones again.
                 while steps and steps[-1] >= row.step:
                     steps.pop(), values.pop()
                 steps.append(row.step)

@@ -206,7 +206,7 @@ def _write_checkpoint(
     total = 4 * sum(map(math.prod, shapes.values()))
     with progress_bar(total=total, desc="import", unit="B", unit_scale=True) as bar:
 
-        def read(name: str, offsets: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
+        def read(name: str, *, offsets: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
             bar.update(4 * math.prod(shape))
             if name in tensors:
                 piece = read_chunk(tensors=tensors, name=name, offsets=offsets, shape=shape)

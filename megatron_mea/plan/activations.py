@@ -7,7 +7,7 @@ float32 a row.
 
 from __future__ import annotations
 
-from megatron_mea.plan.workload import KV, StageShard, Workload
+from megatron_mea.plan.workload import Side, StageShard, Workload
 
 FLOAT32 = 4
 """Bytes of a float32 element."""
@@ -74,7 +74,7 @@ def block_activations(workload: Workload, layer: int) -> int:
 
     # The inputs of q, k, v and of gate, up.
     inputs = 2 * tokens * model.hidden_size * element_bytes
-    projections = sum(projection_activations(workload=workload, layer=layer, kv=kv) for kv in ("k", "v"))
+    projections = sum(projection_activations(workload=workload, layer=layer, side=side) for side in ("k", "v"))
     attention = _qkv_bytes(workload) if workload.selective_recompute else attention_activations(workload)
 
     # gate, up, and unless they are recomputed silu(gate) and the product
@@ -127,14 +127,14 @@ def attention_activations(workload: Workload) -> int:
     return saved_bytes
 
 
-def projection_activations(*, workload: Workload, layer: int, kv: KV) -> int:
+def projection_activations(*, workload: Workload, layer: int, side: Side) -> int:
     """Bytes that a head combination saves, apart from the keys or values that attention saves.
 
     Folded: the folded weight, and the component weight where it was gathered into a copy; where a step folds once,
     these belong to no micro-batch (`step_folds`). Combined: the component heads of all tokens.
     """
     model, element_bytes = workload.model, workload.element_bytes
-    projection = workload.kv_projection(layer, kv)
+    projection = workload.kv_projection(layer, side)
     component_width = projection.num_components * model.head_dim
 
     if projection.form == "combined":
@@ -143,13 +143,13 @@ def projection_activations(*, workload: Workload, layer: int, kv: KV) -> int:
         gathers_weight = projection.sharded and not projection.shards_composites
         return component_width * model.hidden_size * element_bytes if gathers_weight else 0
 
-    return 0 if workload.folds_once_per_step else _fold_bytes(workload=workload, layer=layer, kv=kv)
+    return 0 if workload.folds_once_per_step else _fold_bytes(workload=workload, layer=layer, side=side)
 
 
 def folded_weights(workload: Workload, layer: int) -> int:
     """Bytes that a layer's folded keys and values save for a micro-batch."""
-    folded = [kv for kv in ("k", "v") if workload.kv_projection(layer, kv).form == "folded"]
-    return sum(projection_activations(workload=workload, layer=layer, kv=kv) for kv in folded)
+    folded = [side for side in ("k", "v") if workload.kv_projection(layer, side).form == "folded"]
+    return sum(projection_activations(workload=workload, layer=layer, side=side) for side in folded)
 
 
 def step_folds(workload: Workload, stage: StageShard) -> int:
@@ -159,16 +159,16 @@ def step_folds(workload: Workload, stage: StageShard) -> int:
 
     folded_numel = workload.local_composites * workload.model.head_dim * workload.model.hidden_size
     return sum(
-        _fold_bytes(workload=workload, layer=layer, kv=kv) + folded_numel * FLOAT32
+        _fold_bytes(workload=workload, layer=layer, side=side) + folded_numel * FLOAT32
         for layer in stage.blocks
-        for kv in ("k", "v")
-        if workload.kv_projection(layer, kv).form == "folded"
+        for side in ("k", "v")
+        if workload.kv_projection(layer, side).form == "folded"
     )
 
 
-def _fold_bytes(*, workload: Workload, layer: int, kv: KV) -> int:
+def _fold_bytes(*, workload: Workload, layer: int, side: Side) -> int:
     """Bytes of a folded weight, and of the component weight where it was gathered."""
-    projection = workload.kv_projection(layer, kv)
+    projection = workload.kv_projection(layer, side)
     gathered_components = projection.num_components if projection.sharded else 0
     return (
         (workload.local_composites + gathered_components)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_mea.plan.workload import KV, LocalParameter, StageShard, Workload
+from megatron_mea.plan.workload import Side, LocalParameter, StageShard, Workload
 
 Group = Literal["tensor", "data", "pipeline"]
 
@@ -197,26 +197,26 @@ def _teacher_calls(workload: Workload, stage: StageShard) -> Iterator[Call]:
 
 def _component_gathers(workload: Workload, layer: int, *, recompute: bool = False) -> Iterator[Call]:
     """All-gathers of component heads in one block's forward pass, or in its recomputation."""
-    for kv in ("k", "v"):
-        saved = workload.folds_outside_recompute and workload.kv_projection(layer, kv).form == "folded"
+    for side in ("k", "v"):
+        saved = workload.folds_outside_recompute and workload.kv_projection(layer, side).form == "folded"
         if recompute and saved:
             continue
-        calls = _kv_projection_calls(workload=workload, layer=layer, kv=kv)
+        calls = _kv_projection_calls(workload=workload, layer=layer, side=side)
         yield from (call for call in calls if call.collective == "all_gather")
 
 
 def _kv_calls(*, workload: Workload, layer: int, once_per_step: bool) -> Iterator[Call]:
     """Calls for a block's keys and values that a step makes once, or those that every micro-batch makes."""
-    for kv in ("k", "v"):
-        shared = workload.folds_once_per_step and workload.kv_projection(layer, kv).form == "folded"
+    for side in ("k", "v"):
+        shared = workload.folds_once_per_step and workload.kv_projection(layer, side).form == "folded"
         if shared == once_per_step:
-            yield from _kv_projection_calls(workload=workload, layer=layer, kv=kv)
+            yield from _kv_projection_calls(workload=workload, layer=layer, side=side)
 
 
-def _kv_projection_calls(*, workload: Workload, layer: int, kv: KV) -> Iterator[Call]:
+def _kv_projection_calls(*, workload: Workload, layer: int, side: Side) -> Iterator[Call]:
     """Calls for component heads, as weights or activations, and for gradients of what every rank holds in full."""
     model, element_bytes = workload.model, workload.element_bytes
-    projection = workload.kv_projection(layer, kv)
+    projection = workload.kv_projection(layer, side)
     component_width = projection.num_components * model.head_dim
     if projection.form != "plain" and not projection.shards_composites:
         hlc_numel = projection.num_components * projection.num_composites

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_mea.plan.workload import KV, Workload
+from megatron_mea.plan.workload import Side, Workload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ def _recomputed_flops(workload: Workload, layer: int) -> float:
     # Recomputation ends with the last tensor that is needed, the input of down_proj.
     down_proj = 2 * workload.model.hidden_size * workload.model.intermediate_size
     folds = (
-        sum(fold_flops(workload=workload, layer=layer, kv=kv) for kv in ("k", "v"))
+        sum(fold_flops(workload=workload, layer=layer, side=side) for side in ("k", "v"))
         if workload.folds_outside_recompute
         else 0.0
     )
@@ -79,8 +79,8 @@ def block_flops(workload: Workload, layer: int) -> float:
     queries_and_output = 4 * model.hidden_size * query_width
     feed_forward = 6 * model.hidden_size * model.intermediate_size
 
-    keys = kv_projection_flops(workload=workload, layer=layer, kv="k")
-    values = kv_projection_flops(workload=workload, layer=layer, kv="v")
+    keys = kv_projection_flops(workload=workload, layer=layer, side="k")
+    values = kv_projection_flops(workload=workload, layer=layer, side="v")
     return queries_and_output + attention_flops(workload) + feed_forward + (keys + values)
 
 
@@ -97,13 +97,13 @@ def attention_flops(workload: Workload) -> float:
     return attention
 
 
-def kv_projection_flops(*, workload: Workload, layer: int, kv: KV) -> float:
+def kv_projection_flops(*, workload: Workload, layer: int, side: Side) -> float:
     """FLOPs a token of one layer's keys or values: a projection, and its head combination in the form that runs.
 
     Folded (paper eq. 18) h h' d (hidden + bias) multiplications a micro-batch, or a step, and a projection to h heads;
     combined (eq. 10) a projection to h' heads and h h' d multiplications a token.
     """
-    model, projection = workload.model, workload.kv_projection(layer, kv)
+    model, projection = workload.model, workload.kv_projection(layer, side)
     combination = 2 * projection.num_components * projection.num_composites * model.head_dim
     num_heads = projection.num_components if projection.form == "combined" else projection.num_composites
     matrix_product = 2 * model.hidden_size * num_heads * model.head_dim
@@ -112,12 +112,12 @@ def kv_projection_flops(*, workload: Workload, layer: int, kv: KV) -> float:
         return matrix_product
     if projection.form == "combined":
         return matrix_product + combination
-    return matrix_product + fold_flops(workload=workload, layer=layer, kv=kv)
+    return matrix_product + fold_flops(workload=workload, layer=layer, side=side)
 
 
-def fold_flops(*, workload: Workload, layer: int, kv: KV) -> float:
+def fold_flops(*, workload: Workload, layer: int, side: Side) -> float:
     """FLOPs a token of folding one layer's keys or values; 0 where they are not folded."""
-    model, projection = workload.model, workload.kv_projection(layer, kv)
+    model, projection = workload.model, workload.kv_projection(layer, side)
     if projection.form != "folded":
         return 0.0
 

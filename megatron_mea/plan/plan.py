@@ -141,10 +141,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "tokens": plan.steps * plan.tokens_per_step,
         "tokens_per_step": plan.tokens_per_step,
         "parameters": asdict(plan.parameters),
-        "memory_per_rank_bytes": [
-            {"stage": stage.stage} | {name: getattr(stage, field) for name, field in MEMORY_COLUMNS.items()}
-            for stage in plan.memory
-        ],
+        "memory_per_rank_bytes": [_memory_as_json(stage) for stage in plan.memory],
         "checkpoint_bytes": plan.checkpoint_bytes,
         "checkpoint_copy_per_rank_bytes": plan.checkpoint_copy_bytes,
         "flops_per_token": asdict(plan.flops) | {"total": plan.flops.total},
@@ -152,6 +149,11 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "communication_per_step": [asdict(row) for row in plan.communication],
         "pipeline_bubble": layout.pipeline_bubble,
     }
+
+
+def _memory_as_json(memory: Memory) -> dict[str, int]:
+    names = {field: name for name, field in MEMORY_COLUMNS.items()}
+    return {names.get(field, field): size for field, size in asdict(memory).items()} | {"total": memory.total}
 
 
 def as_text(plan: Plan) -> str:

@@ -18,7 +18,7 @@ from megatron_mea.parallel.grid import TensorGroup
 from megatron_mea.parallel.parameter import parameters_by_name
 
 Device = Literal["cuda", "cpu"]
-KV = Literal["k", "v"]
+Side = Literal["k", "v"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,11 +158,11 @@ class Workload:
         """Composite heads that a rank computes."""
         return max(self.model.num_key_value_heads // self.layout.tensor, 1)
 
-    def kv_projection(self, layer: int, kv: KV) -> KVProjection:
+    def kv_projection(self, layer: int, side: Side) -> KVProjection:
         """The form in which `HeadProjection` computes a layer's keys or values in training."""
         model, tensor = self.model, self.layout.tensor
         num_components, num_composites = model.component_heads[layer], model.num_key_value_heads
-        combines = model.mixes_keys if kv == "k" else model.mixes_values
+        combines = model.mixes_keys if side == "k" else model.mixes_values
 
         form: Literal["plain", "folded", "combined"] = "plain"
         if combines:

@@ -1,4 +1,4 @@
-"""What a job requests, and whether the cluster and its runs allow that."""
+"""Resources that a job requests, checked against the cluster and the layouts of its runs."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class Engine:
     """A decoder and its optimizer under DeepSpeed, on any number of tensor and data ranks.
 
     Args:
-        config: the whole configuration.
+        config: the full configuration.
         model: initialised, on the CPU.
         device: of this rank.
         grid: coordinates and process groups of this rank.

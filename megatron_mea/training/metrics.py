@@ -26,7 +26,7 @@ class Metrics:
     """Appends rows to metrics.jsonl, and the same scalars to TensorBoard; for rank 0.
 
     Args:
-        step: the step after which the run resumes; None: it begins anew. Later rows and a half-written last line are
+        step: the step after which the run resumes; None: step 0. Later rows and a half-written last line are
             removed; the rows before stay as they are, byte for byte.
         tensorboard: write to TensorBoard. If not, later rows of an earlier TensorBoard folder are purged all the same.
     """

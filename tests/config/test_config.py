@@ -43,7 +43,7 @@ def test_the_documentation_lists_every_key_with_its_default():
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
-def test_every_configuration_that_ships_is_valid_and_not_handicapped(path):
+def test_every_configuration_that_ships_is_valid_and_has_no_warnings(path):
     assert config_warnings(load_config(path), ONE_PROCESS) == []
 
 
@@ -153,7 +153,7 @@ class TestSchedule:
         assert learning_rate(config, 7) == pytest.approx(0.55)
 
 
-def test_the_handicap_of_small_embeddings_beside_a_head_norm():
+def test_small_embeddings_beside_a_head_norm_are_warned_of():
     wide = {"hidden_size": 128, "num_hidden_layers": 4, "head_dim": 16, "num_attention_heads": 8}
     (warning,) = config_warnings(
         parse(model=wide | {"initializer_range": 0.06, "embedding_initializer_range": 0.02}), ONE_PROCESS

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A browser without a screen for tests/experiments/test_page.py, on Debian and Ubuntu.
+# A browser without a screen for tests/experiments/test_report.py, on Debian and Ubuntu.
 set -euo pipefail
 command -v chromium-headless-shell > /dev/null || command -v chromium > /dev/null && exit 0
 sudo=""

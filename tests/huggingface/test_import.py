@@ -338,7 +338,7 @@ class TestPieces:
         expected = {"matrix": torch.randn(7, 5), "vector": torch.randn(11)}
         monkeypatch.setattr(tensors, "row_chunks", lambda shape: row_chunks(shape, 10))
 
-        def read(name, offsets, shape):
+        def read(name, *, offsets, shape):
             return expected[name][
                 tuple(slice(offset, offset + size) for offset, size in zip(offsets, shape, strict=True))
             ].clone()

@@ -320,7 +320,7 @@ COMMANDS = re.findall(r"^megatron-mea plan (.*)$", CLUSTER_SETTINGS, re.M)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_settings_for_clusters_fit_are_not_handicapped_and_say_what_plan_says(command, capsys):
+def test_the_settings_for_clusters_fit_have_no_warnings_and_say_what_plan_says(command, capsys):
     path, *overrides, _, world_size = shlex.split(command)
     config = load_config(ROOT / path, overrides)
     assert config_warnings(config, check_layout(config, int(world_size))) == []

@@ -20,7 +20,7 @@ PROCESS_EVENTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn",
 class ProcessGuard:
     """Raises where a process is started while `test` names the running test.
 
-    Audit hooks cannot be removed, so there is one for the whole session.
+    Audit hooks cannot be removed, so there is one for the full session.
     """
 
     def __init__(self) -> None:
@@ -53,17 +53,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=left_out)
 
 
-@pytest.fixture(autouse=True)
-def _no_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    if not request.config.getoption("--fast"):
-        yield
-        return
-    guard = request.config.process_guard
-    guard.test = request.node.nodeid
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Guards a test with all its fixtures, those of the module and of the session included."""
+    if not item.config.getoption("--fast"):
+        return (yield)
+
+    guard = item.config.process_guard
+    guard.test = item.nodeid
     # A spawned process raises no event.
-    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", lambda _: guard.refuse("multiprocessing"))
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multiprocessing.process.BaseProcess, "start", lambda _: guard.refuse("multiprocessing"))
+        result = yield
+
     guard.test = ""
+    return result
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -73,6 +77,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     reports = [report for reports in terminalreporter.stats.values() for report in reports]
     functions = {report.nodeid.partition("[")[0] for report in reports if getattr(report, "when", "") == "call"}
     seconds = time.monotonic() - config.began
+    passed = not any(terminalreporter.stats.get(outcome) for outcome in ("failed", "error"))
     terminalreporter.write_line(
-        f"fast tier: {len(functions)} test functions in {seconds:.0f} s; none of them started a process"
+        f"fast tier: {len(functions)} test functions in {seconds:.0f} s"
+        + ("; none of them started a process" if passed else "")
     )

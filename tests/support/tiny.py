@@ -78,7 +78,7 @@ class Tiny:
         """Writes the configuration to `path` and returns it.
 
         Args:
-            overrides: dotted keys, given as `**{"model.head_dim": 7}`; a section's name replaces the whole section.
+            overrides: dotted keys, given as `**{"model.head_dim": 7}`; a section's name replaces the full section.
         """
         tree = copy.deepcopy(self.tree())
         for key, value in overrides.items():

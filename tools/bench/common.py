@@ -1,4 +1,4 @@
-"""What the benches share: options, rounds and medians, timers, tables, and facts about the machine.
+"""Shared by the benches: options, rounds and medians, timers, tables, and facts about the machine.
 
 Imports nothing but the standard library: two benches measure the memory of processes that import this file.
 """

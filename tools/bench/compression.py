@@ -53,7 +53,9 @@ def cross_entropy(model: SourceModel | CompressedModel, windows: Windows) -> flo
     """Mean cross-entropy (nats a token) of all windows, computed a layer at a time."""
     total, count = 0.0, 0
     for batch in windows:
-        losses = losses_of_changes(model, None, changes=(), batch=batch, document_mask=windows.document_mask)
+        losses = losses_of_changes(
+            source_model=model, factoriser=None, changes=(), batch=batch, document_mask=windows.document_mask
+        )
         total += losses[None]
         count += int((batch.targets != IGNORE_INDEX).sum())
 

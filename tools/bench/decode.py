@@ -159,7 +159,7 @@ class Case:
             return sdpa_attention_forward(module, query, keys, values, attention_mask=mask, scaling=module.scaling)
 
         def through_cache(cache: Preallocated) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-            return module._through_cache(cache, key=component_key, value=component_value, key_scale=scale)
+            return module._update_cache(component_key, component_value, scale, cache=cache)
 
         def composed(layer: int) -> object:
             keys, values, scales = through_cache(mea[layer % count])
@@ -171,7 +171,7 @@ class Case:
         def absorbed(layer: int, *, layers: list[Preallocated] = mea) -> object:
             keys, values, scales = through_cache(layers[layer % count])
             wide_query, keys, values, mix = module._absorb(query, keys, values)
-            return module._resolve(attend(wide_query, keys, values, key_scale=scales), mix)
+            return module._combine_output(attend(wide_query, keys, values, key_scale=scales), mix)
 
         return {
             "plain, best": best,

@@ -95,7 +95,7 @@ def measure(*, checkpoint: Path, out: Path, kind: str, dtype: str) -> dict[str, 
     seconds = time.monotonic() - begin
     done.set()
     watcher.join()
-    return {"kind": kind, "dtype": dtype, "peak_bytes": peak, "seconds": seconds, "said": report.splitlines()[-1]}
+    return {"kind": kind, "dtype": dtype, "peak_bytes": peak, "seconds": seconds, "report": report.splitlines()[-1]}
 
 
 def main() -> None:

@@ -119,7 +119,7 @@ def measure(*, shape: tuple[int, int, int, int], device: str, tile_sizes: list[i
         "torch, compiled": (torch.compile(torch_norm, dynamic=False), None),
         "ours": (head_norm, None),
     }
-    norms |= {f"ours, {size} numbers a program": (head_norm, size) for size in tile_sizes}
+    norms |= {f"ours, {size} elements a program": (head_norm, size) for size in tile_sizes}
 
     def timed(norm: Norm, size: int | None) -> tuple[float, float]:
         with tile_elements(size):
@@ -148,13 +148,15 @@ def measure(*, shape: tuple[int, int, int, int], device: str, tile_sizes: list[i
 
 def main() -> None:
     parser = BenchParser(__doc__)
-    parser.add_argument("--numbers", type=int, nargs="*", default=[], help="also with so many numbers a program")
+    parser.add_argument("--elements", type=int, nargs="*", default=[], help="also with so many elements a program")
     arguments = parser.parse(devices=SHAPES, rounds=10)
     columns = ["batch x H x seq x d", "norm", "forward, us", "GB/s", "backward, us", "GB/s", "time"]
     print_header([*columns, "error of y, dx, dgain"])
     rows = []
     for shape in SHAPES[arguments.device]:
-        for row in measure(shape=shape, device=arguments.device, tile_sizes=arguments.numbers, rounds=arguments.rounds):
+        for row in measure(
+            shape=shape, device=arguments.device, tile_sizes=arguments.elements, rounds=arguments.rounds
+        ):
             rows.append(row)
             cells = [" x ".join(map(str, shape)), row["norm"]]
             for direction in ("forward", "backward"):

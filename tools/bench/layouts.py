@@ -40,7 +40,7 @@ MODEL = {
 STEPS_BEFORE = 2
 """ZeRO 3 follows its own plan of fetches from the third pass on."""
 STEPS_TIMED = 3
-ALONE = "1 rank"
+SINGLE_RANK = "1 rank"
 FOLDED = 160
 """Sequence length with which a micro-batch of two samples has more tokens than `hidden_size`."""
 
@@ -63,7 +63,7 @@ def all_layouts(processes: int) -> Iterator[tuple[str, Config]]:
 
         data = processes // (tensor * pipeline)
         sizes = {"tp": tensor, "pp": pipeline, "dp": data}
-        name = " x ".join(f"{kind}{size}" for kind, size in sizes.items() if size > 1) or ALONE
+        name = " x ".join(f"{kind}{size}" for kind, size in sizes.items() if size > 1) or SINGLE_RANK
         zero_stages = (1, 2, 3) if data > 1 and pipeline == 1 else (1,)
         for zero, sequence, recomputation in itertools.product(zero_stages, (False, True), ("none", "full")):
             if sequence and tensor == 1:
@@ -278,7 +278,7 @@ def main() -> None:
         for index, (name, config) in enumerate(cases.items()):
             row = result(name=name, config=config, ranks=[measurements[index] for measurements in ranks])
             results.append(row)
-            if name == ALONE:
+            if name == SINGLE_RANK:
                 speed = row["planned_flops"] / row["cpu_seconds_computing"]
             print("\n".join(lines(row, speed)), flush=True)
 
