@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_mea.plan.workload import Side, LocalParameter, StageShard, Workload
+from megatron_mea.plan.workload import LocalParameter, Side, StageShard, Workload
 
 Group = Literal["tensor", "data", "pipeline"]
 
