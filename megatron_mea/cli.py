@@ -12,10 +12,14 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_mea.arguments import parse_arguments
 from megatron_mea.errors import UserError
 from megatron_mea.failures import exit_status
+
+if TYPE_CHECKING:
+    from megatron_mea.config import Config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,22 +77,34 @@ def _train(arguments: argparse.Namespace) -> None:
     # Before torch is imported: a signal during that import would kill the process.
     stop = StopSignal()
 
-    from megatron_mea.config import load_config
+    from megatron_mea.training.rank_env import RankEnv
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = _load_run_config(arguments, rank=RankEnv.from_environment().rank)
 
     from megatron_mea.training.run import train
 
     train(config, stop)
 
 
+def _load_run_config(arguments: argparse.Namespace, *, rank: int = 0) -> Config:
+    """The configuration of a run; rank 0 prints to stderr what its checkpoint decided."""
+    from megatron_mea.checkpoint.run_config import load_run_config
+
+    config, inherited = load_run_config(arguments.config, arguments.overrides)
+    _print_inherited(inherited if rank == 0 else [])
+    return config
+
+
+def _print_inherited(lines: Sequence[str]) -> None:
+    for line in lines:
+        print(line, file=sys.stderr, flush=True)
+
+
 def _plan(arguments: argparse.Namespace) -> None:
     if arguments.world_size is not None and arguments.world_size < 1:
         raise UserError(where="--world-size", got=arguments.world_size, expected="at least 1")
 
-    from megatron_mea.config import load_config
-
-    config = load_config(arguments.config, arguments.overrides)
+    config = _load_run_config(arguments)
 
     from megatron_mea.config.layout import check_layout
 
@@ -101,9 +117,7 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _submit(arguments: argparse.Namespace) -> None:
-    from megatron_mea.config import load_config
-
-    config = load_config(arguments.config, arguments.overrides)
+    config = _load_run_config(arguments)
 
     from megatron_mea.slurm.resources import Resources
     from megatron_mea.slurm.submit import submit
@@ -125,7 +139,7 @@ def _sweep(arguments: argparse.Namespace) -> None:
         return option.split(",") if option else []
 
     out = Path(arguments.out)
-    configs = combinations(
+    configs, inherited = combinations(
         path=arguments.config,
         overrides=arguments.overrides,
         variants=comma_separated(arguments.variants),
@@ -133,6 +147,7 @@ def _sweep(arguments: argparse.Namespace) -> None:
         seeds=comma_separated(arguments.seeds),
         out=out,
     )
+    _print_inherited(inherited)
 
     defaults = {"nodes": 1, "gpus_per_node": 1, "time": "24:00:00"}
     requested = {name: value for name in defaults if (value := getattr(arguments, name)) is not None}

@@ -319,7 +319,7 @@ def waits() -> Facts:
             lines[f"{file.parent.name}/{file.name}:{warning.lineno}"] += 1
 
     assert not any("model/" in line or "attention/" in line or "parallel/" in line for line in lines), lines
-    return {"micro-batches": engine.num_micro_batches, "waits": dict(lines)}
+    return {"micro-batches": engine.grid.dims.num_micro_batches, "waits": dict(lines)}
 
 
 def model() -> Facts:

@@ -94,7 +94,7 @@ class Estimate:
     @property
     def kind(self) -> str:
         """Kind of parallelism, one of KINDS."""
-        tensor, pipeline = self.plan.layout.tensor > 1, self.plan.layout.pipeline > 1
+        tensor, pipeline = self.plan.dims.tp > 1, self.plan.dims.pp > 1
         if tensor or pipeline:
             return " x ".join(["tensor"] * tensor + ["pipeline"] * pipeline)
         return f"data, ZeRO {self.plan.zero_stage}"
@@ -144,18 +144,18 @@ def group_seconds(*, plan: Plan, group: str, machine: Machine) -> float:
 
     Consecutive ranks share a tensor group first, then a data group, then a pipeline.
     """
-    layout = plan.layout
+    dims = plan.dims
     # Members of a group, and ranks from its first member to its last.
     size, reach = {
-        "tensor": (layout.tensor, layout.tensor),
-        "data": (layout.data, layout.tensor * layout.data),
-        "pipeline": (layout.pipeline, plan.world_size),
+        "tensor": (dims.tp, dims.tp),
+        "data": (dims.dp, dims.tp * dims.dp),
+        "pipeline": (dims.pp, plan.world_size),
     }[group]
     # A data group has GPUS_PER_NODE / t members in a node, each beside a card.
-    cards = min(GPUS_PER_NODE // layout.tensor, size) if group == "data" else 1
+    cards = min(GPUS_PER_NODE // dims.tp, size) if group == "data" else 1
     bandwidth = machine.nvlink if reach <= GPUS_PER_NODE else min(machine.nvlink, machine.card * cards)
 
-    stage_seconds = dict.fromkeys(range(layout.pipeline), 0.0)
+    stage_seconds = dict.fromkeys(range(dims.pp), 0.0)
     for row in plan.communication:
         if row.group == group:
             rounds = 1.0 if group == "pipeline" else (2 if row.collective == "all_reduce" else 1) * (size - 1) / size
@@ -171,10 +171,10 @@ def estimate(*, config: Config, gpus: int, machine: Machine) -> Estimate | None:
     except UserError:
         return None
 
-    layout = plan.layout
-    tokens = plan.tokens_per_step / layout.data / layout.micro_batches
-    stage_seconds = [tokens * flops / layout.tensor / machine.speed for flops in plan.stage_flops]
-    compute, idle = pipeline_seconds(stage_seconds, layout.micro_batches)
+    dims = plan.dims
+    tokens = plan.tokens_per_step / dims.dp / dims.num_micro_batches
+    stage_seconds = [tokens * flops / dims.tp / machine.speed for flops in plan.stage_flops]
+    compute, idle = pipeline_seconds(stage_seconds, dims.num_micro_batches)
     traffic = {
         group: group_seconds(plan=plan, group=group, machine=machine) for group in ("tensor", "data", "pipeline")
     }
@@ -208,10 +208,10 @@ def print_table(names: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
 
 def summary(choice: Estimate) -> str:
     """Seconds of a step, tensor x pipeline, ZeRO beside tensor ranks, and the initial of the recomputation."""
-    layout, zero_stage = choice.plan.layout, choice.plan.zero_stage
+    dims, zero_stage = choice.plan.dims, choice.plan.zero_stage
     parts = [f"{choice.seconds:.2f}"]
-    if layout.tensor * layout.pipeline > 1:
-        parts.append(f"{layout.tensor} x {layout.pipeline}")
+    if dims.tp * dims.pp > 1:
+        parts.append(f"{dims.tp} x {dims.pp}")
         parts += [f"Z{zero_stage}"] * (zero_stage > 1)
     if choice.recomputation != "none":
         parts.append(choice.recomputation[0])
@@ -236,13 +236,13 @@ def fastest(*, models: list[str], gpu_counts: list[int], batch: int, machine: Ma
 
                 choice = fits[0]
                 best_rate = max(best_rate, choice.rate)
-                layout = choice.plan.layout
+                dims = choice.plan.dims
                 sent_bytes = max(
                     sum(row.bytes for row in choice.plan.communication if row.stage == stage)
-                    for stage in range(layout.pipeline)
+                    for stage in range(dims.pp)
                 )
 
-                cells = [model, f"{gpus:,}", f"{layout.tensor} x {layout.pipeline} x {layout.data}"]
+                cells = [model, f"{gpus:,}", f"{dims.tp} x {dims.pp} x {dims.dp}"]
                 cells += [str(choice.plan.zero_stage), choice.recomputation, f"{choice.memory / 2**30:.1f}"]
                 cells += [f"{choice.seconds:.2f}", f"{choice.compute:.2f}", f"{choice.idle:.2f}"]
                 cells += [f"{choice.traffic[group]:.2f}" for group in ("tensor", "data", "pipeline")]

@@ -94,24 +94,6 @@ def folding_is_cheaper(
     return folding_cost < combining_cost
 
 
-def folding_once_per_step_pays(
-    *, micro_batches: int, tokens: int, hidden_size: int, tensor: int, pipeline: int, zero_stage: int
-) -> bool:
-    """Whether one fold for all micro-batches of a step pays (attention/folds.py).
-
-    Over a tensor group it gathers hidden h' d elements per step, where combining activations gathers tokens h' d for
-    each micro-batch. It is impossible with ZeRO 2 and 3, which partition gradients as they appear, so that none can
-    wait for the last micro-batch, and in a pipeline, whose micro-batches overlap.
-
-    Args:
-        micro_batches: number of micro-batches of a step.
-        tokens: number of tokens of a micro-batch.
-        tensor, pipeline: sizes of the tensor group and of the pipeline.
-    """
-    is_possible = tensor > 1 and pipeline == 1 and zero_stage <= 1 and micro_batches > 1
-    return is_possible and micro_batches * tokens > hidden_size
-
-
 class FoldedProjection(NamedTuple):
     """A projection straight to this rank's composite heads: weight (h d, hidden), and bias (h d,) or None."""
 
@@ -154,6 +136,7 @@ class HeadProjection(Linear):
         rows = num_components * head_dim
         super().__init__(
             name=f"{layer}.{side}_proj",
+            component="attention",
             in_features=hidden_size,
             out_features=rows,
             std=std,
@@ -170,7 +153,8 @@ class HeadProjection(Linear):
             self.hlc = sharded_parameter(
                 name=f"{layer}.hlc_{side}.weight",
                 global_shape=(num_components, num_composites),
-                kind="hlc",
+                component="hlc",
+                kind="matrix",
                 initialize=HLC_INITS[hlc],
                 tp=tp,
                 shard_dim=1 if self.shards_composites else None,

@@ -7,11 +7,10 @@ import math
 import torch
 from torch import nn
 
-from megatron_mea.attention.differential import DifferentialHeads
+from megatron_mea.attention.core import core_attention_class
 from megatron_mea.attention.document_mask import AttentionFn, causal_attention
 from megatron_mea.attention.head_norm import HeadNorm
 from megatron_mea.attention.hlc import FoldedProjection, HeadProjection
-from megatron_mea.attention.talking_heads import TalkingHeads
 from megatron_mea.config.schema import Model
 from megatron_mea.exported.rotary_mea import apply_rotary
 from megatron_mea.parallel.activation_checkpoint import maybe_checkpoint
@@ -25,8 +24,7 @@ class MultiheadExplicitAttention(nn.Module):
 
     1. K_comp, V_comp from the projections, h' heads each; queries are not combined.
     2. K = HLC(W_lc^K, K_comp), V = HLC(W_lc^V, V_comp): h heads each.
-    3. Ordinary grouped-query attention with Q, K, V; `core_attention` replaces it in `differential` and
-       `talking_heads`.
+    3. Ordinary grouped-query attention with Q, K, V, or what the variant's `core_attention` replaces it with.
     4. An RMSNorm over the d features of every query head's output by itself ("GroupNorm"), then W_O.
 
     `qk_norm` (Qwen3) acts on the queries and on the composite keys, before RoPE. Over a tensor group every rank
@@ -63,13 +61,26 @@ class MultiheadExplicitAttention(nn.Module):
             return RMSNorm(name=f"{name}.{suffix}", size=dim, eps=config.rms_norm_eps, tp=tp, reduce_weight_grad=True)
 
         self.q_proj = Linear(
-            name=f"{name}.q_proj", in_features=hidden, out_features=heads * dim, std=std, bias=bias, tp=tp, shard_dim=0
+            name=f"{name}.q_proj",
+            component="attention",
+            in_features=hidden,
+            out_features=heads * dim,
+            std=std,
+            bias=bias,
+            tp=tp,
+            shard_dim=0,
         )
         self.key_projection = head_projection("k", combines=config.mixes_keys)
         self.value_projection = head_projection("v", combines=config.mixes_values)
         output_std = std / math.sqrt(2 * config.num_hidden_layers)
         self.o_proj = Linear(
-            name=f"{name}.o_proj", in_features=heads * dim, out_features=hidden, std=output_std, tp=tp, shard_dim=1
+            name=f"{name}.o_proj",
+            component="attention",
+            in_features=heads * dim,
+            out_features=hidden,
+            std=output_std,
+            tp=tp,
+            shard_dim=1,
         )
 
         self.q_norm = self.k_norm = self.head_norm = None
@@ -87,11 +98,7 @@ class MultiheadExplicitAttention(nn.Module):
                 reduce_weight_grad=True,
             )
 
-        self.core_attention: DifferentialHeads | TalkingHeads | None = None
-        if config.attention_variant == "differential":
-            self.core_attention = DifferentialHeads(name=name, layer=layer, head_dim=dim, tp=tp)
-        elif config.attention_variant == "talking_heads":
-            self.core_attention = TalkingHeads(name, heads)
+        self.core_attention = core_attention_class(config)(name=name, config=config, layer=layer, tp=tp)
 
     def forward(
         self,
@@ -115,33 +122,36 @@ class MultiheadExplicitAttention(nn.Module):
         query = self.q_proj(hidden_states).view(batch, seq, self.num_heads, self.head_dim).transpose(1, 2)
         key, value = self.key_projection(hidden_states, folded[0]), self.value_projection(hidden_states, folded[1])
         output = maybe_checkpoint(
-            self._attend_and_project, query, key, value, cos=cos, sin=sin, attend=attend, enabled=self.recompute
+            self._attend_and_project,
+            query,
+            key,
+            value,
+            self.core_attention.project(hidden_states),
+            cos=cos,
+            sin=sin,
+            attend=attend,
+            enabled=self.recompute,
         )
         return exit_tp_region(output, self.tp)
 
-    def _attend_and_project(
+    def _attend_and_project(  # noqa: PLR0917 - a checkpoint saves what is passed by position
         self,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
+        projected: torch.Tensor | None,
         *,
         cos: torch.Tensor,
         sin: torch.Tensor,
         attend: AttentionFn,
     ) -> torch.Tensor:
         """q, k, v -> this rank's partial o_proj output (batch, seq, hidden), to be reduced over the tensor group."""
+        key, value = self.core_attention.transform_kv(key, value)
         if self.q_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
 
         query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
-        if self.core_attention is None:
-            output = attend(query, key, value)
-        else:
-            output = self.core_attention(query, key, value, attend=attend)
-
-        # shape: (batch, H, seq, d), or of differential pairs (batch, H / 2, seq, 2d) -> (batch, seq, H d)
+        output = self.core_attention(query, key, value, attend=attend)
+        # shape: (batch, H, seq, d), or of pairs of heads (batch, H / 2, seq, 2d) -> (batch, seq, H d)
         output = output.transpose(1, 2).flatten(2) if self.head_norm is None else self.head_norm(output)
-        if isinstance(self.core_attention, DifferentialHeads):
-            output = output * self.core_attention.scale
-
-        return self.o_proj(output)
+        return self.o_proj(self.core_attention.transform_output(output, projected))

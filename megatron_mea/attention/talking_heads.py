@@ -9,45 +9,65 @@ from functools import partial
 import torch
 from torch import nn
 
+from megatron_mea.attention.core import FLOAT32, AttentionSizes, CoreAttention
+from megatron_mea.attention.document_mask import visible_tokens_mask
+from megatron_mea.config.schema import Model
+from megatron_mea.parallel.grid import NO_TP, TensorGroup
 from megatron_mea.parallel.parameter import sharded_parameter
 
 
-class TalkingHeads(nn.Module):
-    """Core attention whose heads exchange logits and weights through `logits_mix` and `weights_mix`, both (H, H).
+class TalkingHeadsAttention(CoreAttention):
+    """Attention whose heads exchange logits and weights through `logits_mix` and `weights_mix`, both (H, H).
 
     L_j = sum_i logits_mix[i, j] S_i, A_j = softmax(L_j), B_j = sum_i weights_mix[i, j] A_i. Both are initialised to the
     identity. A head's weights need the logits of all heads, so fused kernels, which never hold the scores, cannot
     compute them, and a tensor group cannot shard the heads.
     """
 
-    def __init__(self, name: str, num_heads: int) -> None:
-        super().__init__()
+    def __init__(self, *, name: str, config: Model, layer: int, tp: TensorGroup = NO_TP) -> None:
+        super().__init__(name=name, config=config, layer=layer, tp=tp)
+        num_heads = config.num_attention_heads
         self.mixes = nn.ParameterList(
             sharded_parameter(
                 name=f"{name}.{mix_name}.weight",
                 global_shape=(num_heads, num_heads),
-                kind="hlc",
+                component="hlc",
+                kind="matrix",
                 initialize=lambda shape, _: torch.eye(shape[0]),
             )
             for mix_name in ("logits_mix", "weights_mix")
         )
 
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, attend: Callable) -> torch.Tensor:
-        """(batch, H, seq, d), (batch, h, seq, d), (batch, h, seq, d) -> (batch, H, seq, d)
+    @staticmethod
+    def attention_fn(position_ids: torch.Tensor, *, document_mask: bool) -> Callable[..., torch.Tensor]:
+        """An attention function that takes the two mixes too."""
+        return partial(_attend, visible=visible_tokens_mask(position_ids, document_mask=document_mask))
 
-        Args:
-            attend: the result of `talking_heads_attention`.
-        """
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, attend: Callable) -> torch.Tensor:
+        """(batch, H, seq, d), (batch, h, seq, d), (batch, h, seq, d) -> (batch, H, seq, d)"""
         logits_mix, weights_mix = self.mixes
         return attend(query, key, value, logits_mix=logits_mix, weights_mix=weights_mix)
 
+    @staticmethod
+    def flops_per_token(config: Model, seq_length: int) -> int:
+        """Those of softmax attention, and two mixes of H scores a pair of tokens."""
+        return CoreAttention.flops_per_token(config, seq_length) + 4 * seq_length * config.num_attention_heads**2
 
-def talking_heads_attention(visible: torch.Tensor) -> Callable[..., torch.Tensor]:
-    """Returns the attention function of talking heads for a boolean mask `visible`, (batch or 1, 1, seq, seq)."""
-    return partial(_talking_heads_attention, visible=visible)
+    @staticmethod
+    def saved_bytes(sizes: AttentionSizes) -> int:
+        """Logits and mixed weights; weights in float32 and, where that is another one, in the parameter dtype."""
+        num_scores = sizes.tokens * sizes.seq_length * sizes.num_heads
+        rounded_bytes = sizes.element_bytes if sizes.element_bytes < FLOAT32 else 0
+        score_bytes = num_scores * (2 * sizes.element_bytes + FLOAT32 + rounded_bytes)
+        return 2 * sizes.query_bytes + 2 * sizes.key_bytes + score_bytes
+
+    @staticmethod
+    def mask_bytes(sizes: AttentionSizes, *, document_mask: bool) -> int:
+        """A boolean for every pair of tokens; without documents one sample's serve all."""
+        return (sizes.tokens if document_mask else sizes.seq_length) * sizes.seq_length
 
 
-def _talking_heads_attention(
+def _attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -56,7 +76,11 @@ def _talking_heads_attention(
     logits_mix: torch.Tensor,
     weights_mix: torch.Tensor,
 ) -> torch.Tensor:
-    """query (batch, H, seq, d), key and value (batch, h, seq, d), mixes (H, H) -> (batch, H, seq, d)"""
+    """query (batch, H, seq, d), key and value (batch, h, seq, d), mixes (H, H) -> (batch, H, seq, d)
+
+    Args:
+        visible: boolean mask (batch or 1, 1, seq, seq).
+    """
     batch, heads, seq, dim = query.shape
     groups = key.shape[1]
 

@@ -4,10 +4,11 @@ step_00001000/
     __R_0.distcp, .metadata    global tensors by name, torch.distributed.checkpoint: NAME is the float32 master
                                weight, exp_avg.NAME and exp_avg_sq.NAME are its moments; written by rank R.
                                An imported checkpoint has no moments
-    meta.json                  step, samples, tokens, configuration, data fingerprint, layout, versions, origin
+    meta.json                  format version, step, samples, tokens, configuration, data fingerprint, layout, versions,
+                               origin
     tokenizer/                 the tokenizer folder of the run
     generation_config.json     of an imported checkpoint, where its source has one
-    COMPLETE                   written last: the SHA-256 of every other file
+    COMPLETE                   written last: format version, and the SHA-256 of every other file
 
 A folder gets its name by a rename when everything in it is on disk, so it is complete or absent.
 `.metadata` is a pickle: load only checkpoints that you trust.
@@ -25,11 +26,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_mea import __version__
+from megatron_mea.config.load import complete_config
 from megatron_mea.errors import UserError
 
 _NAME = re.compile(r"step_(\d{8,})")
 COMPLETE, META, TOKENIZER, INDEX = "COMPLETE", "meta.json", "tokenizer", ".metadata"
 GENERATION = "generation_config.json"
+FORMAT_VERSION = 1
+"""Of meta.json and COMPLETE; files without the number are of version 1. It rises where an older program would misread
+them."""
 OVERHEAD_BYTES = 1 << 20
 """Bytes a checkpoint may need beyond its tensors: metadata, tokenizer."""
 
@@ -78,10 +84,13 @@ def find_corruption(folder: Path, *, rank: int = 0, world_size: int = 1) -> str 
     Args:
         rank, world_size: read only this rank's share of the files; the folder is intact if no rank finds a problem.
             The two files that every reader opens are in every share.
+
+    Raises:
+        UserError: a newer program wrote the folder.
     """
     try:
-        checksums = dict(json.loads((folder / COMPLETE).read_text())["sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
+        checksums = _read_checksums(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "COMPLETE is missing or unreadable"
 
     read_by_all = (META, INDEX)
@@ -105,12 +114,19 @@ def find_corruption(folder: Path, *, rank: int = 0, world_size: int = 1) -> str 
     return None
 
 
+def intact_checkpoints(run_dir: str | Path) -> list[tuple[int, Path]]:
+    """(step, folder) of the checkpoints of a run whose meta.json is intact, oldest first; raises as `find_corruption`.
+
+    Damaged ones are quarantined later, when all ranks verify every file.
+    """
+    return [(step, folder) for step, folder in complete_checkpoints(run_dir) if metadata_is_intact(folder)]
+
+
 def metadata_is_intact(folder: Path) -> bool:
-    """Whether meta.json matches its checksum: the cheap part of `find_corruption`, for start-up."""
+    """Whether meta.json matches its checksum: the cheap part of `find_corruption`, for start-up; raises as that."""
     try:
-        expected = json.loads((folder / COMPLETE).read_text())["sha256"][META]
-        return sha256(folder / META) == expected
-    except (OSError, ValueError, KeyError, TypeError):
+        return sha256(folder / META) == _read_checksums(folder)[META]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
@@ -135,11 +151,31 @@ def seal(folder: Path, flushed: Mapping[str, str] | None = None) -> None:
             checksums[name] = sha256(path)
 
     complete = folder / COMPLETE
-    complete.write_text(json.dumps({"sha256": checksums}, indent=1))
+    complete.write_text(json.dumps({"format_version": FORMAT_VERSION, "sha256": checksums}, indent=1))
     flush(complete)
 
     for path in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
         flush(path)
+
+
+def _read_checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 by file name; raises UserError where a newer program wrote them, and others where they are unreadable."""
+    complete = json.loads((folder / COMPLETE).read_text())
+    _check_format(complete, folder / COMPLETE)
+    return dict(complete["sha256"])
+
+
+def _check_format(contents: dict[str, Any], file: Path) -> None:
+    version = contents.get("format_version", 1)
+    if type(version) is not int:
+        raise ValueError(f"format_version is {version!r}")
+    if version > FORMAT_VERSION:
+        raise UserError(
+            where=str(file),
+            got=f"format version {version}",
+            expected=f"at most {FORMAT_VERSION}, the newest that megatron_mea {__version__} knows",
+            hint="read it with the version that wrote it (meta.json, `versions`), or a newer one",
+        )
 
 
 def publish(folder: Path, final: Path) -> None:
@@ -204,14 +240,25 @@ class CheckpointMetadata:
 
     def write(self, folder: Path) -> None:
         """Writes meta.json into `folder`."""
-        (folder / META).write_text(json.dumps(vars(self), indent=1))
+        contents = {"format_version": FORMAT_VERSION} | vars(self)
+        (folder / META).write_text(json.dumps(contents, indent=1))
 
     @classmethod
     def read(cls, folder: Path) -> CheckpointMetadata:
-        """Raises UserError where the folder holds no readable meta.json."""
+        """Reads meta.json, the configuration with all keys of this program.
+
+        Raises:
+            UserError: the folder holds no readable meta.json, or a newer program wrote it.
+        """
         try:
-            return cls(**json.loads((folder / META).read_text()))
-        except (OSError, ValueError, TypeError) as error:
+            contents = json.loads((folder / META).read_text())
+            _check_format(contents, folder / META)
+            contents.pop("format_version", None)
+            config = contents["config"]
+            if not all(isinstance(config[section], dict) for section in ("data", "run")):
+                raise TypeError("config is no configuration")
+            return cls(**contents | {"config": complete_config(config)})
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(
                 where=str(folder / META), got=f"unreadable ({error})", expected="a checkpoint of this package"
             ) from None

@@ -8,18 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_mea.checkpoint.folder import CheckpointMetadata
+from megatron_mea.checkpoint.run_config import FIXED_KEYS
 from megatron_mea.config import Config
 from megatron_mea.errors import Problem, UserError
-
-_FIXED_KEYS = (
-    "model",
-    "data.seq_length",
-    "data.document_mask",
-    "training.global_batch_size",
-    "training.seed",
-    "training.precision",
-)
-"""Keys, or sections with all their keys, that must not change on resume: they decide on the losses of a run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +118,7 @@ def check_resume(
         if old == new:
             continue
 
-        if any(key == name or key.startswith(f"{name}.") for name in _FIXED_KEYS):
+        if any(key == name or key.startswith(f"{name}.") for name in FIXED_KEYS):
             expected = f"{old}, as in the checkpoint of step {metadata.step}"
             hint = "restore the old value, or start a new run with another run.dir"
             problems.append(Problem(where=key, got=new, expected=expected, hint=hint))

@@ -41,6 +41,8 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's moments as torch names them; that of parameter `name` is called `exp_avg.name`."""
+STATE_BYTES = 4 * (1 + len(MOMENTS))
+"""Bytes of an element's master weight and moments, float32: its part of a checkpoint."""
 _TORCH_WRITER = "inline_container"
 """Source file of torch that writes files, as its error messages name it."""
 

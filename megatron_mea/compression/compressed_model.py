@@ -9,9 +9,10 @@ import torch
 
 from megatron_mea.compression.factorise import VirtualHeads, factorise
 from megatron_mea.compression.procrustes import align_heads
-from megatron_mea.compression.source_model import COMPRESSED_VARIANTS, SIDES, SourceModel
+from megatron_mea.compression.source_model import SIDES, SourceModel
 from megatron_mea.config.load import parse_model
 from megatron_mea.config.schema import Model
+from megatron_mea.config.variants import combining_variant
 from megatron_mea.errors import UserError
 
 Moments = Mapping[tuple[int, str], torch.Tensor]
@@ -189,7 +190,7 @@ def compressible_layers(*, model: Model, name: str, heads: int, where: str) -> l
 
 def _compressed_settings(model: Model, heads: list[int]) -> Model:
     fields = model.model_dump(mode="json") | {
-        "attention_variant": COMPRESSED_VARIANTS[model.attention_variant],
+        "attention_variant": combining_variant(model.attention_variant),
         "num_component_heads": heads[0] if len(set(heads)) == 1 else heads,
         "hlc_mixes": "both",
     }

@@ -17,14 +17,13 @@ from megatron_mea.checkpoint.folder import COMPLETE, CheckpointMetadata, checkpo
 from megatron_mea.checkpoint.tensors import Fragment, read_fragments, read_tensors, weight_shapes
 from megatron_mea.config.load import parse_config
 from megatron_mea.config.schema import Model
+from megatron_mea.config.variants import VARIANTS, combining_variant
 from megatron_mea.errors import UserError
 from megatron_mea.huggingface.importing import import_model, read_settings
 from megatron_mea.huggingface.locate import is_hf_folder
 from megatron_mea.huggingface.source import CheckpointSource, open_checkpoint
 
 SIDES = ("k", "v")
-COMPRESSED_VARIANTS = {"plain": "mea_no_norm", "plain_norm": "mea", "mea": "mea", "mea_no_norm": "mea_no_norm"}
-"""The variant of the compressed model, by that of the source model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,11 +96,12 @@ def read_model(path: str | Path) -> Model:
     else:
         model = parse_config(CheckpointMetadata.read(checkpoint_folder(path)).config, needs_data=False).model
 
-    if model.attention_variant not in COMPRESSED_VARIANTS:
+    if combining_variant(model.attention_variant) is None:
+        compressible = [name for name in VARIANTS if combining_variant(name)]
         raise UserError(
             where="MODEL",
             got=f"{path}, of the variant {model.attention_variant}",
-            expected=f"one of {', '.join(COMPRESSED_VARIANTS)}",
+            expected=f"one of {', '.join(compressible)}",
         )
 
     return model

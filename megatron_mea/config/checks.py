@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from megatron_mea.config.layout import Layout
+from megatron_mea.config.parallel_dims import ParallelDims
 from megatron_mea.config.schema import Config
+from megatron_mea.config.variants import VARIANTS
 from megatron_mea.errors import Problem
 
 
@@ -25,16 +26,16 @@ def cross_checks(config: Config, *, needs_data: bool = True) -> Iterator[Problem
         yield Problem(where="training.compile", got=True, expected=f"false where parallel.zero_stage is 3: {reason}")
 
 
-def config_warnings(config: Config, layout: Layout) -> list[str]:
+def config_warnings(config: Config, dims: ParallelDims) -> list[str]:
     """Warnings about allowed settings that are known to train badly or slowly."""
-    return [*_embedding_warnings(config), *_pipeline_warnings(layout)]
+    return [*_embedding_warnings(config), *_pipeline_warnings(dims)]
 
 
-def _pipeline_warnings(layout: Layout) -> Iterator[str]:
-    if layout.micro_batches < 2 * layout.pipeline and layout.pipeline > 1:
+def _pipeline_warnings(dims: ParallelDims) -> Iterator[str]:
+    if dims.num_micro_batches < 2 * dims.pp and dims.pp > 1:
         yield (
-            f"{layout.micro_batches} micro-batches in a pipeline of {layout.pipeline} stages leave each idle for "
-            f"{layout.pipeline_bubble:.0%} of a step. Twice as many micro-batches as stages would be better: raise "
+            f"{dims.num_micro_batches} micro-batches in a pipeline of {dims.pp} stages leave each idle for "
+            f"{dims.pipeline_bubble:.0%} of a step. Twice as many micro-batches as stages would be better: raise "
             "training.global_batch_size, or lower training.micro_batch_size or the number of processes."
         )
 
@@ -47,9 +48,7 @@ def _embedding_warnings(config: Config) -> Iterator[str]:
     embedding_std = model.embedding_initializer_range or model.initializer_range
     output_std = model.initializer_range / math.sqrt(2 * model.num_hidden_layers)
     gain = model.head_norm_init if model.head_norm_affine else 1.0
-    # Differential heads are scaled by 1 - lambda_init, at most 0.8.
-    gain *= 0.8 if model.attention_variant == "differential" else 1.0
-    branch_rms = output_std * math.sqrt(model.num_attention_heads * model.head_dim) * gain
+    branch_rms = output_std * math.sqrt(model.num_attention_heads * model.head_dim) * gain * model.variant.output_scale
 
     if embedding_std < branch_rms / 2:
         yield (
@@ -69,13 +68,13 @@ def _head_problems(config: Config) -> Iterator[Problem]:
             expected=f"a multiple of model.num_key_value_heads = {model.num_key_value_heads}",
         )
 
-    if model.attention_variant == "differential":
+    if (group := model.variant.heads_per_output) > 1:
         for key in ("num_attention_heads", "num_key_value_heads"):
-            if getattr(model, key) % 2:
+            if getattr(model, key) % group:
                 yield Problem(
                     where=f"model.{key}",
                     got=getattr(model, key),
-                    expected="an even number: `differential` heads are pairs",
+                    expected=f"a multiple of {group}: `{model.variant.name}` has one output for {group} heads",
                 )
 
     if config.optimizer.decay_hlc and not model.mixes_heads:
@@ -129,12 +128,13 @@ def _component_problems(config: Config) -> Iterator[Problem]:
         yield Problem(where=where, got=max(heads), expected=f"at most model.num_key_value_heads = {composite}")
     elif min(heads, default=composite) < composite:
         if not model.has_hlc:
+            combining = [row.name for row in VARIANTS.values() if row.combines_kv]
             yield Problem(
                 where=where,
                 got=min(heads),
                 expected=f"model.num_key_value_heads = {composite}, "
                 f"since `{model.attention_variant}` does not combine heads",
-                hint="choose the variant mea or mea_no_norm, or lower model.num_key_value_heads",
+                hint=f"choose the variant {' or '.join(combining)}, or lower model.num_key_value_heads",
             )
         elif model.hlc_mixes != "both":
             yield Problem(
@@ -143,16 +143,10 @@ def _component_problems(config: Config) -> Iterator[Problem]:
                 expected=f"`both` where component heads are fewer than model.num_key_value_heads = {composite}",
             )
 
-    without_effect = {
-        "no head combination": () if model.has_hlc else ("hlc_mixes", "hlc_init"),
-        "no head norm": () if model.has_head_norm else ("head_norm_affine", "head_norm_init", "head_norm_eps"),
-    }
-    for reason, keys in without_effect.items():
-        for key in keys:
-            default = type(model).model_fields[key].default
-            if getattr(model, key) != default:
-                expected = f"{default}: `{model.attention_variant}` has {reason}"
-                yield Problem(where=f"model.{key}", got=getattr(model, key), expected=expected)
+    for key, reason in model.variant.ignored_keys.items():
+        default = type(model).model_fields[key].default
+        if getattr(model, key) != default:
+            yield Problem(where=f"model.{key}", got=getattr(model, key), expected=f"{default}: {reason}")
 
     if model.has_head_norm and not model.head_norm_affine and model.head_norm_init != 1:
         yield Problem(

@@ -1,10 +1,11 @@
-"""Layouts: the sizes of the tensor, pipeline and data groups, and which of them fit a configuration."""
+"""Layouts: which sizes of the tensor, pipeline and data groups fit a configuration."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 
+from megatron_mea.config.parallel_dims import ParallelDims
 from megatron_mea.config.schema import Config, Model
 from megatron_mea.errors import Problem, UserError
 
@@ -12,32 +13,13 @@ _TENSOR_KEY, _PIPELINE_KEY = "parallel.tensor_model_parallel_size", "parallel.pi
 TEACHER_KEY = "training.distillation.teacher"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """Sizes of the tensor, pipeline and data groups, and the micro-batches of each data rank in a step."""
-
-    tensor: int
-    pipeline: int
-    data: int
-    micro_batches: int
-
-    @property
-    def world_size(self) -> int:
-        return self.tensor * self.pipeline * self.data
-
-    @property
-    def pipeline_bubble(self) -> float:
-        """The part of a step that a stage idles: (p - 1) / (m + p - 1) (Megatron-LM, arXiv 2104.04473)."""
-        return (self.pipeline - 1) / (self.micro_batches + self.pipeline - 1)
-
-
-def check_layout(config: Config, world_size: int | None = None) -> Layout:
+def check_layout(config: Config, world_size: int | None = None) -> ParallelDims:
     """The layout of a run on `world_size` processes; by default those of one copy of the model.
 
     Raises:
         UserError: no such layout is possible; the message ends with a table of the layouts that are.
     """
-    parallel, training = config.parallel, config.training
+    parallel = config.parallel
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     world_size = tensor * pipeline if world_size is None else world_size
 
@@ -49,16 +31,10 @@ def check_layout(config: Config, world_size: int | None = None) -> Layout:
     if problems:
         raise UserError.from_problems(problems, footer="\n".join(_layout_table(config, world_size)))
 
-    data = world_size // (tensor * pipeline)
-    return Layout(
-        tensor=tensor,
-        pipeline=pipeline,
-        data=data,
-        micro_batches=training.global_batch_size // (training.micro_batch_size * data),
-    )
+    return ParallelDims.from_config(config, world_size)
 
 
-def possible_layouts(config: Config, world_size: int) -> list[Layout]:
+def possible_layouts(config: Config, world_size: int) -> list[ParallelDims]:
     """The layouts that `world_size` processes can have with this model and batch, and ZeRO 0 or 1."""
     layouts = []
     for tensor in _divisors(world_size):
@@ -67,9 +43,8 @@ def possible_layouts(config: Config, world_size: int) -> list[Layout]:
                 config=config, tensor=tensor, pipeline=pipeline, zero_stage=1, world_size=world_size
             )
             if not any(problems):
-                data = world_size // (tensor * pipeline)
-                micro_batches = config.training.global_batch_size // (config.training.micro_batch_size * data)
-                layouts.append(Layout(tensor=tensor, pipeline=pipeline, data=data, micro_batches=micro_batches))
+                dims = ParallelDims.from_config(config, world_size, tp=tensor, pp=pipeline)
+                layouts.append(replace(dims, zero_stage=1))
 
     return layouts
 
@@ -153,15 +128,15 @@ def _tensor_problems(config: Config, size: int) -> Iterator[Problem]:
                 expected=f"a divisor of model.{key} = {value}: ranks hold equal parts of the {unit}",
             )
 
-    composites = model.num_key_value_heads
-    if model.attention_variant == "talking_heads" and size > 1:
-        yield Problem(where=_TENSOR_KEY, got=size, expected="1: each head of `talking_heads` needs the scores of all")
+    composites, variant = model.num_key_value_heads, model.variant
+    if variant.combines_scores and size > 1:
+        yield Problem(where=_TENSOR_KEY, got=size, expected=f"1: each head of `{variant.name}` needs the scores of all")
 
-    if model.attention_variant == "differential":
+    if (group := variant.heads_per_output) > 1:
         for key in ("num_attention_heads", "num_key_value_heads"):
-            if getattr(model, key) % (2 * size):
-                pairs = f"a divisor of model.{key} / 2 = {getattr(model, key) // 2}: pairs of heads stay on a rank"
-                yield Problem(where=_TENSOR_KEY, got=size, expected=pairs)
+            if getattr(model, key) % (group * size):
+                units = f"{getattr(model, key) // group}: heads whose outputs are one stay on a rank"
+                yield Problem(where=_TENSOR_KEY, got=size, expected=f"a divisor of model.{key} / {group} = {units}")
     elif composites % size and size % composites:
         yield Problem(
             where=_TENSOR_KEY, got=size, expected=f"a divisor or a multiple of model.num_key_value_heads = {composites}"
@@ -197,9 +172,9 @@ def _layout_table(config: Config, world_size: int) -> Iterator[str]:
 
     yield f"layouts of {world_size} processes that work with {settings}:"
     yield "  tensor  pipeline  data  micro-batches  zero_stage"
-    for layout in layouts:
-        zero_stages = "0, 1" if layout.pipeline > 1 else "0, 1, 2, 3"
-        yield f"  {layout.tensor:6}  {layout.pipeline:8}  {layout.data:4}  {layout.micro_batches:13}  {zero_stages}"
+    for dims in layouts:
+        zero_stages = "0, 1" if dims.pp > 1 else "0, 1, 2, 3"
+        yield f"  {dims.tp:6}  {dims.pp:8}  {dims.dp:4}  {dims.num_micro_batches:13}  {zero_stages}"
 
 
 def _divisors(number: int) -> list[int]:

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from megatron_mea.config.checks import cross_checks
-from megatron_mea.config.schema import Config, Model
+from megatron_mea.config.schema import Config, Model, OffValue
 from megatron_mea.errors import Problem, UserError
 
 
@@ -45,6 +45,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         UserError: the file cannot be read, a key is unknown, a value has the wrong type or range, or
             keys contradict each other. All problems that can be seen at once are in one message.
     """
+    return parse_config(read_tree(path, overrides))
+
+
+def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Reads and merges a YAML file and overrides as `load_config` does; `run.dir` is filled in, nothing is validated.
+
+    Raises:
+        UserError: the file cannot be read, or an override names no key.
+    """
     tree = _read_yaml(Path(path))
     for override in overrides:
         _apply_override(tree, override)
@@ -53,7 +62,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if isinstance(tree["run"], dict):
         tree["run"].setdefault("dir", f"runs/{Path(path).stem}")
 
-    return parse_config(tree)
+    return tree
 
 
 def parse_config(tree: dict[str, Any], *, needs_data: bool = True) -> Config:
@@ -82,6 +91,33 @@ def parse_model(tree: dict[str, Any]) -> Model:
     """Validates and resolves the section `model` by itself."""
     placeholders = {"data": {"tokenizer": "none", "train": [], "seq_length": 1}, "run": {"dir": "none"}}
     return parse_config({"model": tree, **placeholders}, needs_data=False).model
+
+
+def complete_config(tree: dict[str, Any]) -> dict[str, Any]:
+    """The configuration that an older program wrote, with the keys that it did not know at their off values.
+
+    A key's off value is the one with which the program does what it did without the key: the default, or `OffValue`.
+    What such values leave to the program is decided as for a new run. What is no valid configuration stays as it is.
+    """
+    complete = _complete_section(Config, tree)
+    try:
+        return _resolve(Config.model_validate(complete)).model_dump(mode="json")
+    except (ValidationError, UserError):
+        return complete
+
+
+def _complete_section(section: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any]:
+    complete = dict(tree)
+    for name, field in section.model_fields.items():
+        if list(_nested_sections(field.annotation)) == [field.annotation]:
+            # A section by itself, not one of a list or of a union.
+            if name in tree or not field.is_required():
+                complete[name] = _complete_section(field.annotation, tree.get(name) or {})
+        elif name not in tree and not field.is_required():
+            off_values = [item.value for item in field.metadata if isinstance(item, OffValue)]
+            complete[name] = off_values[0] if off_values else field.get_default()
+
+    return complete
 
 
 def dump_config(config: Config) -> str:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from megatron_mea.config.variants import VARIANTS, Variant
 
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?")
 
@@ -34,6 +37,13 @@ def _newest_or_step(value: Any) -> Any:
     if value == "newest" or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
         return value
     raise ValueError("newest, or the step of a checkpoint")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OffValue:
+    """Annotates a key whose default does more than the program did before the key: the value that does the same."""
+
+    value: Any
 
 
 class Section(BaseModel):
@@ -75,10 +85,6 @@ class Llama3Rope(Section):
 RopeScaling = Annotated[LinearRope | DynamicRope | YarnRope | Llama3Rope, Field(discriminator="rope_type")]
 
 
-Variant = Literal["plain", "plain_norm", "mea", "mea_no_norm", "differential", "talking_heads"]
-VARIANTS: tuple[str, ...] = get_args(Variant)
-
-
 class Model(Section):
     vocab_size: PositiveInt = 32000
     hidden_size: PositiveInt = 512
@@ -88,7 +94,7 @@ class Model(Section):
     num_key_value_heads: PositiveInt = 4
     num_component_heads: PositiveInt | list[PositiveInt] | None = None
     head_dim: PositiveInt = 64
-    attention_variant: Variant = "mea"
+    attention_variant: Literal[*VARIANTS] = "mea"
     hlc_init: Literal["block", "orthogonal", "normal"] = "block"
     hlc_mixes: Literal["both", "keys", "values"] = "both"
     qk_norm: bool = False
@@ -111,9 +117,14 @@ class Model(Section):
         return list(heads) if isinstance(heads, list) else [heads] * self.num_hidden_layers
 
     @property
+    def variant(self) -> Variant:
+        """The row of `attention_variant` in the registry."""
+        return VARIANTS[self.attention_variant]
+
+    @property
     def has_hlc(self) -> bool:
         """Whether the variant combines keys or values (HLC)."""
-        return self.attention_variant in ("mea", "mea_no_norm")
+        return self.variant.combines_kv
 
     @property
     def mixes_keys(self) -> bool:
@@ -128,17 +139,17 @@ class Model(Section):
     @property
     def has_head_norm(self) -> bool:
         """Whether each query head's output is normalised by itself."""
-        return self.attention_variant in ("mea", "plain_norm", "differential")
+        return self.variant.head_norm
 
     @property
     def output_dim(self) -> int:
-        """Features of a head's output: twice `head_dim` for differential heads, which are pairs."""
-        return 2 * self.head_dim if self.attention_variant == "differential" else self.head_dim
+        """Features of an output of the attention: `head_dim` for each head that it comes from."""
+        return self.variant.heads_per_output * self.head_dim
 
     @property
     def mixes_heads(self) -> bool:
-        """Whether layers have matrices that combine heads: `hlc_k`, `hlc_v`, or those of talking heads' scores."""
-        return self.mixes_keys or self.mixes_values or self.attention_variant == "talking_heads"
+        """Whether layers have matrices that combine heads: `hlc_k`, `hlc_v`, or those of their scores."""
+        return self.has_hlc or self.variant.combines_scores
 
     @property
     def rope_parameters(self) -> dict[str, Any]:
@@ -161,7 +172,7 @@ class Data(Section):
     train: Annotated[list[TrainCorpus], Field(max_length=MAX_CORPORA)]
     validation: Annotated[list[TrainCorpus], Field(max_length=MAX_CORPORA)] = []
     seq_length: PositiveInt = 1024
-    document_mask: bool = True
+    document_mask: Annotated[bool, OffValue(value=False)] = True
 
 
 class Parallel(Section):

@@ -10,17 +10,10 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from megatron_mea.config.variants import VARIANTS
 from megatron_mea.experiments.read_head_stats import HeadHistory
 from megatron_mea.experiments.results import Result
 
-COLORS = {
-    "plain": "#444444",
-    "plain_norm": "#8c6bb1",
-    "mea": "#d95f02",
-    "mea_no_norm": "#1b9e77",
-    "differential": "#1f78b4",
-    "talking_heads": "#b8860b",
-}
 _MARKERS = {"stable": "o", "spiked": "^", "collapsed": "v", "diverged": "X"}
 MARKER_LEGEND = "Circle: stable, triangle up: spiked, triangle down: collapsed, cross: diverged."
 _MAX_LAYERS = 4
@@ -63,7 +56,7 @@ def draw_rates(results: Sequence[Result]) -> bytes:
         variant_results = [result for result in results if result.run.variant == variant]
         points = [(result.run.lr, _final_loss(result)) for result in variant_results]
         means = [(lr, np.mean([y for x, y in points if x == lr])) for lr in sorted({x for x, _ in points})]
-        color = COLORS.get(variant)
+        color = VARIANTS[variant].color
         axes.plot(*zip(*means, strict=True), color=color, lw=1.3, label=variant)
         for (x, y), result in zip(points, variant_results, strict=True):
             axes.plot(x, y, marker=_MARKERS[result.verdict.kind], color=color, ms=5, mec="white", mew=0.5)

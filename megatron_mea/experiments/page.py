@@ -9,7 +9,7 @@ from html import escape
 
 from megatron_mea.experiments.results import Difference, Result, best_rate, cautions
 from megatron_mea.experiments.stability import RULES
-from megatron_mea.model.decoder import parameter_shapes
+from megatron_mea.model.decoder import parameter_specs
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -80,10 +80,9 @@ def _format_sizes(results: Sequence[Result]) -> str:
     """The number of parameters of the models and of tokens of the runs, as text."""
     counts = []
     for model in {result.run.variant: result.run.config.model for result in results}.values():
-        shapes = parameter_shapes(model)
-        sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-        ends = sum(size for name, size in sizes.items() if "embed_tokens" in name or "lm_head" in name)
-        counts.append(sum(sizes.values()) - ends)
+        specs = parameter_specs(model).values()
+        inner = (spec for spec in specs if spec.component not in ("embedding", "lm_head"))
+        counts.append(sum(math.prod(spec.global_shape) for spec in inner))
 
     tokens = [result.run.config.steps * result.run.config.tokens_per_step for result in results]
     return f"{_format_range(counts)} parameters beside embedding and head; {_format_range(tokens)} tokens a run"

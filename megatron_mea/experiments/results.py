@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student_t
 
+from megatron_mea.config.variants import VARIANTS
 from megatron_mea.experiments.fit import MIN_ROWS, Fit, fit_curve
 from megatron_mea.experiments.runs import RunRecord
 from megatron_mea.experiments.stability import Verdict, judge
 from megatron_mea.training.schedule import learning_rate
 
-BASELINES = {"mea": ("plain", "plain_norm", "mea_no_norm"), "plain": ()}
-"""Baselines where they are not plain attention alone: MEA is also compared with the variants that lack one part."""
 _SWEPT_KEYS = ("model.attention_variant", "optimizer.lr", "training.seed", "run.dir")
 
 
@@ -114,7 +113,7 @@ def differences(results: Sequence[Result]) -> list[Difference]:
     best = {result.run.variant: best_rate(results, result.run.variant) for result in results}
     compared = []
     for variant, rate in best.items():
-        for baseline in BASELINES.get(variant, ("plain",)):
+        for baseline in VARIANTS[variant].baselines:
             baseline_rate = best.get(baseline)
             pairs = []
             if rate and baseline_rate:
@@ -125,7 +124,7 @@ def differences(results: Sequence[Result]) -> list[Difference]:
                     (f"{shared:g}", shared, shared) for shared in shared_rates if not shared == rate == baseline_rate
                 ]
 
-            for label, variant_rate, other_rate in pairs if variant != baseline else []:
+            for label, variant_rate, other_rate in pairs:
                 for metric in ("validation loss", "loss of the last tenth"):
                     losses = _final_losses(results=results, variant=variant, rate=variant_rate, metric=metric)
                     baseline_losses = _final_losses(results=results, variant=baseline, rate=other_rate, metric=metric)

@@ -13,9 +13,13 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
 from megatron_mea import failures
+from megatron_mea.checkpoint.run_config import load_run_config
 from megatron_mea.config import Config, dump_config
-from megatron_mea.config.load import load_config
+from megatron_mea.config.load import complete_config, load_config
+from megatron_mea.config.variants import VARIANTS
 from megatron_mea.errors import RunError, UserError
 from megatron_mea.outputs import disk_errors, reserve_output
 from megatron_mea.slurm import scheduler
@@ -26,7 +30,6 @@ from megatron_mea.slurm.submit import check_run, template_values
 from megatron_mea.training import metrics
 from megatron_mea.training.startup import read_run_state
 
-_HLC_VARIANTS = ("mea", "mea_no_norm")
 _POLL_SECONDS = 0.2
 
 
@@ -38,8 +41,8 @@ def combinations(
     learning_rates: Sequence[str],
     seeds: Sequence[str],
     out: Path,
-) -> list[Config]:
-    """A configuration a run, in folders of `out` that are named after what differs.
+) -> tuple[list[Config], list[str]]:
+    """A configuration a run, in folders of `out` that are named after what differs, and the lines of `load_run_config`.
 
     An empty sequence leaves the value of the file. Variants that do not combine keys and values have as many component
     heads as composite ones, whatever the file says.
@@ -49,14 +52,17 @@ def combinations(
     """
     base = load_config(path, overrides)
     configs: dict[tuple[str, float, int], Config] = {}
+    lines = []
     for variant, rate, seed in itertools.product(
         variants or [base.model.attention_variant], learning_rates or [str(base.optimizer.lr)], seeds or [""]
     ):
         name = f"{variant}-lr{rate}" + (f"-seed{seed}" if seed else "")
         settings = [f"model.attention_variant={variant}", f"optimizer.lr={rate}", f"run.dir={out / name}"]
         settings += [f"training.seed={seed}"] if seed else []
-        settings += [] if variant in _HLC_VARIANTS else ["model.num_component_heads=null"]
-        config = load_config(path, [*overrides, *settings])
+        if variant in VARIANTS and not VARIANTS[variant].combines_kv:
+            settings.append("model.num_component_heads=null")
+        config, inherited = load_run_config(path, [*overrides, *settings])
+        lines += [f"{name}: {line}" for line in inherited]
         # 1e-3 and 0.001 are the same.
         key = (config.model.attention_variant, config.optimizer.lr, config.training.seed)
         if key in configs:
@@ -65,7 +71,7 @@ def combinations(
             )
         configs[key] = config
 
-    return list(configs.values())
+    return list(configs.values()), lines
 
 
 def run_here(configs: Sequence[Config], at_once: int = 1) -> str:
@@ -172,7 +178,11 @@ def _has_ended(config: Config) -> bool:
 
     trained = job_config_path(config)
     diverged = (Path(config.run.dir) / metrics.DIVERGED).exists()
-    return diverged and trained.is_file() and trained.read_text(encoding="utf-8") == dump_config(config)
+    if not (diverged and trained.is_file()):
+        return False
+
+    # An older program wrote fewer keys.
+    return complete_config(yaml.safe_load(trained.read_text(encoding="utf-8"))) == config.model_dump(mode="json")
 
 
 def _slot_environment(slot: int, slots: int) -> dict[str, str]:

@@ -218,7 +218,7 @@ class MEAAttention(nn.Module):
         self.k_norm = MEAKeyNorm(dim, eps=config.rms_norm_eps) if config.qk_norm else None
 
         self.differential = config.attention_variant == "differential"
-        self.output_dim = 2 * dim if self.differential else dim
+        self.output_dim = config.variant.heads_per_output * dim
         self.head_norm = self.logits_mix = self.weights_mix = None
         if config.has_head_norm:
             affine = config.head_norm_affine

@@ -1,6 +1,26 @@
 """Configuration of a Multi-head Explicit Attention (MEA) decoder. Travels with every export."""
 
+from typing import NamedTuple
+
 from transformers.configuration_utils import PreTrainedConfig
+
+
+class Variant(NamedTuple):
+    """Parts of an attention variant: combined keys and values, normalised heads, query heads for each output."""
+
+    combines_kv: bool = False
+    head_norm: bool = False
+    heads_per_output: int = 1
+
+
+VARIANTS = {
+    "plain": Variant(),
+    "plain_norm": Variant(head_norm=True),
+    "mea": Variant(combines_kv=True, head_norm=True),
+    "mea_no_norm": Variant(combines_kv=True),
+    "differential": Variant(head_norm=True, heads_per_output=2),
+    "talking_heads": Variant(),
+}
 
 
 class MEAConfig(PreTrainedConfig):
@@ -44,7 +64,7 @@ class MEAConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         for name, allowed in (
-            ("attention_variant", ("plain", "plain_norm", "mea", "mea_no_norm", "differential", "talking_heads")),
+            ("attention_variant", tuple(VARIANTS)),
             ("hlc_mixes", ("both", "keys", "values")),
         ):
             if getattr(self, name) not in allowed:
@@ -64,26 +84,36 @@ class MEAConfig(PreTrainedConfig):
                 f"num_key_value_heads = {self.num_key_value_heads})"
             )
 
-        if self.attention_variant == "differential" and (self.num_attention_heads % 2 or self.num_key_value_heads % 2):
-            raise ValueError("num_attention_heads and num_key_value_heads are not both even (differential needs pairs)")
+        group = self.variant.heads_per_output
+        if self.num_attention_heads % group or self.num_key_value_heads % group:
+            raise ValueError(
+                "num_attention_heads and num_key_value_heads are "
+                f"{self.num_attention_heads} and {self.num_key_value_heads} (expected for {self.attention_variant}: "
+                f"multiples of {group})"
+            )
 
         self.num_component_heads = heads
         super().__post_init__(**kwargs)
 
     @property
+    def variant(self) -> Variant:
+        """Parts of `attention_variant`."""
+        return VARIANTS[self.attention_variant]
+
+    @property
     def mixes_keys(self) -> bool:
         """Whether keys are combined from component heads."""
-        return self.attention_variant in ("mea", "mea_no_norm") and self.hlc_mixes in ("both", "keys")
+        return self.variant.combines_kv and self.hlc_mixes in ("both", "keys")
 
     @property
     def mixes_values(self) -> bool:
         """Whether values are combined from component heads."""
-        return self.attention_variant in ("mea", "mea_no_norm") and self.hlc_mixes in ("both", "values")
+        return self.variant.combines_kv and self.hlc_mixes in ("both", "values")
 
     @property
     def has_head_norm(self) -> bool:
         """Whether each query head's output is normalised."""
-        return self.attention_variant in ("mea", "plain_norm", "differential")
+        return self.variant.head_norm
 
 
 __all__ = ["MEAConfig"]

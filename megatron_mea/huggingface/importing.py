@@ -17,6 +17,7 @@ from megatron_mea.checkpoint.folder import GENERATION, TOKENIZER, CheckpointMeta
 from megatron_mea.checkpoint.tensors import write_tensors
 from megatron_mea.config.load import parse_config, parse_model
 from megatron_mea.config.schema import Model
+from megatron_mea.config.variants import combining_variant, extending_variants
 from megatron_mea.data.tokenizer import check_tokenizer_folder, copy_tokenizer, load_tokenizer
 from megatron_mea.errors import RunError, UserError
 from megatron_mea.huggingface.hf_config import STOCK_MODEL_TYPES, HFConfig, read_hf_config
@@ -28,15 +29,12 @@ from megatron_mea.huggingface.safetensors_reader import (
     scan_safetensors,
     without_tied_head,
 )
-from megatron_mea.model.decoder import Decoder, parameter_shapes
+from megatron_mea.model.decoder import parameter_shapes, parameter_specs
 from megatron_mea.outputs import check_free_folder, require_space, reserve_output
-from megatron_mea.parallel.parameter import parameters_by_name
 from megatron_mea.progress import progress_bar
 from megatron_mea.versions import versions
 
 _SOURCE, _VARIANT = "HF_DIR", "--variant"
-_EXTENDABLE_VARIANTS = ("plain", "plain_norm", "mea", "mea_no_norm")
-"""Variants that may be imported as one with more parameters: new combinations start as identities, new gains as 1."""
 _SPARE_BYTES = 1 << 26
 """Space for a checkpoint beyond its tensors: the tokenizer of some vocabularies takes tens of megabytes."""
 
@@ -121,22 +119,16 @@ def read_settings(source: Path, variant: str | None = None) -> tuple[HFConfig, M
 def _apply_variant(*, source: Path, hf_config: HFConfig, variant: str | None) -> tuple[Model, list[str]]:
     """The `model` section of the checkpoint in the requested variant, and warnings."""
     source_model = hf_config.model
+    own_variant = source_model.attention_variant
     if variant is None:
-        variant = "mea_no_norm" if hf_config.model_type in STOCK_MODEL_TYPES else source_model.attention_variant
+        variant = own_variant
+        if hf_config.model_type in STOCK_MODEL_TYPES:
+            variant = combining_variant(own_variant)
 
-    extended = {name: source_model.model_copy(update={"attention_variant": name}) for name in _EXTENDABLE_VARIANTS}
-    allowed = [
-        name
-        for name, candidate in extended.items()
-        if candidate.has_hlc >= source_model.has_hlc and candidate.has_head_norm >= source_model.has_head_norm
-    ]
-    if source_model.attention_variant not in _EXTENDABLE_VARIANTS:
-        allowed = [source_model.attention_variant]
-
+    allowed = extending_variants(own_variant)
     if variant not in allowed:
         hint = ""
-        if allowed != list(_EXTENDABLE_VARIANTS):
-            own_variant = source_model.attention_variant
+        if allowed != extending_variants("plain"):
             hint = f"{source} is of the variant {own_variant}, which another one would drop parameters of"
         raise UserError(where=_VARIANT, got=variant, expected=", ".join(allowed), hint=hint)
 
@@ -199,9 +191,7 @@ def _has_tokenizer(source: Path) -> bool:
 def _write_checkpoint(
     *, source: Path, folder: Path, out: Path, model: Model, tensors: dict[str, StoredTensor], origin: str
 ) -> None:
-    with torch.device("meta"):
-        specs = {name: parameter.spec for name, parameter in parameters_by_name(Decoder(model)).items()}
-
+    specs = parameter_specs(model)
     shapes = {name: spec.global_shape for name, spec in specs.items()}
     total = 4 * sum(map(math.prod, shapes.values()))
     with progress_bar(total=total, desc="import", unit="B", unit_scale=True) as bar:

@@ -77,6 +77,14 @@ def make_export_target(name: str, model: Model, **fields: Any) -> ExportTarget:
     Raises:
         UserError: the model cannot be exported so; the message says why, and which target can be.
     """
+    variant = model.variant
+    if reason := variant.not_exported.get(name):
+        raise UserError(
+            where="--target",
+            got=f"{name}, for the variant {variant.name}",
+            expected=f"{', or '.join(variant.export_targets)}: {reason}",
+        )
+
     target = {"transformers": _transformers_target, "stock": _stock_target, "vllm": _vllm_target}[name](model, fields)
     target.config.architectures = [target.model_class.__name__]
     if target.classes:
@@ -110,18 +118,6 @@ def _transformers_target(model: Model, fields: dict[str, Any]) -> ExportTarget:
 
 def _stock_target(model: Model, fields: dict[str, Any]) -> ExportTarget:
     """A plain model of a stock architecture, with HLC folded into the weights (eq. 18), which a head norm rules out."""
-    if model.attention_variant == "talking_heads":
-        expected = "transformers: no stock architecture mixes the scores of its heads"
-        raise UserError(where="--target", got="stock, for the variant talking_heads", expected=expected)
-
-    if model.has_head_norm:
-        raise UserError(
-            where="--target",
-            got=f"stock, for the variant {model.attention_variant}",
-            expected=f"transformers{', or vllm' if model.has_hlc else ''}: no stock architecture norms the outputs of "
-            "its heads, and the norm cannot be folded into weights",
-        )
-
     composites = model.num_key_value_heads
     config_class, model_class, own_fields = _stock_classes(model)
     shared_keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -133,23 +129,21 @@ def _stock_target(model: Model, fields: dict[str, Any]) -> ExportTarget:
 
     config = config_class(**shared_fields | own_fields | fields)
     rows = composites * model.head_dim
-    tensors = {}
-    for name, recipe in _trained_tensors(model).items():
-        layer, _, parameter = name.rpartition("self_attn.")
-        side = parameter[:1]
-        if parameter.startswith("hlc_"):
-            continue
+    tensors = _trained_tensors(model)
+    for layer in range(model.num_hidden_layers):
+        prefix = f"model.layers.{layer}.self_attn."
+        for side in [side for side, mixed in (("k", model.mixes_keys), ("v", model.mixes_values)) if mixed]:
+            combination = f"{prefix}hlc_{side}.weight"
+            del tensors[combination]
+            for kind in ("weight", "bias") if model.attention_bias else ("weight",):
+                name = f"{prefix}{side}_proj.{kind}"
+                shape = (rows, *tensors[name].shape[1:])
+                tensors[name] = TensorRecipe(shape=shape, sources=(name, combination), make=_fold_in_float64)
 
-        is_combined = {"k": model.mixes_keys, "v": model.mixes_values}.get(side, False)
-        if is_combined and parameter.startswith(f"{side}_proj"):
-            combination = f"{layer}self_attn.hlc_{side}.weight"
-            recipe = TensorRecipe(shape=(rows, *recipe.shape[1:]), sources=(name, combination), make=_fold_in_float64)
-
-        tensors[name] = recipe
-        if parameter == "o_proj.weight" and own_fields.get("attention_bias"):
+        if own_fields.get("attention_bias"):
             # In these architectures o_proj has a bias where q_proj, k_proj and v_proj have.
             hidden = model.hidden_size
-            tensors[f"{layer}self_attn.o_proj.bias"] = TensorRecipe(
+            tensors[f"{prefix}o_proj.bias"] = TensorRecipe(
                 shape=(hidden,), sources=(), make=lambda hidden=hidden: torch.zeros(hidden)
             )
 
@@ -195,19 +189,6 @@ def _vllm_target(model: Model, fields: dict[str, Any]) -> ExportTarget:
     """The weights as trained, with a configuration whose key/value heads are those of the cache."""
     composites, dim = model.num_key_value_heads, model.head_dim
     got = f"vllm, for the variant {model.attention_variant}"
-    if model.attention_variant in ("differential", "talking_heads"):
-        raise UserError(
-            where="--target", got=got, expected="transformers: vLLM attends once a layer, and hands out no scores"
-        )
-
-    if not model.has_hlc:
-        alternative = "stock" if model.attention_variant == "plain" else "transformers"
-        raise UserError(
-            where="--target",
-            got=got,
-            expected=f"{alternative}: this variant caches its heads as they are, and vLLM loads that",
-        )
-
     if min(model.component_heads) == composites:
         alternative = "transformers" if model.has_head_norm else "stock"
         reason = f"as many component as composite heads ({composites}) leave nothing to save, and vLLM loads that"

@@ -12,6 +12,7 @@ from megatron_mea.checkpoint.folder import CheckpointMetadata, find_corruption
 from megatron_mea.checkpoint.tensors import Fragment, read_fragments, weight_shapes
 from megatron_mea.config.load import parse_config
 from megatron_mea.config.schema import Model
+from megatron_mea.config.variants import VARIANTS
 from megatron_mea.errors import Problem, UserError
 from megatron_mea.huggingface.hf_config import read_hf_config
 from megatron_mea.huggingface.locate import INIT_FROM, is_hf_folder, named_checkpoint
@@ -26,6 +27,7 @@ from megatron_mea.model.decoder import parameter_shapes
 _MUST_MATCH = (
     *("attention_variant", "num_attention_heads", "num_key_value_heads", "num_component_heads", "head_dim"),
     *("hlc_mixes", "qk_norm", "attention_bias", "tie_word_embeddings", "head_norm_affine"),
+    *(key for variant in VARIANTS.values() for key in variant.own_keys),
 )
 """Settings that must be equal for weights of equal shapes to mean the same."""
 _WARN_IF_CHANGED = ("rope_parameters", "max_position_embeddings", "rms_norm_eps", "head_norm_eps")
@@ -145,10 +147,8 @@ def _effective_settings(model: Model) -> dict[str, Any]:
     fields = model.model_dump(mode="json")
     fields |= {"num_component_heads": model.component_heads, "rope_parameters": model.rope_parameters}
     effective = {
-        "hlc_mixes": model.has_hlc,
+        **dict.fromkeys(model.variant.ignored_keys, False),
         "num_component_heads": model.has_hlc,
-        "head_norm_affine": model.has_head_norm,
-        "head_norm_eps": model.has_head_norm,
         "max_position_embeddings": model.rope_parameters["rope_type"] == "dynamic",
     }
     return {key: fields[key] for key in (*_MUST_MATCH, *_WARN_IF_CHANGED) if effective.get(key, True)}

@@ -11,15 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megatron_mea.attention.document_mask import (
-    AttentionFn,
-    causal_attention,
-    document_attention,
-    visible_tokens_mask,
-)
+from megatron_mea.attention.core import core_attention_class
+from megatron_mea.attention.document_mask import AttentionFn
 from megatron_mea.attention.folds import FoldedKV, fold_kv
 from megatron_mea.attention.mea import MultiheadExplicitAttention
-from megatron_mea.attention.talking_heads import talking_heads_attention
 from megatron_mea.config.schema import Model
 from megatron_mea.exported.rotary_mea import inverse_frequencies, rotary_cos_sin
 from megatron_mea.parallel.activation_checkpoint import maybe_checkpoint
@@ -27,7 +22,7 @@ from megatron_mea.parallel.collectives import enter_tp_region, exit_tp_region
 from megatron_mea.parallel.cross_entropy import chunk_size, linear_cross_entropy_sum
 from megatron_mea.parallel.grid import NO_TP, TensorGroup
 from megatron_mea.parallel.layers import Embedding, Linear, RMSNorm, cross_entropy_sum
-from megatron_mea.parallel.parameter import normal, parameters_by_name, sharded_parameter
+from megatron_mea.parallel.parameter import ParameterSpec, normal, parameters_by_name, sharded_parameter
 
 ActivationCheckpointing = Literal["none", "selective", "full"]
 
@@ -76,11 +71,25 @@ class MLP(nn.Module):
         output_std = std / math.sqrt(2 * config.num_hidden_layers)
 
         def input_projection(suffix: str) -> Linear:
-            return Linear(name=f"{name}.{suffix}", in_features=hidden, out_features=inner, std=std, tp=tp, shard_dim=0)
+            return Linear(
+                name=f"{name}.{suffix}",
+                component="mlp",
+                in_features=hidden,
+                out_features=inner,
+                std=std,
+                tp=tp,
+                shard_dim=0,
+            )
 
         self.gate_proj, self.up_proj = input_projection("gate_proj"), input_projection("up_proj")
         self.down_proj = Linear(
-            name=f"{name}.down_proj", in_features=inner, out_features=hidden, std=output_std, tp=tp, shard_dim=1
+            name=f"{name}.down_proj",
+            component="mlp",
+            in_features=inner,
+            out_features=hidden,
+            std=output_std,
+            tp=tp,
+            shard_dim=1,
         )
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -282,7 +291,8 @@ class Decoder(nn.Module):
         # shape: (batch, seq, d) -> (batch, 1, seq, d), the same for all heads
         cos, sin = (angle.unsqueeze(1) for angle in cos_sin)
 
-        attend = self._attention_fn(position_ids)
+        attention_fn = core_attention_class(self.config).attention_fn
+        attend = attention_fn(position_ids, document_mask=self.document_mask)
         # Validation runs uncompiled, since compiled code does not call the hooks that observe it.
         block_fn = self._training_block if torch.is_grad_enabled() else run_block
 
@@ -304,13 +314,6 @@ class Decoder(nn.Module):
             )
 
         return hidden_states
-
-    def _attention_fn(self, position_ids: torch.Tensor) -> AttentionFn:
-        """The attention function of all blocks for tokens at these positions (batch, seq)."""
-        if self.config.attention_variant == "talking_heads":
-            return talking_heads_attention(visible_tokens_mask(position_ids, document_mask=self.document_mask))
-
-        return document_attention(position_ids) if self.document_mask else causal_attention
 
 
 def run_block(block: TransformerBlock, hidden_states: torch.Tensor, **arguments: object) -> torch.Tensor:
@@ -344,6 +347,7 @@ def _lm_head_weight(*, config: Model, embed_tokens: Embedding | None, tp: Tensor
     return sharded_parameter(
         name="lm_head.weight",
         global_shape=(config.vocab_size, config.hidden_size),
+        component="lm_head",
         kind="matrix",
         initialize=normal(config.initializer_range),
         tp=tp,
@@ -351,8 +355,13 @@ def _lm_head_weight(*, config: Model, embed_tokens: Embedding | None, tp: Tensor
     )
 
 
-def parameter_shapes(config: Model) -> dict[str, tuple[int, ...]]:
-    """Maps exported names to global shapes of all parameters; allocates nothing."""
+def parameter_specs(config: Model) -> dict[str, ParameterSpec]:
+    """Maps exported names to the specifications of all parameters; allocates nothing."""
     with torch.device("meta"):
         parameters = parameters_by_name(Decoder(config))
-    return {name: parameter.spec.global_shape for name, parameter in parameters.items()}
+    return {name: parameter.spec for name, parameter in parameters.items()}
+
+
+def parameter_shapes(config: Model) -> dict[str, tuple[int, ...]]:
+    """Maps exported names to global shapes of all parameters; allocates nothing."""
+    return {name: spec.global_shape for name, spec in parameter_specs(config).items()}

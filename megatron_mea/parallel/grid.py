@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_mea.config.parallel_dims import ParallelDims
+
 
 @dataclass(frozen=True, kw_only=True)
 class TensorGroup:
@@ -34,36 +36,36 @@ NO_TP = TensorGroup()
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """Coordinates of this rank: rank = (pipeline_rank * data_size + data_rank) * tp.size + tp.rank.
+    """Coordinates of this rank: rank = (pipeline_rank * dims.dp + data_rank) * dims.tp + tp.rank.
 
     Args:
         tp: the tensor group of this rank.
-        data_rank, data_size: index of this rank's part of a batch, and the number of parts.
-        pipeline_rank, pipeline_size: index of this rank's pipeline stage, and the number of stages.
+        dims: the sizes of all groups.
+        data_rank: index of this rank's part of a batch.
+        pipeline_rank: index of this rank's pipeline stage.
         embedding_group: process group of the first and the last stage of this pipeline; None on other stages, or
             where there is one stage.
         mpu: the same as an object of the interface that DeepSpeed calls.
     """
 
     tp: TensorGroup
+    dims: ParallelDims
     data_rank: int
-    data_size: int
     pipeline_rank: int
-    pipeline_size: int
     embedding_group: Any
     mpu: Any
 
     @property
     def is_last_stage(self) -> bool:
         """Whether this rank holds the language-model head."""
-        return self.pipeline_rank == self.pipeline_size - 1
+        return self.pipeline_rank == self.dims.pp - 1
 
     @property
     def stage_size(self) -> int:
         """Number of ranks that hold this pipeline stage."""
-        return self.data_size * self.tp.size
+        return self.dims.dp * self.dims.tp
 
     @property
     def stage_rank(self) -> int:
         """Index of this rank among those of its pipeline stage."""
-        return self.data_rank * self.tp.size + self.tp.rank
+        return self.data_rank * self.dims.tp + self.tp.rank

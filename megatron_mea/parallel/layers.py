@@ -10,7 +10,7 @@ from torch import nn
 from megatron_mea.data.corpora import IGNORE_INDEX
 from megatron_mea.parallel.collectives import all_reduce, copy_to_tp_region, exit_tp_region, reduce_from_tp_region
 from megatron_mea.parallel.grid import NO_TP, TensorGroup
-from megatron_mea.parallel.parameter import constant, normal, sharded_parameter
+from megatron_mea.parallel.parameter import Component, constant, normal, sharded_parameter
 
 
 class Linear(nn.Module):
@@ -25,6 +25,7 @@ class Linear(nn.Module):
         self,
         *,
         name: str,
+        component: Component,
         in_features: int,
         out_features: int,
         std: float,
@@ -38,6 +39,7 @@ class Linear(nn.Module):
         self.weight = sharded_parameter(
             name=f"{name}.weight",
             global_shape=(out_features, in_features),
+            component=component,
             kind="matrix",
             initialize=normal(std),
             tp=tp,
@@ -48,6 +50,7 @@ class Linear(nn.Module):
             self.bias = sharded_parameter(
                 name=f"{name}.bias",
                 global_shape=(out_features,),
+                component=component,
                 kind="vector",
                 initialize=constant(0.0),
                 tp=tp,
@@ -68,6 +71,7 @@ class Embedding(nn.Module):
         self.weight = sharded_parameter(
             name=f"{name}.weight",
             global_shape=(vocab_size, hidden_size),
+            component="embedding",
             kind="matrix",
             initialize=normal(std),
             tp=tp,
@@ -110,7 +114,12 @@ class RMSNorm(nn.Module):
         self.size, self.eps, self.tp, self.reduce_weight_grad = size, eps, tp, reduce_weight_grad
         self.weight = (
             sharded_parameter(
-                name=f"{name}.weight", global_shape=(size,), kind="vector", initialize=constant(gain), tp=tp
+                name=f"{name}.weight",
+                global_shape=(size,),
+                component="norm",
+                kind="vector",
+                initialize=constant(gain),
+                tp=tp,
             )
             if affine
             else None

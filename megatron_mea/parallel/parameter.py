@@ -17,6 +17,8 @@ from megatron_mea.parallel.grid import NO_TP, TensorGroup
 _INIT_THREADS = 8
 """Threads that initialise parameters, each of which holds a full tensor."""
 
+Component = Literal["embedding", "attention", "hlc", "mlp", "norm", "lm_head"]
+"""The part of the model that a parameter belongs to; `hlc` are all matrices that combine heads."""
 Initializer = Callable[[tuple[int, ...], torch.Generator], torch.Tensor]
 
 
@@ -27,8 +29,9 @@ class ParameterSpec:
     Args:
         name: the exported Hugging Face name, the only name that the parameter has anywhere.
         global_shape: shape of the full tensor.
-        kind: decides on weight decay: matrices are decayed, vectors (norms, biases) and head combinations
-            are not, the latter unless `optimizer.decay_hlc`.
+        component: the part of the model that it belongs to.
+        kind: decides on weight decay: matrices are decayed, vectors (norms, biases) are not; matrices of the component
+            `hlc` only with `optimizer.decay_hlc`.
         initialize: returns the full tensor in float32, drawn from a generator that is seeded by the name.
         tp: the tensor group of this rank.
         shard_dim: the dimension that is sharded over the tensor group; None where every rank holds the full tensor.
@@ -36,7 +39,8 @@ class ParameterSpec:
 
     name: str
     global_shape: tuple[int, ...]
-    kind: Literal["matrix", "vector", "hlc"]
+    component: Component
+    kind: Literal["matrix", "vector"]
     initialize: Initializer
     tp: TensorGroup = NO_TP
     shard_dim: int | None = None
@@ -83,14 +87,21 @@ def sharded_parameter(
     *,
     name: str,
     global_shape: tuple[int, ...],
-    kind: str,
+    component: Component,
+    kind: Literal["matrix", "vector"],
     initialize: Initializer,
     tp: TensorGroup = NO_TP,
     shard_dim: int | None = None,
 ) -> nn.Parameter:
     """Returns this rank's shard of a parameter, uninitialised float32, with its `spec` attached."""
     spec = ParameterSpec(
-        name=name, global_shape=global_shape, kind=kind, initialize=initialize, tp=tp, shard_dim=shard_dim
+        name=name,
+        global_shape=global_shape,
+        component=component,
+        kind=kind,
+        initialize=initialize,
+        tp=tp,
+        shard_dim=shard_dim,
     )
     parameter = nn.Parameter(torch.empty(spec.local_shape))
     parameter.spec = spec

@@ -7,26 +7,23 @@ float32 a row.
 
 from __future__ import annotations
 
+from megatron_mea.attention.core import FLOAT32
 from megatron_mea.plan.workload import Side, StageShard, Workload
-
-FLOAT32 = 4
-"""Bytes of a float32 element."""
 
 
 def stage_activations(workload: Workload, stage: StageShard) -> int:
     """Bytes that one micro-batch saves on one rank of a pipeline stage, without the loss."""
     tokens, element_bytes, hidden = workload.tokens, workload.element_bytes, workload.model.hidden_size
-    local_tokens = tokens // workload.sequence_shards
+    local_tokens = tokens // workload.dims.sequence_shards
 
     # Two int64 a token, such as its id and its position.
     saved_bytes = 2 * tokens * 8
     if stage.blocks:
         # cos and sin, which all blocks share.
         saved_bytes += 2 * tokens * workload.model.head_dim * element_bytes
-        if workload.model.attention_variant == "talking_heads":
-            # The boolean mask.
-            seq = workload.config.data.seq_length
-            saved_bytes += tokens * seq if workload.config.data.document_mask else seq * seq
+        saved_bytes += workload.core_attention.mask_bytes(
+            workload.attention_sizes, document_mask=workload.config.data.document_mask
+        )
 
     if workload.full_recompute:
         saved_bytes += len(stage.blocks) * local_tokens * hidden * element_bytes
@@ -38,7 +35,7 @@ def stage_activations(workload: Workload, stage: StageShard) -> int:
     if stage.has_head:
         saved_bytes += norm_activations(workload=workload, rows=local_tokens, width=hidden)
         saved_bytes += tokens * hidden * element_bytes
-    elif workload.layout.pipeline > 1:
+    elif workload.dims.pp > 1:
         # DeepSpeed holds the hidden states that it sent on until their gradient comes back.
         saved_bytes += local_tokens * hidden * element_bytes
 
@@ -52,73 +49,51 @@ def recomputed_activations(workload: Workload, layer: int) -> int:
         return block_activations(workload, layer) - saved_bytes
 
     if workload.selective_recompute:
-        inner_bytes = (
-            workload.tokens * (workload.model.intermediate_size // workload.layout.tensor) * workload.element_bytes
-        )
-        return max(2 * inner_bytes, attention_activations(workload) - _qkv_bytes(workload))
+        inner_bytes = workload.tokens * (workload.model.intermediate_size // workload.dims.tp) * workload.element_bytes
+        return max(2 * inner_bytes, attention_activations(workload) - _attention_input_bytes(workload))
 
     return 0
 
 
-def _qkv_bytes(workload: Workload) -> int:
-    """Bytes of this rank's queries, keys and values."""
-    width = (workload.local_heads + 2 * workload.local_composites) * workload.model.head_dim
-    return workload.tokens * width * workload.element_bytes
+def _attention_input_bytes(workload: Workload) -> int:
+    """Bytes of this rank's queries, keys, values, and of the core attention's own projections."""
+    sizes = workload.attention_sizes
+    return sizes.query_bytes + 2 * sizes.key_bytes + workload.core_attention.projected_bytes(sizes)
 
 
 def block_activations(workload: Workload, layer: int) -> int:
     """Bytes that one block saves of a micro-batch on one rank: two norms, attention, feed-forward."""
     model, element_bytes, tokens = workload.model, workload.element_bytes, workload.tokens
-    local_tokens = tokens // workload.sequence_shards
+    local_tokens = tokens // workload.dims.sequence_shards
     norms = 2 * norm_activations(workload=workload, rows=local_tokens, width=model.hidden_size)
 
     # The inputs of q, k, v and of gate, up.
     inputs = 2 * tokens * model.hidden_size * element_bytes
     projections = sum(projection_activations(workload=workload, layer=layer, side=side) for side in ("k", "v"))
-    attention = _qkv_bytes(workload) if workload.selective_recompute else attention_activations(workload)
+    attention = _attention_input_bytes(workload) if workload.selective_recompute else attention_activations(workload)
 
     # gate, up, and unless they are recomputed silu(gate) and the product
     num_tensors = 2 if workload.selective_recompute else 4
-    feed_forward = num_tensors * tokens * (model.intermediate_size // workload.layout.tensor) * element_bytes
+    feed_forward = num_tensors * tokens * (model.intermediate_size // workload.dims.tp) * element_bytes
 
     return norms + inputs + feed_forward + projections + attention
 
 
 def attention_activations(workload: Workload) -> int:
-    """Bytes saved from queries, keys and values to the input of o_proj.
-
-    A fused kernel saves no attention weights but one float32 a query.
-    """
-    model, element_bytes, tokens = workload.model, workload.element_bytes, workload.tokens
-    query_width = workload.local_heads * model.head_dim
-    key_width = workload.local_composites * model.head_dim
-
-    # q, k, v and the output
-    saved_bytes = tokens * (2 * query_width + 2 * key_width) * element_bytes
-    if model.attention_variant == "talking_heads":
-        # Logits, mixed weights; weights in float32 and, where that is another one, in the parameter dtype.
-        num_scores = tokens * workload.config.data.seq_length * workload.local_heads
-        saved_bytes += num_scores * (2 * element_bytes + FLOAT32 + (element_bytes if element_bytes < FLOAT32 else 0))
-    elif model.attention_variant == "differential":
-        # A kernel for each half of the values, which are repeated; the output of both kernels is an input of the norm.
-        saved_bytes += tokens * (2 * query_width + key_width) * element_bytes
-        saved_bytes += 2 * tokens * workload.local_heads * FLOAT32
-        # lambda, its two exponentials
-        saved_bytes += 3 * FLOAT32
-    else:
-        saved_bytes += tokens * workload.local_heads * FLOAT32
+    """Bytes saved from queries, keys and values to the input of o_proj."""
+    model, sizes, core_attention = workload.model, workload.attention_sizes, workload.core_attention
+    saved_bytes = core_attention.saved_bytes(sizes) + core_attention.transform_saved_bytes(sizes)
 
     if model.qk_norm:
-        for heads in (workload.local_heads, workload.local_composites):
-            saved_bytes += norm_activations(workload=workload, rows=tokens * heads, width=model.head_dim)
+        for heads in (sizes.num_heads, sizes.num_kv_heads):
+            saved_bytes += norm_activations(workload=workload, rows=sizes.tokens * heads, width=model.head_dim)
 
     if model.has_head_norm:
         # Its output is the input of o_proj. Its input is saved already, and on a GPU it saves nothing else.
-        saved_bytes += tokens * query_width * element_bytes
+        saved_bytes += sizes.query_bytes
         if workload.device == "cpu":
-            input_is_saved = element_bytes == FLOAT32 or model.attention_variant == "differential"
-            shared_bytes = tokens * query_width * element_bytes if input_is_saved else 0
-            rows = tokens * query_width // model.output_dim
+            shared_bytes = sizes.query_bytes if core_attention.saves_output(sizes) else 0
+            rows = sizes.tokens * sizes.num_heads * model.head_dim // model.output_dim
             saved_bytes += (
                 norm_activations(workload=workload, rows=rows, width=model.output_dim, affine=model.head_norm_affine)
                 - shared_bytes

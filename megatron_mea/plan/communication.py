@@ -12,18 +12,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_mea.parallel.zero import (
+    PERSISTENCE_THRESHOLD,
+    PREFETCH_BUCKET_ELEMENTS,
+    REUSE_DISTANCE,
+    bucket_elements,
+)
 from megatron_mea.plan.workload import LocalParameter, Side, StageShard, Workload
 
 Group = Literal["tensor", "data", "pipeline"]
-
-BUCKET_ELEMENTS = 500_000_000
-"""Elements of a bucket of gradients at most (training/engine.py)."""
-REUSE_DISTANCE = 1_000_000_000
-"""ZeRO 3 keeps gathered parameters that are reused within so many elements: `stage3_max_reuse_distance`."""
-PERSISTENCE_THRESHOLD = 100_000
-"""ZeRO 3 never partitions parameters of up to so many elements: `stage3_param_persistence_threshold`."""
-PREFETCH_BUCKET_ELEMENTS = 50_000_000
-"""Elements that ZeRO 3 gathers in a call at most: `stage3_prefetch_bucket_size`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +51,7 @@ def communication_per_step(workload: Workload) -> list[Traffic]:
         counts: Counter[tuple[Group, str]] = Counter()
         sizes: Counter[tuple[Group, str]] = Counter()
         for repeats, calls in (
-            (workload.layout.micro_batches, _micro_batch_calls(workload, stage)),
+            (workload.dims.num_micro_batches, _micro_batch_calls(workload, stage)),
             (1, _step_calls(workload, stage)),
         ):
             for call in calls:
@@ -71,14 +68,14 @@ def communication_per_step(workload: Workload) -> list[Traffic]:
 
 def _micro_batch_calls(workload: Workload, stage: StageShard) -> Iterator[Call]:
     """Calls that every micro-batch repeats."""
-    layout = workload.layout
-    if layout.tensor > 1:
+    dims = workload.dims
+    if dims.tp > 1:
         yield from _tensor_parallel_calls(workload, stage)
     if workload.teacher:
         yield from _teacher_calls(workload.teacher, workload.teacher.stages[stage.index])
 
-    if layout.pipeline > 1:
-        local_tokens = workload.tokens // workload.sequence_shards
+    if dims.pp > 1:
+        local_tokens = workload.tokens // workload.dims.sequence_shards
         hidden_bytes = local_tokens * workload.model.hidden_size * workload.element_bytes
         if not stage.has_head:
             yield Call(group="pipeline", collective="send", bytes=hidden_bytes)
@@ -87,38 +84,38 @@ def _micro_batch_calls(workload: Workload, stage: StageShard) -> Iterator[Call]:
         if not stage.has_embedding:
             yield Call(group="pipeline", collective="send", bytes=hidden_bytes)
 
-    if layout.data > 1 and workload.zero_stage > 1:
+    if dims.dp > 1 and workload.dims.zero_stage > 1:
         yield from _reduce_gradients(workload, stage)
-        if workload.zero_stage == 3:
+        if workload.dims.shards_parameters:
             yield from _gather_parameters(workload, stage)
 
 
 def _step_calls(workload: Workload, stage: StageShard) -> Iterator[Call]:
     """Calls that a step makes once."""
-    layout, element_bytes = workload.layout, workload.element_bytes
-    if layout.tensor > 1:
+    dims, element_bytes = workload.dims, workload.element_bytes
+    if dims.tp > 1:
         for layer in stage.blocks:
             yield from _kv_calls(workload=workload, layer=layer, once_per_step=True)
 
-    if layout.pipeline > 1 and workload.model.tie_word_embeddings and (stage.has_embedding or stage.has_head):
+    if dims.pp > 1 and workload.model.tie_word_embeddings and (stage.has_embedding or stage.has_head):
         # Gradients of the two copies, which bfloat16 runs hold in float32; then one copy overwrites the other.
         embedding_numel = workload.local_vocab_size * workload.model.hidden_size
         yield Call(group="pipeline", collective="all_reduce", bytes=embedding_numel * 4)
         yield Call(group="pipeline", collective="broadcast", bytes=embedding_numel * element_bytes)
 
-    if layout.data == 1:
+    if dims.dp == 1:
         return
-    if workload.zero_stage == 1:
+    if workload.dims.zero_stage == 1:
         yield from _reduce_gradients(workload, stage)
 
-    if workload.zero_stage < 3:
+    if not workload.dims.shards_parameters:
         # One call for parameters with weight decay, one for those without.
         yield Call(group="data", collective="all_gather", bytes=stage.local_numel * element_bytes, count=2)
         return
 
     for parameter in stage.parameters:
         if parameter.local_numel <= PERSISTENCE_THRESHOLD:
-            padded_numel = _padded_numel(parameter, layout.data)
+            padded_numel = _padded_numel(parameter, dims.dp)
             yield Call(group="data", collective="all_gather", bytes=padded_numel * element_bytes)
 
 
@@ -133,7 +130,7 @@ def _tensor_parallel_calls(workload: Workload, stage: StageShard) -> Iterator[Ca
 
     if stage.has_head:
         yield from _enter_tp_region(workload)
-        if workload.sequence_shards > 1:
+        if workload.dims.sequence_shards > 1:
             # The gain of the norm in front, whose gradient covers a shard of the tokens.
             yield Call(group="tensor", collective="all_reduce", bytes=workload.model.hidden_size * element_bytes)
 
@@ -149,21 +146,22 @@ def block_calls(workload: Workload, layer: int) -> Iterator[Call]:
     for _ in ("attention", "feed-forward"):
         yield from _enter_tp_region(workload)
         yield from _exit_tp_region(workload)
-        if workload.sequence_shards > 1:
+        if workload.dims.sequence_shards > 1:
             # The gain of the norm in front, whose gradient covers a shard of the tokens.
             yield Call(group="tensor", collective="all_reduce", bytes=model.hidden_size * element_bytes)
 
     gains = [model.head_dim] * (2 * model.qk_norm)
     gains += [model.output_dim] * (model.has_head_norm and model.head_norm_affine)
-    # lambda of differential heads is computed from four vectors.
-    gains += [model.head_dim] * (4 * (model.attention_variant == "differential"))
-    if gains:
-        yield Call(group="tensor", collective="all_reduce", bytes=sum(gains) * element_bytes, count=len(gains))
+    replicated = [*gains, *workload.core_attention.replicated_parameters(model)]
+    if replicated:
+        yield Call(
+            group="tensor", collective="all_reduce", bytes=sum(replicated) * element_bytes, count=len(replicated)
+        )
 
     yield from _kv_calls(workload=workload, layer=layer, once_per_step=False)
     if workload.full_recompute:
         # Recomputation ends with the last tensor that is needed, which comes before the last `exit_tp_region`.
-        if workload.sequence_shards > 1:
+        if workload.dims.sequence_shards > 1:
             yield Call(group="tensor", collective="all_gather", bytes=2 * _hidden_bytes(workload), count=2)
             yield Call(group="tensor", collective="reduce_scatter", bytes=_hidden_bytes(workload))
         else:
@@ -173,11 +171,11 @@ def block_calls(workload: Workload, layer: int) -> Iterator[Call]:
 
 def _teacher_calls(workload: Workload, stage: StageShard) -> Iterator[Call]:
     """Calls of a teacher's forward pass and of the divergence from it; `workload` is the teacher's."""
-    if workload.layout.tensor > 1:
+    if workload.dims.tp > 1:
         # Without a backward pass a region makes half of the calls of `_enter_tp_region` and `_exit_tp_region`.
         regions = 2 * len(stage.blocks)
         exits = regions + stage.has_embedding
-        if workload.sequence_shards > 1:
+        if workload.dims.sequence_shards > 1:
             entries = regions + stage.has_head
             yield Call(group="tensor", collective="all_gather", bytes=entries * _hidden_bytes(workload), count=entries)
             yield Call(group="tensor", collective="reduce_scatter", bytes=exits * _hidden_bytes(workload), count=exits)
@@ -191,8 +189,8 @@ def _teacher_calls(workload: Workload, stage: StageShard) -> Iterator[Call]:
             # Largest logits and sums of exponentials of both models, and the divergence of each token.
             yield Call(group="tensor", collective="all_reduce", bytes=5 * workload.tokens * 4, count=5)
 
-    if workload.layout.pipeline > 1 and not stage.has_head:
-        yield Call(group="pipeline", collective="send", bytes=_hidden_bytes(workload) // workload.sequence_shards)
+    if workload.dims.pp > 1 and not stage.has_head:
+        yield Call(group="pipeline", collective="send", bytes=_hidden_bytes(workload) // workload.dims.sequence_shards)
 
 
 def _component_gathers(workload: Workload, layer: int, *, recompute: bool = False) -> Iterator[Call]:
@@ -244,7 +242,7 @@ def _hidden_bytes(workload: Workload) -> int:
 
 def _enter_tp_region(workload: Workload) -> Iterator[Call]:
     """Calls of `enter_tp_region`: identity forward and all-reduce backward, or their sequence-parallel pair."""
-    if workload.sequence_shards > 1:
+    if workload.dims.sequence_shards > 1:
         yield Call(group="tensor", collective="all_gather", bytes=_hidden_bytes(workload))
         yield Call(group="tensor", collective="reduce_scatter", bytes=_hidden_bytes(workload))
     else:
@@ -261,15 +259,14 @@ def _reduce_gradients(workload: Workload, stage: StageShard) -> Iterator[Call]:
     ZeRO 1 once a step, 2 and 3 once a micro-batch. DeepSpeed's stages 1 and 2 both all-reduce full buckets
     (`use_multi_rank_bucket_allreduce`); only stage 3 scatters.
     """
-    if workload.zero_stage == 3:
+    numels = [parameter.local_numel for parameter in stage.parameters]
+    num_buckets = _num_buckets(numels, bucket_elements(stage.local_numel))
+    collective = "all_reduce"
+    if workload.dims.shards_parameters:
         collective = "reduce_scatter"
-        numels = [_padded_numel(parameter, workload.layout.data) for parameter in stage.parameters]
-    else:
-        collective = "all_reduce"
-        numels = [parameter.local_numel for parameter in stage.parameters]
+        numels = [_padded_numel(parameter, workload.dims.dp) for parameter in stage.parameters]
 
-    gradient_bytes = sum(numels) * workload.element_bytes
-    yield Call(group="data", collective=collective, bytes=gradient_bytes, count=_num_buckets(numels))
+    yield Call(group="data", collective=collective, bytes=sum(numels) * workload.element_bytes, count=num_buckets)
 
 
 def _gather_parameters(workload: Workload, stage: StageShard) -> Iterator[Call]:
@@ -282,7 +279,7 @@ def _gather_parameters(workload: Workload, stage: StageShard) -> Iterator[Call]:
     for parameter in reversed(stage.parameters):
         if parameter.local_numel > PERSISTENCE_THRESHOLD:
             gathers = 2 if 2 * later_numel >= REUSE_DISTANCE else 1
-            gathered_numel += _padded_numel(parameter, workload.layout.data) * gathers
+            gathered_numel += _padded_numel(parameter, workload.dims.dp) * gathers
         later_numel += parameter.local_numel
 
     if gathered_numel:
@@ -299,11 +296,11 @@ def _padded_numel(parameter: LocalParameter, partitions: int) -> int:
     return -(-parameter.local_numel // partitions) * partitions
 
 
-def _num_buckets(numels: Iterable[int]) -> int:
-    """How many buckets hold gradients of these sizes in this order."""
-    count, filled = 0, BUCKET_ELEMENTS
+def _num_buckets(numels: Iterable[int], size: int) -> int:
+    """How many buckets of `size` elements hold gradients of these sizes in this order."""
+    count, filled = 0, size
     for numel in numels:
-        if filled + numel > BUCKET_ELEMENTS:
+        if filled + numel > size:
             count, filled = count + 1, 0
         filled += numel
 

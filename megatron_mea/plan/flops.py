@@ -27,11 +27,7 @@ class Flops:
 
 
 def flops_per_token(workload: Workload) -> Flops:
-    """Forward 2 x matrix parameters + attention + head combination; backward twice that (Kaplan, arXiv 2001.08361).
-
-    Attention is 4 x seq_length x H d: scores and weighted values for all pairs of tokens. The causal half that a
-    kernel may leave out is not taken off, which is the usual convention.
-    """
+    """Forward 2 x matrix parameters + attention + head combination; backward twice that (Kaplan, arXiv 2001.08361)."""
     layers = range(workload.model.num_hidden_layers)
     blocks = sum(block_flops(workload, layer) for layer in layers)
     forward = blocks + 2 * workload.model.hidden_size * workload.model.vocab_size
@@ -81,20 +77,13 @@ def block_flops(workload: Workload, layer: int) -> float:
 
     keys = kv_projection_flops(workload=workload, layer=layer, side="k")
     values = kv_projection_flops(workload=workload, layer=layer, side="v")
-    return queries_and_output + attention_flops(workload) + feed_forward + (keys + values)
+    own_projections = workload.core_attention.projection_flops_per_token(model)
+    return queries_and_output + attention_flops(workload) + feed_forward + (keys + values) + own_projections
 
 
 def attention_flops(workload: Workload) -> float:
     """FLOPs a token of one layer's scores and weighted values."""
-    model, seq = workload.model, workload.config.data.seq_length
-    attention = 4 * seq * model.num_attention_heads * model.head_dim
-    if model.attention_variant == "differential":
-        # A kernel for each half of the values.
-        attention *= 2
-    elif model.attention_variant == "talking_heads":
-        attention += 4 * seq * model.num_attention_heads**2
-
-    return attention
+    return workload.core_attention.flops_per_token(workload.model, workload.config.data.seq_length)
 
 
 def kv_projection_flops(*, workload: Workload, layer: int, side: Side) -> float:
@@ -122,5 +111,5 @@ def fold_flops(*, workload: Workload, layer: int, side: Side) -> float:
         return 0.0
 
     columns = model.hidden_size + (1 if model.attention_bias else 0)
-    tokens = workload.tokens * (workload.layout.micro_batches if workload.folds_once_per_step else 1)
+    tokens = workload.tokens * (workload.dims.num_micro_batches if workload.folds_once_per_step else 1)
     return 2 * projection.num_components * projection.num_composites * model.head_dim * columns / tokens

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_mea.plan.activations import FLOAT32, recomputed_activations, stage_activations, step_folds
-from megatron_mea.plan.communication import BUCKET_ELEMENTS, PERSISTENCE_THRESHOLD, REUSE_DISTANCE
+from megatron_mea.attention.core import FLOAT32
+from megatron_mea.checkpoint.tensors import STATE_BYTES
+from megatron_mea.parallel.zero import PERSISTENCE_THRESHOLD, REUSE_DISTANCE, bucket_elements
+from megatron_mea.plan.activations import recomputed_activations, stage_activations, step_folds
 from megatron_mea.plan.workload import StageShard, Workload
 
 
@@ -57,25 +59,26 @@ def memory_per_stage(workload: Workload) -> list[Memory]:
 
 def stage_memory(workload: Workload, stage: StageShard) -> Memory:
     """Memory of the rank of a pipeline stage that holds most."""
-    in_flight = min(workload.layout.pipeline - stage.index, workload.layout.micro_batches)
+    in_flight = min(workload.dims.pp - stage.index, workload.dims.num_micro_batches)
     microbatch_bytes = stage_activations(workload, stage)
     saved_bytes = in_flight * microbatch_bytes + step_folds(workload, stage)
     recomputed_bytes = max((recomputed_activations(workload, layer) for layer in stage.blocks), default=0)
 
     # A block's backward computes the gradients of both factors of its product, and those around the block.
-    width = workload.model.intermediate_size // workload.layout.tensor + workload.model.hidden_size
+    width = workload.model.intermediate_size // workload.dims.tp + workload.model.hidden_size
     backward_bytes = recomputed_bytes + 2 * workload.tokens * width * workload.element_bytes
     logits_bytes = loss_activations(workload, stage)
     buffer_bytes, peak_update = _buffers_and_update_peak(workload, stage)
 
     # A bucket comes with the first gradient of a backward pass, after the loss. ZeRO 2 frees it after each pass.
-    bucket_stays = workload.zero_stage == 3 or (workload.zero_stage == 1 and workload.layout.micro_batches > 1)
+    dims = workload.dims
+    bucket_stays = dims.shards_parameters or (dims.zero_stage == 1 and dims.num_micro_batches > 1)
     if bucket_stays:
         peak_forward_backward = saved_bytes + max(logits_bytes, backward_bytes) + buffer_bytes
     else:
         peak_forward_backward = saved_bytes + max(logits_bytes, backward_bytes + buffer_bytes)
 
-    if in_flight == workload.layout.micro_batches > 1:
+    if in_flight == workload.dims.num_micro_batches > 1:
         # All activations exist before the first gradient does, and gradients come as the first micro-batch's are freed.
         peak_forward_backward -= min(stage.local_numel * workload.element_bytes, microbatch_bytes)
 
@@ -110,7 +113,7 @@ def loss_activations(workload: Workload, stage: StageShard) -> int:
     element_bytes = workload.element_bytes
     logits_numel = workload.tokens * workload.local_vocab_size
     if workload.teacher is not None:
-        num_saved = (2 if workload.layout.tensor > 1 else 1) + (element_bytes < FLOAT32)
+        num_saved = (2 if workload.dims.tp > 1 else 1) + (element_bytes < FLOAT32)
         return (3 + num_saved) * logits_numel * FLOAT32 + 2 * logits_numel * element_bytes
 
     if workload.loss_chunk_tokens == workload.tokens:
@@ -127,17 +130,17 @@ def loss_activations(workload: Workload, stage: StageShard) -> int:
 def _model_states(workload: Workload, stage: StageShard) -> tuple[int, int, int]:
     """Bytes of the weights, of the gradients, and of master weights with moments."""
     element_bytes, local_numel = workload.element_bytes, stage.local_numel
-    partition_numel = local_numel / workload.layout.data
-    accumulates = workload.layout.micro_batches > 1
+    partition_numel = local_numel / workload.dims.dp
+    accumulates = workload.dims.num_micro_batches > 1
 
-    if workload.zero_stage == 3:
+    if workload.dims.shards_parameters:
         persistent = sum(p.local_numel for p in stage.parameters if p.local_numel <= PERSISTENCE_THRESHOLD)
         weights = int((partition_numel + persistent) * element_bytes)
         # A float32 run updates its partition in place: that is the master.
-        num_states = 2 if element_bytes == FLOAT32 else 3
-        return weights, int(partition_numel * element_bytes), int(num_states * partition_numel * FLOAT32)
+        state_bytes = STATE_BYTES - (FLOAT32 if element_bytes == FLOAT32 else 0)
+        return weights, int(partition_numel * element_bytes), int(state_bytes * partition_numel)
 
-    if workload.zero_stage == 2:
+    if workload.dims.zero_stage == 2:
         gradients = partition_numel * FLOAT32 if accumulates or element_bytes < FLOAT32 else 0
     elif element_bytes < FLOAT32:
         # Accumulated in float32, beside autograd's own.
@@ -145,45 +148,45 @@ def _model_states(workload: Workload, stage: StageShard) -> tuple[int, int, int]
     else:
         gradients = local_numel * FLOAT32 if accumulates else 0
 
-    return local_numel * element_bytes, int(gradients), int(3 * partition_numel * FLOAT32)
+    return local_numel * element_bytes, int(gradients), int(STATE_BYTES * partition_numel)
 
 
 def _buffers_and_update_peak(workload: Workload, stage: StageShard) -> tuple[int, int]:
     """Bytes of the buffers of forward and backward, and the peak of reduction and update beyond what is at rest."""
-    layout, element_bytes, local_numel = workload.layout, workload.element_bytes, stage.local_numel
-    partition_numel = local_numel / layout.data
-    bucket_bytes = min(local_numel, BUCKET_ELEMENTS) * element_bytes
+    dims, element_bytes, local_numel = workload.dims, workload.element_bytes, stage.local_numel
+    partition_numel = local_numel / dims.dp
+    bucket_bytes = bucket_elements(local_numel) * element_bytes
     # This rank's gradients as one tensor, and torch's Adam, which allocates two temporaries where it is not fused.
     adam_bytes = partition_numel * FLOAT32 * (1 if workload.device == "cuda" else 3)
 
-    if workload.zero_stage == 3:
+    if workload.dims.shards_parameters:
         partitioned = [p.local_numel for p in stage.parameters if p.local_numel > PERSISTENCE_THRESHOLD]
         gathered_bytes = min(sum(partitioned), REUSE_DISTANCE // 2 + max(partitioned, default=0)) * element_bytes
         # A bucket is reordered in a copy, which the scattered parts hold until the next micro-batch's exist.
-        bucket_copies = bucket_bytes * (2 if layout.micro_batches > 1 else 1)
+        bucket_copies = bucket_bytes * (2 if dims.num_micro_batches > 1 else 1)
         buffers = int(gathered_bytes + bucket_copies)
         return buffers, int(bucket_bytes + max(gathered_bytes + bucket_bytes, adam_bytes))
 
-    if workload.zero_stage == 1 and element_bytes < FLOAT32:
+    if workload.dims.zero_stage == 1 and element_bytes < FLOAT32:
         # Both parameter groups as one tensor where they fit a bucket, and rounded to be sent.
-        if local_numel <= BUCKET_ELEMENTS:
+        if local_numel == bucket_elements(local_numel):
             rounded_bytes = local_numel * (FLOAT32 + element_bytes)
         else:
             rounded_bytes = local_numel * element_bytes
         return 0, int(max(rounded_bytes, adam_bytes))
 
     # A bucket is sent from a copy, and this rank's partition is received into a buffer of its own.
-    copy_bytes = bucket_bytes if layout.data > 1 else 0
+    copy_bytes = bucket_bytes if dims.dp > 1 else 0
     reduced_bytes = copy_bytes + partition_numel * element_bytes
-    if workload.zero_stage == 2:
+    if workload.dims.zero_stage == 2:
         # One bucket is filled while the other one is averaged.
         peak_update = max(2 * bucket_bytes + reduced_bytes, partition_numel * element_bytes + adam_bytes)
         return 2 * bucket_bytes, int(peak_update)
 
     # Gradients move into the bucket: those of several micro-batches count at rest already.
-    at_rest_bytes = local_numel * element_bytes if layout.micro_batches > 1 else 0
+    at_rest_bytes = local_numel * element_bytes if dims.num_micro_batches > 1 else 0
     # In a pipeline DeepSpeed adds a bucket to the one that the passes have allocated.
-    buckets_bytes = bucket_bytes * (2 if layout.pipeline > 1 else 1)
+    buckets_bytes = bucket_bytes * (2 if dims.pp > 1 else 1)
     reducing_bytes = buckets_bytes + local_numel * element_bytes - bucket_bytes + reduced_bytes
     # During the update other ranks' gradients are still in the bucket.
     updating_bytes = copy_bytes + partition_numel * element_bytes + adam_bytes

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_mea.config.layout import TEACHER_KEY, Layout, check_layout, check_teacher
+from megatron_mea.checkpoint.tensors import STATE_BYTES
+from megatron_mea.config.layout import TEACHER_KEY, check_layout, check_teacher
+from megatron_mea.config.parallel_dims import ParallelDims
 from megatron_mea.config.schema import Config
 from megatron_mea.huggingface.weights import read_model_settings
+from megatron_mea.parallel.parameter import Component
 from megatron_mea.plan.communication import Traffic, communication_per_step
 from megatron_mea.plan.flops import Flops, flops_per_token, stage_flops
 from megatron_mea.plan.memory import Memory, memory_per_stage
 from megatron_mea.plan.workload import Device, Workload
 
-CHECKPOINT_BYTES_PER_ELEMENT = 12
-"""Master weight and two moments, float32."""
 MEMORY_COLUMNS = {
     "weights": "weights",
     "gradients": "gradients",
@@ -50,11 +52,12 @@ class Parameters:
 class Plan:
     """Needs of a run; memory and communication are those of the rank of each pipeline stage that holds most.
 
-    `stage_flops` are FLOPs a token on each stage, its tensor ranks together.
+    `zero_stage` is the configured one, `dims.zero_stage` the one that runs. `stage_flops` are FLOPs a token on each
+    stage, its tensor ranks together.
     """
 
     world_size: int
-    layout: Layout
+    dims: ParallelDims
     zero_stage: int
     steps: int
     tokens_per_step: int
@@ -67,12 +70,12 @@ class Plan:
     @property
     def checkpoint_bytes(self) -> int:
         """Bytes of a checkpoint on the disk."""
-        return CHECKPOINT_BYTES_PER_ELEMENT * self.parameters.total
+        return STATE_BYTES * self.parameters.total
 
     @property
     def checkpoint_copy_bytes(self) -> int:
         """Bytes of host memory in which a rank keeps its part of a checkpoint while it is written, and for the next."""
-        return CHECKPOINT_BYTES_PER_ELEMENT * max(self.parameters.per_rank) // self.layout.data
+        return STATE_BYTES * max(self.parameters.per_rank) // self.dims.dp
 
 
 def make_plan(config: Config, *, world_size: int | None = None, device: Device = "cuda") -> Plan:
@@ -81,12 +84,12 @@ def make_plan(config: Config, *, world_size: int | None = None, device: Device =
     Raises:
         UserError: the layout cannot work, or a teacher is missing or cannot teach this model on it.
     """
-    layout = check_layout(config, world_size)
-    teacher = _teacher_workload(config=config, layout=layout, device=device)
-    workload = Workload(config=config, layout=layout, device=device, teacher=teacher)
+    dims = check_layout(config, world_size)
+    teacher = _teacher_workload(config=config, dims=dims, device=device)
+    workload = Workload(config=config, dims=dims, device=device, teacher=teacher)
     return Plan(
-        world_size=layout.world_size,
-        layout=layout,
+        world_size=dims.world_size,
+        dims=dims,
         zero_stage=config.parallel.zero_stage,
         steps=config.steps,
         tokens_per_step=config.tokens_per_step,
@@ -98,45 +101,44 @@ def make_plan(config: Config, *, world_size: int | None = None, device: Device =
     )
 
 
-def _teacher_workload(*, config: Config, layout: Layout, device: Device) -> Workload | None:
+def _teacher_workload(*, config: Config, dims: ParallelDims, device: Device) -> Workload | None:
     """The workload of the teacher, None where there is none; reads its settings and not its weights."""
     if config.training.distillation is None:
         return None
 
     model = read_model_settings(Path(config.training.distillation.teacher), TEACHER_KEY)
     check_teacher(config, model)
-    return Workload(config=config.model_copy(update={"model": model}), layout=layout, device=device, trains=False)
+    return Workload(config=config.model_copy(update={"model": model}), dims=dims, device=device, trains=False)
 
 
 def count_parameters(workload: Workload) -> Parameters:
     """Elements by part of the model, from the specifications that the decoder's parameters carry."""
-    global_numels = {
-        parameter.name: parameter.global_numel for stage in workload.stages for parameter in stage.parameters
-    }
-
-    def numel_of(*substrings: str) -> int:
-        return sum(numel for name, numel in global_numels.items() if any(part in name for part in substrings))
+    # By name, since a tied matrix is on two stages.
+    parameters = {parameter.name: parameter for stage in workload.stages for parameter in stage.parameters}
+    numels: Counter[Component] = Counter()
+    for parameter in parameters.values():
+        numels[parameter.component] += parameter.global_numel
 
     return Parameters(
-        total=sum(global_numels.values()),
-        embedding=numel_of("embed_tokens"),
-        head=numel_of("lm_head"),
-        attention=numel_of("_proj", ".lambda_") - numel_of(".mlp."),
-        head_combination=numel_of(".hlc_", "_mix."),
-        feed_forward=numel_of(".mlp."),
-        norms=numel_of("norm"),
+        total=numels.total(),
+        embedding=numels["embedding"],
+        head=numels["lm_head"],
+        attention=numels["attention"],
+        head_combination=numels["hlc"],
+        feed_forward=numels["mlp"],
+        norms=numels["norm"],
         per_rank=tuple(stage.local_numel for stage in workload.stages),
     )
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
     """The plan for `--json`: sizes in bytes, FLOPs of one token, memory and communication of one rank in one step."""
-    layout = plan.layout
+    dims = plan.dims
     return {
         "world_size": plan.world_size,
-        "layout": {"tensor": layout.tensor, "pipeline": layout.pipeline, "data": layout.data},
+        "layout": {"tensor": dims.tp, "pipeline": dims.pp, "data": dims.dp},
         "zero_stage": plan.zero_stage,
-        "micro_batches": layout.micro_batches,
+        "micro_batches": dims.num_micro_batches,
         "steps": plan.steps,
         "tokens": plan.steps * plan.tokens_per_step,
         "tokens_per_step": plan.tokens_per_step,
@@ -147,7 +149,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "flops_per_token": asdict(plan.flops) | {"total": plan.flops.total},
         "flops_total": plan.flops.total * plan.steps * plan.tokens_per_step,
         "communication_per_step": [asdict(row) for row in plan.communication],
-        "pipeline_bubble": layout.pipeline_bubble,
+        "pipeline_bubble": dims.pipeline_bubble,
     }
 
 
@@ -162,15 +164,15 @@ def as_text(plan: Plan) -> str:
 
 
 def _text_lines(plan: Plan) -> Iterator[str]:
-    layout, parameters, flops = plan.layout, plan.parameters, plan.flops
+    dims, parameters, flops = plan.dims, plan.parameters, plan.flops
     yield (
-        f"{plan.world_size} process(es): tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}, "
-        f"ZeRO {plan.zero_stage}, {layout.micro_batches} micro-batch(es) a step on each data rank"
+        f"{plan.world_size} process(es): tensor {dims.tp} x pipeline {dims.pp} x data {dims.dp}, "
+        f"ZeRO {plan.zero_stage}, {dims.num_micro_batches} micro-batch(es) a step on each data rank"
     )
 
     tokens = plan.steps * plan.tokens_per_step
     yield f"{plan.steps:,} steps of {plan.tokens_per_step:,} tokens: {tokens:,} tokens"
-    yield f"pipeline bubble: {layout.pipeline_bubble:.1%} of a step"
+    yield f"pipeline bubble: {dims.pipeline_bubble:.1%} of a step"
     yield ""
 
     yield f"parameters: {parameters.total:,}"
@@ -179,7 +181,7 @@ def _text_lines(plan: Plan) -> Iterator[str]:
             yield f"  {name.replace('_', ' '):20}{numel:>18,}"
 
     yield f"  {'on a rank':20}{max(parameters.per_rank):>18,}" + (
-        f"   (of {len(parameters.per_rank)} stages, the largest)" if layout.pipeline > 1 else ""
+        f"   (of {len(parameters.per_rank)} stages, the largest)" if dims.pp > 1 else ""
     )
     yield ""
 

@@ -8,14 +8,15 @@ from typing import Literal
 
 import torch
 
-from megatron_mea.attention.hlc import folding_is_cheaper, folding_once_per_step_pays
-from megatron_mea.config.layout import Layout
+from megatron_mea.attention.core import AttentionSizes, CoreAttention, core_attention_class
+from megatron_mea.attention.hlc import folding_is_cheaper
+from megatron_mea.config.parallel_dims import ParallelDims
 from megatron_mea.config.schema import Config, Model
 from megatron_mea.model.decoder import Decoder, StageLayers
 from megatron_mea.model.stages import pipeline_stages
 from megatron_mea.parallel.cross_entropy import chunk_size
 from megatron_mea.parallel.grid import TensorGroup
-from megatron_mea.parallel.parameter import parameters_by_name
+from megatron_mea.parallel.parameter import Component, parameters_by_name
 
 Device = Literal["cuda", "cpu"]
 Side = Literal["k", "v"]
@@ -26,7 +27,7 @@ class LocalParameter:
     """One rank's shard of a parameter: `local_numel` elements of `global_numel`."""
 
     name: str
-    kind: str
+    component: Component
     local_numel: int
     global_numel: int
 
@@ -80,7 +81,7 @@ class Workload:
     """
 
     config: Config
-    layout: Layout
+    dims: ParallelDims
     device: Device = "cuda"
     teacher: Workload | None = None
     trains: bool = True
@@ -101,11 +102,6 @@ class Workload:
         return self.config.training.micro_batch_size * self.config.data.seq_length
 
     @property
-    def sequence_shards(self) -> int:
-        """Number of ranks over which sequence parallelism shards activations; 1 without it."""
-        return self.layout.tensor if self.config.parallel.sequence_parallel else 1
-
-    @property
     def full_recompute(self) -> bool:
         """Whether backward recomputes full blocks."""
         return self.config.training.activation_checkpointing == "full"
@@ -117,31 +113,19 @@ class Workload:
 
     @property
     def folds_outside_recompute(self) -> bool:
-        """Whether heads are folded outside of the recomputed blocks (`fold_outside` in training/build.py)."""
-        return self.config.parallel.zero_stage < 3
+        """Whether heads are folded outside of the recomputed blocks (`Decoder.fold_outside`)."""
+        return self.dims.folds_outside
 
     @property
     def folds_once_per_step(self) -> bool:
         """Whether all micro-batches of a step share one fold of a weight (attention/folds.py)."""
-        pays = folding_once_per_step_pays(
-            micro_batches=self.layout.micro_batches,
-            tokens=self.tokens,
-            hidden_size=self.model.hidden_size,
-            tensor=self.layout.tensor,
-            pipeline=self.layout.pipeline,
-            zero_stage=self.config.parallel.zero_stage,
-        )
+        pays = self.dims.folds_once_per_step(tokens=self.tokens, hidden_size=self.model.hidden_size)
         return self.trains and self.model.has_hlc and pays
-
-    @property
-    def zero_stage(self) -> int:
-        """ZeRO stage as it runs: 0 runs as 1 (training/engine.py)."""
-        return max(self.config.parallel.zero_stage, 1)
 
     @property
     def local_vocab_size(self) -> int:
         """Rows of the vocabulary that a rank holds: the largest shard."""
-        return -(-self.model.vocab_size // self.layout.tensor)
+        return -(-self.model.vocab_size // self.dims.tp)
 
     @property
     def loss_chunk_tokens(self) -> int:
@@ -151,16 +135,33 @@ class Workload:
     @property
     def local_heads(self) -> int:
         """Query heads of a rank."""
-        return self.model.num_attention_heads // self.layout.tensor
+        return self.model.num_attention_heads // self.dims.tp
 
     @property
     def local_composites(self) -> int:
         """Composite heads that a rank computes."""
-        return max(self.model.num_key_value_heads // self.layout.tensor, 1)
+        return max(self.model.num_key_value_heads // self.dims.tp, 1)
+
+    @property
+    def core_attention(self) -> type[CoreAttention]:
+        """The class of the core attention, which knows its costs."""
+        return core_attention_class(self.model)
+
+    @property
+    def attention_sizes(self) -> AttentionSizes:
+        """Sizes of a micro-batch in an attention layer on one rank."""
+        return AttentionSizes(
+            config=self.model,
+            tokens=self.tokens,
+            seq_length=self.config.data.seq_length,
+            num_heads=self.local_heads,
+            num_kv_heads=self.local_composites,
+            element_bytes=self.element_bytes,
+        )
 
     def kv_projection(self, layer: int, side: Side) -> KVProjection:
         """The form in which `HeadProjection` computes a layer's keys or values in training."""
-        model, tensor = self.model, self.layout.tensor
+        model, tensor = self.model, self.dims.tp
         num_components, num_composites = model.component_heads[layer], model.num_key_value_heads
         combines = model.mixes_keys if side == "k" else model.mixes_values
 
@@ -186,24 +187,22 @@ class Workload:
     @cached_property
     def stages(self) -> tuple[StageShard, ...]:
         """Shard of tensor rank 0 of every stage: no rank holds more, since shorter shards come last."""
-        return tuple(self.stage(index) for index in range(self.layout.pipeline))
+        return tuple(self.stage(index) for index in range(self.dims.pp))
 
     @cached_property
     def _stage_layers(self) -> list[StageLayers]:
-        return pipeline_stages(self.model, self.layout.pipeline)
+        return pipeline_stages(self.model, self.dims.pp)
 
     def stage(self, index: int, tensor_rank: int = 0) -> StageShard:
         """A rank's shard of pipeline stage `index`, read from a decoder on the meta device, which takes no memory."""
         layers = self._stage_layers[index]
         with torch.device("meta"):
-            decoder = Decoder(
-                config=self.model, tp=TensorGroup(size=self.layout.tensor, rank=tensor_rank), stage=layers
-            )
+            decoder = Decoder(config=self.model, tp=TensorGroup(size=self.dims.tp, rank=tensor_rank), stage=layers)
 
         parameters = tuple(
             LocalParameter(
                 name=name,
-                kind=parameter.spec.kind,
+                component=parameter.spec.component,
                 local_numel=parameter.numel(),
                 global_numel=torch.Size(parameter.spec.global_shape).numel(),
             )

@@ -9,7 +9,8 @@ from typing import Any
 
 from megatron_mea.checkpoint.lease import lease_holder
 from megatron_mea.config import Config
-from megatron_mea.config.layout import Layout, check_layout
+from megatron_mea.config.layout import check_layout
+from megatron_mea.config.parallel_dims import ParallelDims
 from megatron_mea.errors import UserError
 from megatron_mea.slurm import scheduler
 from megatron_mea.slurm.job_files import job_files, record_jobs
@@ -34,7 +35,7 @@ def submit(*, config: Config, resources: Resources, dry_run: bool) -> str:
     Raises:
         UserError: anything that would fail in the queue or afterwards; nothing was written or submitted.
     """
-    layout, step, warnings = check_run(config, resources)
+    dims, step, warnings = check_run(config, resources)
     site = Site.read()
     slurm_folder = Path(config.run.dir).resolve() / "slurm"
     path = slurm_folder / "train.sbatch"
@@ -68,7 +69,7 @@ def submit(*, config: Config, resources: Resources, dry_run: bool) -> str:
             jobs=jobs,
             config=config,
             resources=resources,
-            layout=layout,
+            dims=dims,
             step=step,
             path=path,
             schedule=schedule,
@@ -77,7 +78,7 @@ def submit(*, config: Config, resources: Resources, dry_run: bool) -> str:
     )
 
 
-def check_run(config: Config, resources: Resources) -> tuple[Layout, int, list[str]]:
+def check_run(config: Config, resources: Resources) -> tuple[ParallelDims, int, list[str]]:
     """Checks what `train` would: layout, data, tokenizer, weights, space.
 
     Returns:
@@ -89,7 +90,7 @@ def check_run(config: Config, resources: Resources) -> tuple[Layout, int, list[s
     if problems := list(resource_problems(resources, None)):
         raise UserError.from_problems(problems)
 
-    layout, state = check_layout(config, resources.world_size), read_run_state(config)
+    dims, state = check_layout(config, resources.world_size), read_run_state(config)
     if state.finished_step is not None:
         got = f"{config.run.dir}, finished at step {state.finished_step}"
         raise UserError(
@@ -101,18 +102,18 @@ def check_run(config: Config, resources: Resources) -> tuple[Layout, int, list[s
             where="run.dir", got=f"{config.run.dir}, which {process} trains", expected="a run that nobody trains now"
         )
 
-    data = open_corpora(config=config, layout=layout, state=state)
+    data = open_corpora(config=config, dims=dims, state=state)
     rank_env = RankEnv(rank=0, world_size=resources.world_size, local_rank=0, master_address="", master_port=1)
-    inputs = open_run_inputs(config=config, rank_env=rank_env, layout=layout, state=state, data=data)
+    inputs = open_run_inputs(config=config, rank_env=rank_env, dims=dims, state=state, data=data)
 
     warnings = inputs.warnings
-    if resources.gpus_per_node % layout.tensor:
+    if resources.gpus_per_node % dims.tp:
         warnings.append(
-            f"the {layout.tensor} ranks of a tensor group (parallel.tensor_model_parallel_size) do not share a node of "
+            f"the {dims.tp} ranks of a tensor group (parallel.tensor_model_parallel_size) do not share a node of "
             f"{resources.gpus_per_node}: every layer would wait for the network"
         )
 
-    return layout, state.resume_checkpoint[0] if state.resume_checkpoint else 0, warnings
+    return dims, state.resume_checkpoint[0] if state.resume_checkpoint else 0, warnings
 
 
 def template_values(*, configs: Sequence[Config], resources: Resources, script: Path, log: str) -> dict[str, Any]:
@@ -151,7 +152,7 @@ def _summary(
     jobs: Sequence[str],
     config: Config,
     resources: Resources,
-    layout: Layout,
+    dims: ParallelDims,
     step: int,
     path: Path,
     schedule: str,
@@ -172,7 +173,7 @@ def _summary(
     yield from warning_lines
     yield (
         f"  world size    {resources.world_size} = {resources.nodes} node(s) x {resources.gpus_per_node}: tensor "
-        f"{layout.tensor} x pipeline {layout.pipeline} x data {layout.data}"
+        f"{dims.tp} x pipeline {dims.pp} x data {dims.dp}"
     )
     yield f"  run folder    {run_dir}"
     yield f"  begins        {f'at step {step}, the newest checkpoint' if step else 'anew'}, of {config.steps}"

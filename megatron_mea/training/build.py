@@ -25,7 +25,7 @@ def build_engine(
         teacher: as `open_teacher` opened it.
     """
     grid = build_grid(config)
-    stage = pipeline_stages(config.model, grid.pipeline_size)[grid.pipeline_rank]
+    stage = pipeline_stages(config.model, grid.dims.pp)[grid.pipeline_rank]
     model = Decoder(
         config=config.model,
         tp=grid.tp,
@@ -33,12 +33,12 @@ def build_engine(
         document_mask=config.data.document_mask,
         activation_checkpointing=config.training.activation_checkpointing,
         compile_blocks=config.training.compile,
-        fold_outside=config.parallel.zero_stage < 3,
+        fold_outside=grid.dims.folds_outside,
     )
     if initialized:
         init_parameters(model, config.training.seed)
 
-    make = PipelineEngine if grid.pipeline_size > 1 else Engine
+    make = PipelineEngine if grid.dims.pp > 1 else Engine
     return make(
         config=config,
         model=model,

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_mea.config.parallel_dims import ParallelDims
 from megatron_mea.config.schema import Config
 from megatron_mea.errors import UserError
 from megatron_mea.parallel.grid import Grid, TensorGroup
@@ -112,35 +113,32 @@ def build_grid(config: Config) -> Grid:
     """The coordinates of this rank and its process groups; collective. Tensor ranks are neighbours, to share a node."""
     from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
 
-    parallel = config.parallel
-    tp_size, pp_size = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    dp_size = dist.get_world_size() // (tp_size * pp_size)
-    topology = PipeModelDataParallelTopology(num_pp=pp_size, num_mp=tp_size, num_dp=dp_size)
+    dims = ParallelDims.from_config(config, dist.get_world_size())
+    topology = PipeModelDataParallelTopology(num_pp=dims.pp, num_mp=dims.tp, num_dp=dims.dp)
     # It prints its topology.
     with contextlib.redirect_stdout(io.StringIO()):
         mpu = PipelineParallelGrid(topology)
 
     tp = TensorGroup(
-        size=tp_size,
+        size=dims.tp,
         rank=mpu.get_slice_parallel_rank(),
         group=mpu.get_slice_parallel_group(),
-        sequence_parallel=parallel.sequence_parallel,
+        sequence_parallel=dims.sequence_parallel,
     )
 
     embedding_group = None
-    if pp_size > 1:
+    if dims.pp > 1:
         # The distance between a rank of the first stage and its counterpart in the last.
-        distance = (pp_size - 1) * dp_size * tp_size
+        distance = (dims.pp - 1) * dims.dp * dims.tp
         # Every rank takes part in making every group.
-        groups = [(first, dist.new_group([first, first + distance])) for first in range(dp_size * tp_size)]
+        groups = [(first, dist.new_group([first, first + distance])) for first in range(dims.dp * dims.tp)]
         embedding_group = next((group for first, group in groups if dist.get_rank() in (first, first + distance)), None)
 
     return Grid(
         tp=tp,
+        dims=dims,
         data_rank=mpu.get_data_parallel_rank(),
-        data_size=dp_size,
         pipeline_rank=mpu.get_pipe_parallel_rank(),
-        pipeline_size=pp_size,
         embedding_group=embedding_group,
         mpu=mpu,
     )

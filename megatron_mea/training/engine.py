@@ -13,19 +13,17 @@ import torch
 import torch.distributed as dist
 
 from megatron_mea.attention.folds import StepFolds
-from megatron_mea.attention.hlc import folding_once_per_step_pays
 from megatron_mea.checkpoint.tensors import MOMENTS, Fragment
+from megatron_mea.config.parallel_dims import ParallelDims
 from megatron_mea.config.schema import Config
 from megatron_mea.data.corpora import IGNORE_INDEX, Batch
 from megatron_mea.errors import RunError
 from megatron_mea.model.decoder import Decoder
 from megatron_mea.parallel.grid import Grid
 from megatron_mea.parallel.parameter import parameters_by_name
+from megatron_mea.parallel.zero import zero_optimization
 from megatron_mea.training.pipeline_stage import ModelWithLoss, PipelineStage
 from megatron_mea.training.teacher import Teacher
-
-BUCKET_ELEMENTS = 500_000_000
-"""Elements in a bucket of gradients at most, DeepSpeed's default."""
 
 
 class NonFiniteError(RunError):
@@ -71,9 +69,6 @@ class Engine:
 
         self.config, self.model, self.device, self.grid = config, model, device, grid
         self.stage = PipelineStage(decoder=model, is_last=grid.is_last_stage, teacher=teacher)
-        self.num_micro_batches = config.training.global_batch_size // (
-            config.training.micro_batch_size * grid.data_size
-        )
 
         # DeepSpeed's bfloat16 optimizer prints memory figures, its pipeline the layers.
         with contextlib.redirect_stdout(io.StringIO()):
@@ -88,7 +83,7 @@ class Engine:
                 ),
                 config=_deepspeed_config(
                     config=config,
-                    gradient_accumulation_steps=self.num_micro_batches,
+                    dims=grid.dims,
                     num_elements=sum(p.numel() for p in model.parameters()),
                 ),
                 dist_init_required=False,
@@ -103,7 +98,7 @@ class Engine:
         """One optimizer step over this rank's micro-batches; collective.
 
         Args:
-            batches: `num_micro_batches` micro-batches.
+            batches: the micro-batches of this rank, `grid.dims.num_micro_batches`.
             num_targets: of the global batch.
             lr: learning rate of this step.
             stop_requested: whether this rank was asked to stop, called after forward and backward (default: never);
@@ -117,7 +112,8 @@ class Engine:
 
         # DeepSpeed divides by the micro-batches and averages over data parallelism: this undoes both, so that the
         # gradient is that of the sum over all targets divided by their number.
-        loss_sums = self._run_step(batches, self.num_micro_batches * self.grid.data_size / num_targets)
+        dims = self.grid.dims
+        loss_sums = self._run_step(batches, dims.num_micro_batches * dims.dp / num_targets)
         totals = torch.cat([loss_sums, torch.full_like(loss_sums[:1], float(stop_requested()))])
         dist.all_reduce(totals)
 
@@ -186,14 +182,8 @@ class Engine:
 
     def _step_folds(self, batches: Sequence[Batch]) -> StepFolds | None:
         """Weights folded once for all micro-batches of a step; None where that does not pay."""
-        pays = folding_once_per_step_pays(
-            micro_batches=len(batches),
-            tokens=batches[0].input_ids.size,
-            hidden_size=self.config.model.hidden_size,
-            tensor=self.grid.tp.size,
-            pipeline=self.grid.pipeline_size,
-            zero_stage=self.config.parallel.zero_stage,
-        )
+        tokens, hidden_size = batches[0].input_ids.size, self.config.model.hidden_size
+        pays = self.grid.dims.folds_once_per_step(tokens=tokens, hidden_size=hidden_size)
         return None if not pays else StepFolds([block.self_attn for block in self.model.blocks], len(batches))
 
     def _evaluate(self, batches: Iterator[Batch], count: int) -> torch.Tensor:
@@ -230,7 +220,7 @@ class Engine:
         input_ids, position_ids, targets = self._to_device(batch)
         loss, _ = self.stage.compute_loss(self.stage((input_ids, position_ids)), targets)
         # With ZeRO 3 no rank holds full parameters between the passes, so there is nothing to differentiate.
-        return loss, {} if self._shards_parameters else self._gradients(loss)[0]
+        return loss, {} if self.grid.dims.shards_parameters else self._gradients(loss)[0]
 
     def _gradients(
         self, output: torch.Tensor, gradient: torch.Tensor | None = None, *, inputs: Sequence[torch.Tensor] = ()
@@ -271,7 +261,7 @@ class Engine:
         for adam_state in self.optimizer.optimizer.state.values():
             adam_state["step"].fill_(step)
 
-        if not self._shards_parameters:
+        if not self.grid.dims.shards_parameters:
             self.optimizer.update_lp_params()
             return
 
@@ -291,13 +281,9 @@ class Engine:
         parameter = parameters_by_name(self.model)[name]
         return parameter.spec.full_tensor(safe_get_full_fp32_param(parameter))
 
-    @property
-    def _shards_parameters(self) -> bool:
-        return self.config.parallel.zero_stage == 3
-
     def _local_state(self, parameter: torch.nn.Parameter, moment: str | None) -> tuple[int, torch.Tensor]:
         """(start, values) of this rank's part of a flattened parameter: master weights (moment None) or a moment."""
-        if self._shards_parameters:
+        if self.grid.dims.shards_parameters:
             values, _ = self.optimizer._get_fp32_opt_state_partition(
                 parameter, release_swap_buffers=False, optim_state_key=moment
             )
@@ -318,7 +304,7 @@ class Engine:
         moments would stay out of reach.
         """
         adam = self.optimizer.optimizer
-        if self._shards_parameters:
+        if self.grid.dims.shards_parameters:
             partitions = self.optimizer.fp32_partitioned_groups_flat
         else:
             partitions = [partition for group in adam.param_groups for partition in group["params"]]
@@ -328,7 +314,7 @@ class Engine:
             step = torch.zeros((), device=partition.device if fused else "cpu")
             adam.state[partition] = {"step": step} | {m: torch.zeros_like(partition) for m in MOMENTS}
 
-        if not self._shards_parameters:
+        if not self.grid.dims.shards_parameters:
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _to_device(self, batch: Batch) -> tuple[torch.Tensor, ...]:
@@ -345,8 +331,8 @@ def _parameter_groups(config: Config, model: Decoder) -> list[dict]:
     """AdamW's parameter groups: matrices decay, norms and biases do not, head combinations as `decay_hlc` says."""
     decayed, exempt = [], []
     for parameter in parameters_by_name(model).values():
-        kind = parameter.spec.kind
-        decays = kind == "matrix" or (kind == "hlc" and config.optimizer.decay_hlc)
+        spec = parameter.spec
+        decays = spec.kind == "matrix" and (spec.component != "hlc" or config.optimizer.decay_hlc)
         (decayed if decays else exempt).append(parameter)
 
     return [
@@ -355,22 +341,14 @@ def _parameter_groups(config: Config, model: Decoder) -> list[dict]:
     ]
 
 
-def _deepspeed_config(*, config: Config, gradient_accumulation_steps: int, num_elements: int) -> dict:
+def _deepspeed_config(*, config: Config, dims: ParallelDims, num_elements: int) -> dict:
     """DeepSpeed's configuration, for a model of `num_elements` parameters on this rank."""
     training = config.training
     settings: dict = {
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
-        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "gradient_accumulation_steps": dims.num_micro_batches,
         "gradient_clipping": config.optimizer.grad_clip,
-        # Stage 0 loses the gradient norm and is no cheaper than stage 1, so it runs as stage 1.
-        # Its bucket of gradients is allocated at full size: 2 GB, were it not for the bound.
-        "zero_optimization": {
-            "stage": max(config.parallel.zero_stage, 1),
-            "reduce_bucket_size": min(BUCKET_ELEMENTS, num_elements),
-            # Averages gradients during the backward pass. ZeRO 1 averages after the last backward pass of a
-            # step, which DeepSpeed's bfloat16 optimizer and its pipeline do not overlap.
-            "overlap_comm": config.parallel.zero_stage >= 2,
-        },
+        "zero_optimization": zero_optimization(stage=dims.zero_stage, num_elements=num_elements),
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
         # Every tensor rank sends its activations to the next stage; sequence parallelism has sharded them already.
@@ -378,7 +356,7 @@ def _deepspeed_config(*, config: Config, gradient_accumulation_steps: int, num_e
     }
     if training.precision == "bf16":
         settings["bf16"] = {"enabled": True}
-        if config.parallel.zero_stage < 3:
+        if not dims.shards_parameters:
             settings["data_types"] = {"grad_accum_dtype": "fp32"}
 
     return settings

@@ -131,7 +131,7 @@ def training_steps(*, corpora: Corpora, config: Config, grid: Grid, first: int) 
     """
     batch_size = config.training.global_batch_size
     for step in range(first, config.steps + 1):
-        samples = rank_samples(step=step, config=config, rank=grid.data_rank, data_parallel_size=grid.data_size)
+        samples = rank_samples(step=step, config=config, rank=grid.data_rank, data_parallel_size=grid.dims.dp)
         batches = [corpora.batch(micro_batch) for micro_batch in samples]
 
         num_targets = corpora.count_targets((step - 1) * batch_size + np.arange(batch_size))
@@ -149,7 +149,7 @@ def validation_batches(*, corpora: Corpora, config: Config, grid: Grid) -> Itera
         UserError: an id is beyond the vocabulary.
     """
     for step in range(1, config.evaluation.batches + 1):
-        samples = rank_samples(step=step, config=config, rank=grid.data_rank, data_parallel_size=grid.data_size)
+        samples = rank_samples(step=step, config=config, rank=grid.data_rank, data_parallel_size=grid.dims.dp)
         for micro_batch in samples:
             yield corpora.batch(micro_batch)
 

@@ -334,7 +334,7 @@ class _Trainer:
         if "validation_loss" in row and self.head_outputs is not None:
             # Every rank takes part in gathering them; rank 0 writes.
             named = parameters_by_name(self.engine.model).items()
-            names = [name for name, parameter in named if parameter.spec.kind == "hlc"]
+            names = [name for name, parameter in named if parameter.spec.component == "hlc"]
             combinations = {name: self.engine.full_weight(name).cpu() for name in names}
             combinations = self._gather_stages(combinations)
             hlc_scalars = hlc_statistics(combinations)
@@ -346,17 +346,17 @@ class _Trainer:
 
     def _gather_sample_hashes(self, data: StepData) -> list[str]:
         """A digest of every sample of the global batch, in its order; collective over the data group."""
-        hashes_by_rank: list[list[list[str]]] = [[]] * self.grid.data_size
+        hashes_by_rank: list[list[list[str]]] = [[]] * self.grid.dims.dp
         dist.all_gather_object(hashes_by_rank, data.hashes(), group=self.grid.mpu.get_data_parallel_group())
         # Ranks take the micro-batches of a global batch in turn.
         return [digest for turn in zip(*hashes_by_rank, strict=True) for micro_batch in turn for digest in micro_batch]
 
     def _gather_stages(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The tensors of all pipeline stages, by name; collective over the pipeline group."""
-        if self.grid.pipeline_size == 1:
+        if self.grid.dims.pp == 1:
             return tensors
 
-        stages: list[dict[str, torch.Tensor]] = [{}] * self.grid.pipeline_size
+        stages: list[dict[str, torch.Tensor]] = [{}] * self.grid.dims.pp
         dist.all_gather_object(stages, tensors, group=self.grid.mpu.get_pipe_parallel_group())
         return {name: value for stage in stages for name, value in stage.items()}
 
@@ -365,7 +365,7 @@ class _Trainer:
         corpora = self.inputs.validation
         assert corpora is not None
 
-        count = self.config.evaluation.batches * self.engine.num_micro_batches
+        count = self.config.evaluation.batches * self.engine.grid.dims.num_micro_batches
         batches = validation_batches(corpora=corpora, config=self.config, grid=self.grid)
         recording = self.head_outputs.recording() if self.head_outputs is not None else nullcontext()
         with closing(Prefetcher(batches, self.data_stall)) as prefetcher, recording:
@@ -375,7 +375,7 @@ class _Trainer:
 
     def _checkpoint_metadata(self) -> folder.CheckpointMetadata:
         """The contents of meta.json for a checkpoint of the current step."""
-        layout = self.inputs.layout
+        dims = self.inputs.dims
 
         return folder.CheckpointMetadata(
             step=self.step,
@@ -384,9 +384,9 @@ class _Trainer:
             config=self.config.model_dump(mode="json"),
             data=self.data_fingerprint,
             layout={
-                "tensor_model_parallel_size": layout.tensor,
-                "pipeline_model_parallel_size": layout.pipeline,
-                "data_parallel_size": layout.data,
+                "tensor_model_parallel_size": dims.tp,
+                "pipeline_model_parallel_size": dims.pp,
+                "data_parallel_size": dims.dp,
                 "zero_stage": self.config.parallel.zero_stage,
             },
             versions=self.versions,

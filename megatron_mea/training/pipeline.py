@@ -28,7 +28,7 @@ class PipelineEngine(Engine):
         # DeepSpeed takes the layers of all stages and picks those of this rank. Ours are built stage by stage, so it
         # picks one entry of this list and ignores the others.
         self._last_stage = LastStageWithLoss(self.stage) if self.grid.is_last_stage else None
-        stages = [self._last_stage or self.stage] * self.grid.pipeline_size
+        stages = [self._last_stage or self.stage] * self.grid.dims.pp
         module = PipelineModule(
             stages, topology=self.grid.mpu.topology(), loss_fn=self._loss, partition_method="uniform"
         )
@@ -94,7 +94,7 @@ class PipelineEngine(Engine):
 
     def _locate_nonfinite(self, batches: Sequence[Batch]) -> dict[int, str | None]:
         """As `Engine._locate_nonfinite`, over all stages: backward begins at the last stage, so its names win."""
-        stages: list[dict[int, str | None]] = [{}] * self.grid.pipeline_size
+        stages: list[dict[int, str | None]] = [{}] * self.grid.dims.pp
         dist.all_gather_object(
             stages, super()._locate_nonfinite(batches), group=self.grid.mpu.get_pipe_parallel_group()
         )
@@ -109,7 +109,7 @@ class PipelineEngine(Engine):
         """Forward and backward of a micro-batch through all stages, one after the other."""
         grid = self.grid
         previous_rank, next_rank = (
-            grid.mpu.stage_to_global((grid.pipeline_rank + step) % grid.pipeline_size) for step in (-1, 1)
+            grid.mpu.stage_to_global((grid.pipeline_rank + step) % grid.dims.pp) for step in (-1, 1)
         )
         is_first_stage = grid.pipeline_rank == 0
         input_ids, position_ids, targets = self._to_device(batch)

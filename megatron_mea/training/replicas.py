@@ -31,7 +31,7 @@ def check_replicas(*, model: Decoder, grid: Grid, config: Config) -> None:
     is_replicated = torch.tensor([parameter.spec.shard_dim is None for parameter in named.values()], device=sums.device)
 
     differs = torch.zeros(len(named), dtype=torch.bool, device=sums.device)
-    if config.parallel.zero_stage < 3:
+    if not grid.dims.shards_parameters:
         differs |= _differ(sums, grid.mpu.get_data_parallel_group())
     if grid.tp.size > 1:
         differs |= _differ(sums, grid.tp.group) & is_replicated

@@ -19,7 +19,7 @@ def train(config: Config, stop: StopSignal) -> None:
         UserError: anything that can be checked before processes meet and memory is taken.
     """
     rank_env = RankEnv.from_environment()
-    layout = check_layout(config, rank_env.world_size)
+    dims = check_layout(config, rank_env.world_size)
 
     state = read_run_state(config)
     if state.finished_step is not None:
@@ -37,11 +37,11 @@ def train(config: Config, stop: StopSignal) -> None:
             hint="pip install deepspeed==0.19.8",
         )
 
-    data = open_corpora(config=config, layout=layout, state=state)
+    data = open_corpora(config=config, dims=dims, state=state)
 
     # These import torch, which takes longer than all checks above.
     from megatron_mea.training.loop import run
     from megatron_mea.training.startup import open_run_inputs
 
-    inputs = open_run_inputs(config=config, rank_env=rank_env, layout=layout, state=state, data=data)
+    inputs = open_run_inputs(config=config, rank_env=rank_env, dims=dims, state=state, data=data)
     run(config=config, inputs=inputs, stop=stop)

@@ -15,11 +15,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_mea.checkpoint.folder import OVERHEAD_BYTES, CheckpointMetadata, complete_checkpoints, metadata_is_intact
+from megatron_mea.checkpoint.folder import OVERHEAD_BYTES, CheckpointMetadata, intact_checkpoints
 from megatron_mea.checkpoint.resume import check_resume, requested_resume_step
 from megatron_mea.config import Config
 from megatron_mea.config.checks import config_warnings
-from megatron_mea.config.layout import TEACHER_KEY, Layout
+from megatron_mea.config.layout import TEACHER_KEY
+from megatron_mea.config.parallel_dims import ParallelDims
 from megatron_mea.config.schema import Model
 from megatron_mea.data.corpora import Corpora
 from megatron_mea.data.tokenizer import check_tokenizer_folder, load_tokenizer
@@ -74,7 +75,7 @@ class RunInputs:
     """
 
     rank_env: RankEnv
-    layout: Layout
+    dims: ParallelDims
     train: Corpora
     validation: Corpora | None
     weights: WeightSource | None
@@ -109,14 +110,6 @@ def read_run_state(config: Config) -> RunState:
     return RunState(checkpoints=checkpoints, resume_step=resume_step, finished_step=finished_step)
 
 
-def intact_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of the checkpoints whose meta.json is intact, oldest first.
-
-    Damaged ones are quarantined later, when all ranks verify every file.
-    """
-    return [(step, folder) for step, folder in complete_checkpoints(run_dir) if metadata_is_intact(folder)]
-
-
 def read_finished_step(run_dir: Path) -> int | None:
     """The step in FINISHED; None where the run is not finished."""
     try:
@@ -125,7 +118,7 @@ def read_finished_step(run_dir: Path) -> int | None:
         return None
 
 
-def open_corpora(*, config: Config, layout: Layout, state: RunState) -> RunData:
+def open_corpora(*, config: Config, dims: ParallelDims, state: RunState) -> RunData:
     """Opens the corpora and compares with the checkpoint to resume from; writes nothing, imports no torch.
 
     Raises:
@@ -149,7 +142,7 @@ def open_corpora(*, config: Config, layout: Layout, state: RunState) -> RunData:
             samples=evaluation.batches * batch_size, batches=evaluation.batches, batch_size=batch_size
         )
 
-    warnings = config_warnings(config, layout)
+    warnings = config_warnings(config, dims)
     if config.run.resume_from != "newest" and state.resume_step is None:
         step = config.run.resume_from
         warnings.append(f"this run has gone back to step {step} before (run.resume_from), and goes on from its newest")
@@ -167,7 +160,9 @@ def open_corpora(*, config: Config, layout: Layout, state: RunState) -> RunData:
     return RunData(train=train, validation=validation, warnings=warnings, changes=changes)
 
 
-def open_run_inputs(*, config: Config, rank_env: RankEnv, layout: Layout, state: RunState, data: RunData) -> RunInputs:
+def open_run_inputs(
+    *, config: Config, rank_env: RankEnv, dims: ParallelDims, state: RunState, data: RunData
+) -> RunInputs:
     """Opens weights, teacher and tokenizer beside the corpora of `open_corpora`; writes nothing, imports torch.
 
     Raises:
@@ -199,7 +194,7 @@ def open_run_inputs(*, config: Config, rank_env: RankEnv, layout: Layout, state:
     warnings += check_disk_space(config, num_checkpoints=len(state.checkpoints))
     return RunInputs(
         rank_env=rank_env,
-        layout=layout,
+        dims=dims,
         train=data.train,
         validation=data.validation,
         weights=weights,
@@ -248,9 +243,11 @@ def check_disk_space(config: Config, *, num_checkpoints: int) -> list[str]:
     while not folder.exists():
         folder = folder.parent
 
+    from megatron_mea.checkpoint.tensors import STATE_BYTES
+
     free, size = shutil.disk_usage(folder).free, checkpoint_bytes(config.model)
 
-    needed = f"{size / 1e9:,.3f} GB for a checkpoint (12 bytes a parameter)"
+    needed = f"{size / 1e9:,.3f} GB for a checkpoint ({STATE_BYTES} bytes a parameter)"
     if free < size:
         got = f"{config.run.dir}, where {free / 1e9:,.3f} GB are free"
         raise UserError(where="run.dir", got=got, expected=f"at least {needed}")
@@ -264,6 +261,7 @@ def check_disk_space(config: Config, *, num_checkpoints: int) -> list[str]:
 
 def checkpoint_bytes(model: Model) -> int:
     """Bytes of one checkpoint: float32 weights, both moments, and everything beside them."""
+    from megatron_mea.checkpoint.tensors import STATE_BYTES
     from megatron_mea.model.decoder import parameter_shapes
 
-    return 3 * 4 * sum(map(math.prod, parameter_shapes(model).values())) + OVERHEAD_BYTES
+    return STATE_BYTES * sum(map(math.prod, parameter_shapes(model).values())) + OVERHEAD_BYTES

@@ -107,7 +107,7 @@ def make_teacher(*, stored: StoredModel, config: Config, grid: Grid, device: tor
             hint="name a checkpoint: the run that is named saves newer ones",
         )
 
-    stage = pipeline_stages(stored.model, grid.pipeline_size)[grid.pipeline_rank]
+    stage = pipeline_stages(stored.model, grid.dims.pp)[grid.pipeline_rank]
     decoder = Decoder(config=stored.model, tp=grid.tp, stage=stage, document_mask=config.data.document_mask)
     specs_and_values = [(parameter.spec, parameter.data.view(-1)) for parameter in decoder.parameters()]
     stored.read(

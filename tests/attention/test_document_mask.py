@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from support.models import positions_of, small_model
 
 from megatron_mea.attention.document_mask import _flex_document_attention, causal_attention, document_attention
-from megatron_mea.config.schema import VARIANTS, TrainCorpus
+from megatron_mea.config.schema import TrainCorpus
+from megatron_mea.config.variants import VARIANTS
 from megatron_mea.data.corpora import IGNORE_INDEX, Corpora
 from megatron_mea.data.indexed import IndexedWriter
 from megatron_mea.model.decoder import Decoder

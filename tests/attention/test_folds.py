@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.models import decoder_and_tensors, name_of, positions_of, small_model, tokens, variants
 
 from megatron_mea.attention.folds import StepFolds
-from megatron_mea.attention.hlc import HeadProjection, folding_once_per_step_pays
+from megatron_mea.attention.hlc import HeadProjection
+from megatron_mea.config.parallel_dims import ParallelDims
 from megatron_mea.parallel.parameter import parameters_by_name
 
 MICRO_BATCHES = 3
@@ -78,7 +81,8 @@ def test_gradients_are_summed_over_micro_batches_in_float32():
 
 
 def test_one_fold_per_step_is_chosen_where_it_is_possible_and_pays():
-    sizes = {"micro_batches": 8, "tokens": 512, "hidden_size": 2048, "tensor": 2, "pipeline": 1, "zero_stage": 1}
-    assert folding_once_per_step_pays(**sizes)
-    for change in ({"micro_batches": 1}, {"tokens": 256}, {"tensor": 1}, {"pipeline": 2}, {"zero_stage": 2}):
-        assert not folding_once_per_step_pays(**sizes | change)
+    dims = ParallelDims(tp=2, num_micro_batches=8)
+    assert dims.folds_once_per_step(tokens=512, hidden_size=2048)
+    assert not dims.folds_once_per_step(tokens=256, hidden_size=2048)
+    for change in ({"num_micro_batches": 1}, {"tp": 1}, {"pp": 2}, {"zero_stage": 2}):
+        assert not replace(dims, **change).folds_once_per_step(tokens=512, hidden_size=2048)

@@ -43,6 +43,7 @@ def test_fragments_make_up_the_tensor_once(shape, shard_dim, tensor, cuts):
         spec = ParameterSpec(
             name="name",
             global_shape=shape,
+            component="mlp",
             kind="matrix",
             initialize=constant(0),
             tp=TensorGroup(size=tensor, rank=rank),

@@ -221,7 +221,7 @@ COMMANDS = [  # command, where, got, expected, hint; tiny.yaml is a file, `token
         "1.0",
         "1e-05: `talking_heads` has no head...",
     ),
-    (f"{OTHER}differential model.num_key_value_heads=1", "model.num_key_value_heads", "1", "an even number: ..."),
+    (f"{OTHER}differential model.num_key_value_heads=1", "model.num_key_value_heads", "1", "a multiple of 2: ..."),
     ("train tiny.yaml training.steps=1 schedule.warmup_steps=0", "training.steps", "1", "at least 2, which the run..."),
     ("train tokenizer", "tokenizer", "Is a directory", "a readable YAML file"),
     (f"{PREPARE} no.jsonl", "no.jsonl", "no such file or folder", f"a {KINDS} file, a folder, or a hub name"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from support.hf_folders import save_export
 from support.runs import train
 from support.source_models import HEADS, KINDS, LAYERS, SIZES, save_source_model
 from transformers import AutoModelForCausalLM
@@ -23,6 +24,7 @@ from megatron_mea.compression.compress import _head_options, compress
 from megatron_mea.compression.compressed_model import Factoriser
 from megatron_mea.compression.source_model import open_source_model
 from megatron_mea.config.load import parse_model
+from megatron_mea.config.variants import VARIANTS, combining_variant
 from megatron_mea.data.indexed import IndexedReader, IndexedWriter
 from megatron_mea.errors import UserError
 from megatron_mea.exported.modeling_mea import MEAForCausalLM
@@ -311,3 +313,12 @@ class TestCheckpoint:
         rows = [json.loads(line) for line in (tmp_path / "go_on/metrics.jsonl").read_text().splitlines()]
         # On other windows.
         assert rows[0]["validation_loss"] == pytest.approx(loss, rel=0.1)
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if combining_variant(name) is None])
+def test_a_variant_without_heads_to_combine_is_refused(variant, tmp_path, capsys):
+    source = save_export(tmp_path / "export", attention_variant=variant)
+    assert main(["compress", str(source), str(tmp_path / "out"), "--component-heads", "1"]) == 2
+    error = capsys.readouterr().err
+    assert f"got:      {source}, of the variant {variant}\n" in error
+    assert "expected: one of plain, plain_norm, mea, mea_no_norm" in error

@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 
 from megatron_mea.config import dump_config, load_config
 from megatron_mea.config.checks import config_warnings
-from megatron_mea.config.layout import Layout
 from megatron_mea.config.load import known_keys, parse_config
+from megatron_mea.config.parallel_dims import ParallelDims
 from megatron_mea.config.schema import Config
 from megatron_mea.errors import Problem, UserError
 from megatron_mea.training.schedule import learning_rate
 
 ROOT = Path(__file__).parents[2]
-ONE_PROCESS = Layout(tensor=1, pipeline=1, data=1, micro_batches=1)
+ONE_PROCESS = ParallelDims(tp=1, pp=1, dp=1, num_micro_batches=1)
 MINIMAL = {"data": {"tokenizer": "t", "train": [{"path": "p"}]}, "run": {"dir": "r"}}
 
 

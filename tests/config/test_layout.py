@@ -12,8 +12,9 @@ from support.models import SMALL, small_model
 
 from megatron_mea.config import Config
 from megatron_mea.config.checks import config_warnings
-from megatron_mea.config.layout import Layout, check_layout, check_teacher, possible_layouts
+from megatron_mea.config.layout import check_layout, check_teacher, possible_layouts
 from megatron_mea.config.load import parse_config
+from megatron_mea.config.parallel_dims import ParallelDims
 from megatron_mea.config.schema import Distillation
 from megatron_mea.errors import UserError
 from megatron_mea.model.decoder import Decoder
@@ -77,8 +78,7 @@ def test_what_cannot_work_is_refused_with_a_table_of_what_can(name):
     rows = re.findall(r"^ +(\d+) +(\d+) +(\d+) +(\d+)  (.*)$", table, re.MULTILINE)
     layouts = [tuple(map(int, row[:4])) for row in rows]
     assert layouts == [
-        (layout.tensor, layout.pipeline, layout.data, layout.micro_batches)
-        for layout in possible_layouts(settings, world)
+        (dims.tp, dims.pp, dims.dp, dims.num_micro_batches) for dims in possible_layouts(settings, world)
     ]
     assert all(row[4] == ("0, 1" if row[1] != "1" else "0, 1, 2, 3") for row in rows)
 
@@ -90,19 +90,19 @@ def test_what_cannot_work_is_refused_with_a_table_of_what_can(name):
 def test_every_row_of_the_table_works_and_nothing_else():
     """Against an enumeration of all sizes."""
     for world in range(1, 17):
-        possible = {(layout.tensor, layout.pipeline) for layout in possible_layouts(config(), world)}
+        possible = {(dims.tp, dims.pp) for dims in possible_layouts(config(), world)}
         for tensor in range(1, 17):
             for pipeline in range(1, 17):
                 works = True
                 try:
-                    layout = check_layout(config(parallel=sizes(tensor, pipeline=pipeline)), world)
+                    dims = check_layout(config(parallel=sizes(tensor, pipeline=pipeline)), world)
                 except UserError:
                     works = False
 
                 assert works == ((tensor, pipeline) in possible)
                 if works:
-                    assert layout.tensor * layout.pipeline * layout.data == world
-                    assert layout.micro_batches * layout.data * 2 == 8
+                    assert dims.tp * dims.pp * dims.dp == world
+                    assert dims.num_micro_batches * dims.dp * 2 == 8
 
                 # 8 query heads, 4 composite heads and 40 features in 3 layers, 4 micro-batches
                 data = world // (tensor * pipeline)
@@ -113,11 +113,11 @@ def test_every_row_of_the_table_works_and_nothing_else():
 
 
 def test_a_pipeline_with_few_micro_batches_is_warned_of():
-    (warning,) = config_warnings(config(head_norm_init=0.1), Layout(tensor=1, pipeline=4, data=1, micro_batches=4))
+    (warning,) = config_warnings(config(head_norm_init=0.1), ParallelDims(tp=1, pp=4, dp=1, num_micro_batches=4))
     assert "4 micro-batches in a pipeline of 4 stages" in warning
     assert "43%" in warning
-    assert not config_warnings(config(head_norm_init=0.1), Layout(tensor=1, pipeline=4, data=1, micro_batches=8))
-    assert not config_warnings(config(head_norm_init=0.1), Layout(tensor=1, pipeline=1, data=1, micro_batches=1))
+    assert not config_warnings(config(head_norm_init=0.1), ParallelDims(tp=1, pp=4, dp=1, num_micro_batches=8))
+    assert not config_warnings(config(head_norm_init=0.1), ParallelDims(tp=1, pp=1, dp=1, num_micro_batches=1))
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=9), st.data())

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mea.config.load import load_config
-from megatron_mea.config.schema import VARIANTS
+from megatron_mea.config.variants import VARIANTS
 from megatron_mea.experiments.sweep import combinations
 from megatron_mea.plan.plan import as_json, make_plan
 from megatron_mea.training.schedule import learning_rate
@@ -42,7 +42,7 @@ def test_the_1b_runs(variant):
 def test_the_selection_of_a_learning_rate(tmp_path):
     rates = ["1e-4", "5e-4", "1e-3", "3e-3"]
     variants = [variant for variant in VARIANTS if variant not in VARIANT_OVERRIDES]
-    configs = combinations(
+    configs, _ = combinations(
         path=str(CONFIGS / "selection.yaml"),
         overrides=[],
         variants=variants,

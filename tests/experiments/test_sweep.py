@@ -19,7 +19,7 @@ FAILS = "echo 'sbatch: error: Batch job submission failed' >&2; exit 1"
 
 
 def combined(*overrides: str, variants=(), rates=(), seeds=()) -> dict[str, Config]:
-    configs = combinations(
+    configs, _ = combinations(
         path="tiny.yaml", overrides=overrides, variants=variants, learning_rates=rates, seeds=seeds, out=Path("out")
     )
     assert all(Path(config.run.dir).parent == Path("out") for config in configs)

@@ -210,5 +210,5 @@ def test_a_scaled_model_equals_llama_beyond_its_context():
     ],
 )
 def test_a_configuration_that_no_variant_computes_is_refused(settings):
-    with pytest.raises(ValueError, match=r"expected where|needs pairs"):
+    with pytest.raises(ValueError, match=r"expected where|multiples of 2"):
         MEAConfig(**settings)

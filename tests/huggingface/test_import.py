@@ -22,7 +22,7 @@ from megatron_mea.checkpoint.folder import CheckpointMetadata, find_corruption
 from megatron_mea.checkpoint.tensors import read_tensors, row_chunks, tensor_shapes, weight_shapes, write_tensors
 from megatron_mea.cli import main
 from megatron_mea.config.load import parse_config, parse_model
-from megatron_mea.config.schema import VARIANTS
+from megatron_mea.config.variants import VARIANTS
 from megatron_mea.data.tokenizer import copy_tokenizer, load_tokenizer
 from megatron_mea.exported.modeling_mea import MEAForCausalLM
 from megatron_mea.huggingface.hf_config import from_hf_config, to_hf_config

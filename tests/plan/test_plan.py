@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ from megatron_mea.attention.folds import StepFolds
 from megatron_mea.cli import main
 from megatron_mea.config import Config, dump_config, load_config
 from megatron_mea.config.checks import config_warnings
-from megatron_mea.config.layout import Layout, check_layout
+from megatron_mea.config.layout import check_layout
+from megatron_mea.config.parallel_dims import ParallelDims
 from megatron_mea.model.decoder import Decoder
 from megatron_mea.parallel.grid import NO_TP, TensorGroup
 from megatron_mea.parallel.parameter import parameters_by_name
@@ -81,10 +83,8 @@ def test_parameters(name):
     parts = ("embedding", "head", "attention", "head_combination", "feed_forward", "norms")
     assert sum(getattr(parameters, part) for part in parts) == expected
 
-    workload = Workload(
-        config=config(model=MODELS[name], parallel=layout(tensor=2, pipeline=2)),
-        layout=Layout(tensor=2, pipeline=2, data=1, micro_batches=4),
-    )
+    settings = config(model=MODELS[name], parallel=layout(tensor=2, pipeline=2))
+    workload = Workload(config=settings, dims=ParallelDims.from_config(settings, 4))
     local_numels: dict[str, list[int]] = {}
     for stage in range(2):
         for rank in range(2):
@@ -179,16 +179,13 @@ def group_of_two():
 def test_activations_are_those_that_autograd_saves(name, seq, tensor, sequence, group_of_two):
     settings = config(model=MODELS[name], parallel=layout(tensor=tensor, sequence=sequence), seq=seq)
     tp = TensorGroup(size=2, rank=0, group=group_of_two, sequence_parallel=sequence) if tensor == 2 else NO_TP
-    workload = Workload(
-        config=settings, layout=Layout(tensor=tensor, pipeline=1, data=1, micro_batches=1), device="cpu"
-    )
+    dims = replace(ParallelDims.from_config(settings, tensor), num_micro_batches=1)
+    workload = Workload(config=settings, dims=dims, device="cpu")
     planned = stage_activations(workload, workload.stages[0])
     assert planned == pytest.approx(saved_for_backward(settings, tp), rel=0.03)
 
     # Several micro-batches may share a fold.
-    workload = Workload(
-        config=settings, layout=Layout(tensor=tensor, pipeline=1, data=1, micro_batches=4), device="cpu"
-    )
+    workload = Workload(config=settings, dims=replace(dims, num_micro_batches=4), device="cpu")
     stage, shares_folds = workload.stages[0], workload.folds_once_per_step
     assert shares_folds == (tensor == 2 and settings.model.has_hlc)
 
@@ -204,9 +201,8 @@ def test_activations_are_those_that_autograd_saves(name, seq, tensor, sequence, 
 def test_activations_in_half_precision_and_of_one_sample(training, group_of_two):
     for tensor, tp in ((1, NO_TP), (2, TensorGroup(size=2, rank=0, group=group_of_two, sequence_parallel=True))):
         settings = config(model={}, parallel=layout(tensor=tensor, sequence=tensor > 1), seq=256, **training)
-        workload = Workload(
-            config=settings, layout=Layout(tensor=tensor, pipeline=1, data=1, micro_batches=1), device="cpu"
-        )
+        dims = replace(ParallelDims.from_config(settings, tensor), num_micro_batches=1)
+        workload = Workload(config=settings, dims=dims, device="cpu")
         planned = stage_activations(workload, workload.stages[0])
         assert planned == pytest.approx(saved_for_backward(settings, tp), rel=0.03)
 
@@ -399,7 +395,7 @@ def test_a_large_model_is_planned_without_memory(tmp_path, capsys):
     plan: Plan = make_plan(settings, world_size=1024)
     # Llama 3 70B has 70.55 billion; here are 80 x (2 x 8 x 8 + 128) more, of combinations and head norms.
     assert plan.parameters.total == 70_553_706_496 + 80 * (2 * 8 * 8 + 128)
-    assert plan.layout.data == 16
+    assert plan.dims.dp == 16
     assert max(stage.total for stage in plan.memory) < 80e9
     assert json.loads(json.dumps(as_json(plan)))
 

@@ -82,7 +82,7 @@ def rank_batches(engine, step: int) -> list[Batch]:
     batch, grid = global_batch(engine.config, step), engine.grid
 
     def micro_batches(array: np.ndarray) -> np.ndarray:
-        return array.reshape(-1, grid.data_size, MICRO, array.shape[1])[:, grid.data_rank]
+        return array.reshape(-1, grid.dims.dp, MICRO, array.shape[1])[:, grid.data_rank]
 
     arrays = (micro_batches(batch.input_ids), micro_batches(batch.position_ids), micro_batches(batch.targets))
     return [

@@ -126,14 +126,14 @@ def checks_on_this_rank(teacher: Path) -> dict[str, tuple]:
         passes = record_teacher_passes(engine)
 
         def validate(engine=engine) -> float:
-            return engine.evaluate(iter(rank_batches(engine, STEPS + 1)), engine.num_micro_batches)
+            return engine.evaluate(iter(rank_batches(engine, STEPS + 1)), engine.grid.dims.num_micro_batches)
 
         validate()
         curve = train(engine=engine, first=1, last=STEPS - 1)
         validate()
         curve += train(engine=engine, first=STEPS, last=STEPS)
         validation = validate()
-        assert len(passes) == STEPS * engine.num_micro_batches, "validation runs the model alone"
+        assert len(passes) == STEPS * engine.grid.dims.num_micro_batches, "validation runs the model alone"
         weights = {key: tensor.numpy() for key, tensor in state(engine).items() if not key.startswith("exp_avg")}
         results[name] = curve, validation, weights
 
@@ -195,7 +195,7 @@ def check_nonfinite(teacher: Path, cases: dict) -> None:
             continue
 
         engine = new_student(settings(teacher=teacher, parallel=parallel, checkpointing=checkpointing))
-        before, micro_batches = state(engine), list(range(engine.num_micro_batches))
+        before, micro_batches = state(engine), list(range(engine.grid.dims.num_micro_batches))
         block = engine.stage.teacher.decoder.blocks[0]
         hook = block.register_forward_hook(lambda module, inputs, output: output * math.inf)
         with pytest.raises(NonFiniteError, match="but the distillation loss is nan") as error:
@@ -203,7 +203,7 @@ def check_nonfinite(teacher: Path, cases: dict) -> None:
         assert list(error.value.micro_batches) == micro_batches
         hook.remove()
 
-        if engine.grid.pipeline_size > 1:
+        if engine.grid.dims.pp > 1:
             parameter = parameters_by_name(engine.model).get(broken)
             hook = parameter.register_hook(lambda gradient: gradient * math.nan) if parameter is not None else None
             with pytest.raises(NonFiniteError, match="but the gradient is not finite") as error:

@@ -67,10 +67,10 @@ def checks_on_this_rank() -> list[tuple[float, float]]:
                 train_step(engine=engine, step=1, lr=1e-3)
             micro_batches = error.value.micro_batches
             if kind == "loss":
-                assert list(micro_batches) == list(range(engine.num_micro_batches))
+                assert list(micro_batches) == list(range(engine.grid.dims.num_micro_batches))
             elif zero == 1:
                 name = "model.layers.0.mlp.up_proj.weight"
-                assert micro_batches == (dict.fromkeys(range(engine.num_micro_batches), name) if last else {})
+                assert micro_batches == (dict.fromkeys(range(engine.grid.dims.num_micro_batches), name) if last else {})
             hook.remove()
             assert all(torch.equal(tensor, before[name]) for name, tensor in state(engine).items())
 
@@ -180,7 +180,7 @@ def test_head_combinations_are_decayed_on_request():
         settings = config(decay_hlc=decay_hlc)
         decayed, exempt = _parameter_groups(settings, Decoder(settings.model))
         group = decayed if decay_hlc else exempt
-        assert any(p.spec.kind == "hlc" for p in group["params"])
+        assert any(p.spec.component == "hlc" for p in group["params"])
         other = exempt if decay_hlc else decayed
-        assert not any(p.spec.kind == "hlc" for p in other["params"])
+        assert not any(p.spec.component == "hlc" for p in other["params"])
         assert (decayed["weight_decay"], exempt["weight_decay"]) == (0.1, 0.0)

@@ -166,7 +166,7 @@ def train_cases(cases: list[Case]) -> list[tuple[list[tuple[float, float]], floa
         engine = new_engine(case_settings(case))
         curve = train(engine=engine, first=1, last=STEPS)
         check_replicas(model=engine.model, grid=engine.grid, config=engine.config)
-        validation = engine.evaluate(iter(rank_batches(engine, STEPS + 1)), engine.num_micro_batches)
+        validation = engine.evaluate(iter(rank_batches(engine, STEPS + 1)), engine.grid.dims.num_micro_batches)
         moments = ("exp_avg.", "exp_avg_sq.")
         weights = {name: tensor.numpy() for name, tensor in state(engine).items() if not name.startswith(moments)}
         results.append((curve, validation, weights))

@@ -17,6 +17,7 @@ from support.distributed import run_distributed
 from support.engines import config
 
 from megatron_mea.cli import main
+from megatron_mea.config.parallel_dims import ParallelDims
 from megatron_mea.config.schema import TrainCorpus
 from megatron_mea.data.corpora import Batch, Corpora
 from megatron_mea.data.indexed import IndexedWriter
@@ -56,7 +57,7 @@ def load_steps(*, corpora: Corpora, rank: int, size: int, first: int = 1) -> lis
 
 
 def grid(rank: int = 0, size: int = 1) -> SimpleNamespace:
-    return SimpleNamespace(data_rank=rank, data_size=size)
+    return SimpleNamespace(data_rank=rank, dims=ParallelDims(dp=size))
 
 
 def test_the_steps_do_not_depend_on_the_ranks(corpora):

@@ -86,7 +86,7 @@ def classify_group(engine: Any, ranks: list[int]) -> str | None:
     if len(ranks) == 1:
         return None
 
-    tensor, data = engine.grid.tp.size, engine.grid.data_size
+    tensor, data = engine.grid.tp.size, engine.grid.dims.dp
     coordinates = [(rank % tensor, rank // tensor % data, rank // (tensor * data)) for rank in ranks]
     differ = [len(set(axis)) > 1 for axis in zip(*coordinates, strict=True)]
     return ("tensor", "data", "pipeline")[differ.index(True)] if sum(differ) == 1 else "world"

@@ -183,9 +183,9 @@ def measure_cases(cases: dict[str, Config], *, profiler: bool = False) -> list[R
 def compare(plan: Plan, ranks: list[Counts]) -> list[Compared]:
     """Every collective that was counted or planned; `ranks`: the counts of every rank."""
     planned = {(row.stage, row.group, row.collective): row for row in plan.communication}
-    per_stage = len(ranks) // plan.layout.pipeline
+    per_stage = len(ranks) // plan.dims.pp
     rows = []
-    for stage in range(plan.layout.pipeline):
+    for stage in range(plan.dims.pp):
         counts = ranks[stage * per_stage]
         for group, collective in sorted(counts.keys() | {key[1:] for key in planned if key[0] == stage}):
             row = planned.get((stage, group, collective))
@@ -208,11 +208,11 @@ def compare(plan: Plan, ranks: list[Counts]) -> list[Compared]:
 def result(*, name: str, config: Config, ranks: list[RankMeasurement]) -> dict[str, Any]:
     """A case, measured beside planned, for JSON; memory and bytes of rank 0 of each stage, time of all ranks."""
     plan = make_plan(config=config, world_size=len(ranks), device="cpu")
-    per_stage = len(ranks) // plan.layout.pipeline
+    per_stage = len(ranks) // plan.dims.pp
     return {
         "case": name,
         "processes": len(ranks),
-        "peak_bytes": [ranks[stage * per_stage].peak for stage in range(plan.layout.pipeline)],
+        "peak_bytes": [ranks[stage * per_stage].peak for stage in range(plan.dims.pp)],
         "planned_peak_bytes": [memory.total for memory in plan.memory],
         "cpu_seconds_computing": sum(rank.computing for rank in ranks),
         "cpu_seconds_sending": sum(rank.sending for rank in ranks),

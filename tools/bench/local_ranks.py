@@ -68,7 +68,7 @@ def random_batches(config: Config, engine: Any) -> list[Batch]:
     size, seq = config.training.micro_batch_size, config.data.seq_length
     generator = torch.Generator().manual_seed(engine.grid.data_rank)
     tokens = torch.randint(
-        config.model.vocab_size, (engine.num_micro_batches, size, seq + 1), generator=generator
+        config.model.vocab_size, (engine.grid.dims.num_micro_batches, size, seq + 1), generator=generator
     ).numpy()
 
     positions = torch.arange(seq).expand(size, seq).numpy()

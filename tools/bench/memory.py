@@ -142,7 +142,7 @@ def print_cases(cases: dict[str, tuple[int, Config]], names: list[str]) -> None:
         ranks = launch(peak_memory, world_size, config)
         plan = make_plan(config=config, world_size=world_size, device="cpu")
         for memory in plan.memory:
-            live, resident = ranks[memory.stage * world_size // plan.layout.pipeline]
+            live, resident = ranks[memory.stage * world_size // plan.dims.pp]
             cells = [name, str(memory.stage), f"{live / 1e6:.0f}", f"{memory.total / 1e6:.0f}"]
             print_row([*cells, f"{memory.total / live:.3f}", f"{resident / 1e6:.0f}"])
 
