@@ -97,6 +97,7 @@ class Model(Section):
     attention_variant: Literal[*VARIANTS] = "mea"
     hlc_init: Literal["block", "orthogonal", "normal"] = "block"
     hlc_mixes: Literal["both", "keys", "values"] = "both"
+    gate_width: Literal["feature", "head"] = "feature"
     qk_norm: bool = False
     attention_bias: bool = False
     head_norm_affine: bool = True

@@ -102,6 +102,16 @@ _ROWS = (
         core_attention="megatron_mea.attention.talking_heads:TalkingHeadsAttention",
         not_exported={STOCK: "no stock architecture mixes the scores of its heads", VLLM: _NO_SCORES_IN_VLLM},
     ),
+    Variant(
+        name="gated",
+        color="#e7298a",
+        core_attention="megatron_mea.attention.gated:GatedAttention",
+        own_keys=("gate_width",),
+        not_exported={
+            STOCK: "no stock architecture gates the outputs of its heads",
+            VLLM: "this variant caches its heads as they are, which leaves nothing to save",
+        },
+    ),
 )
 VARIANTS: dict[str, Variant] = {row.name: row for row in _ROWS}
 """The rows by name, in the order in which messages and reports name them."""

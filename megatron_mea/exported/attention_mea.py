@@ -191,7 +191,7 @@ class MEAAttention(nn.Module):
     """Grouped-query attention on composite heads, each query head's output normalised (eq. 11 and 12).
 
     Other variants are talking heads (eq. 7-9), and differential attention (eq. 4-6), where heads 2i and 2i + 1 become
-    one of twice the width.
+    one of twice the width, and gated attention (arXiv 2505.06708).
     """
 
     def __init__(self, config: MEAConfig, layer_idx: int):
@@ -228,6 +228,11 @@ class MEAAttention(nn.Module):
             self.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * layer_idx)
             for name in LAMBDAS:
                 self.register_parameter(name, nn.Parameter(torch.zeros(dim)))
+
+        self.gate_proj = None
+        if config.attention_variant == "gated":
+            gates_per_head = dim if config.gate_width == "feature" else 1
+            self.gate_proj = nn.Linear(hidden, self.num_heads * gates_per_head, bias=False)
 
         if config.attention_variant == "talking_heads":
             self.logits_mix, self.weights_mix = (MEAHeadCombination(self.num_heads, self.num_heads) for _ in range(2))
@@ -288,6 +293,10 @@ class MEAAttention(nn.Module):
             output = self.head_norm(output.reshape(batch, seq, -1, self.output_dim))
         if self.differential:
             output = output * (1 - self.lambda_init)
+        if self.gate_proj is not None:
+            # One gate for each feature of a head's output, or one for all of them (arXiv 2505.06708).
+            gates = self.gate_proj(hidden_states).sigmoid().unflatten(2, (self.num_heads, -1))
+            output = output.reshape(batch, seq, self.num_heads, -1) * gates
 
         return self.o_proj(output.reshape(batch, seq, -1)), weights
 

@@ -20,6 +20,7 @@ VARIANTS = {
     "mea_no_norm": Variant(combines_kv=True),
     "differential": Variant(head_norm=True, heads_per_output=2),
     "talking_heads": Variant(),
+    "gated": Variant(),
 }
 
 
@@ -45,6 +46,7 @@ class MEAConfig(PreTrainedConfig):
     attention_variant: str = "mea"
     hlc_init: str = "block"
     hlc_mixes: str = "both"
+    gate_width: str = "feature"
     qk_norm: bool = False
     attention_bias: bool = False
     head_norm_affine: bool = True
@@ -66,6 +68,7 @@ class MEAConfig(PreTrainedConfig):
         for name, allowed in (
             ("attention_variant", tuple(VARIANTS)),
             ("hlc_mixes", ("both", "keys", "values")),
+            ("gate_width", ("feature", "head")),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r} (expected: {', '.join(allowed)})")

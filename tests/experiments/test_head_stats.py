@@ -18,6 +18,7 @@ CASES = [
     {"attention_variant": "mea", "num_component_heads": 2, "qk_norm": True},
     {"attention_variant": "mea_no_norm"},
     {"attention_variant": "talking_heads"},
+    {"attention_variant": "gated", "gate_width": "head"},
 ]
 WITHOUT_NORM = {"plain_norm": "plain", "mea": "mea_no_norm"}
 

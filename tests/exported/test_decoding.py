@@ -24,6 +24,8 @@ CASES = [
         {"attention_variant": "plain"},
         {"attention_variant": "differential"},
         {"attention_variant": "talking_heads"},
+        {"attention_variant": "gated"},
+        {"attention_variant": "gated", "gate_width": "head"},
     )
     for norm in (False, True)
 ]

@@ -165,6 +165,8 @@ def per_layer(config) -> list[tuple[int, int]]:
         ("vllm", {"attention_variant": "talking_heads"}, "transformers: vLLM attends once a layer"),
         ("vllm", {"attention_variant": "plain"}, "stock: this variant caches its heads as they are"),
         ("vllm", {"attention_variant": "plain_norm"}, "transformers: this variant caches its heads as they are"),
+        ("stock", {"attention_variant": "gated"}, "transformers: no stock architecture gates the outputs"),
+        ("vllm", {"attention_variant": "gated"}, "transformers: this variant caches its heads as they are"),
         ("vllm", {"attention_variant": "mea"}, "leave nothing to save"),
         ("vllm", {"num_component_heads": 2, "qk_norm": True, **WIDE}, "scales every composite key"),
         ("vllm", {"num_component_heads": 1, "head_dim": 12}, "multiples of 8 up to 256"),

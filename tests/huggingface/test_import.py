@@ -274,6 +274,7 @@ class TestVariants:
             ("mea", {"mea"}),
             ("differential", {"differential"}),
             ("talking_heads", {"talking_heads"}),
+            ("gated", {"gated"}),
         ],
     )
     def test_of_an_export_none_drops_parameters(self, source_variant, allowed, tmp_path, capsys):

@@ -84,6 +84,13 @@ def test_another_variant_is_refused_where_no_name_tells(kind, tmp_path):
     assert ("model.attention_variant", "mea") in problems(source, plain_model(kind, attention_variant="mea"))
 
 
+def test_another_width_of_gates_is_refused(tmp_path):
+    """With one feature a head the shapes are the same."""
+    source = save_export(folder=tmp_path / "export", attention_variant="gated", gate_width="head")
+    assert open_weights(source, model(attention_variant="gated", gate_width="head")).warnings == []
+    assert ("model.gate_width", "feature") in problems(source, model(attention_variant="gated"))
+
+
 def test_a_description_that_leaves_out_its_variant_has_the_default(tmp_path):
     source = save_export(folder=tmp_path / "export", attention_variant="mea", head_norm_affine=False)
     assert open_weights(source, model(head_norm_affine=False)).warnings == []

@@ -17,6 +17,7 @@ CASES = {
     "one rank": (1, {}, MEA, "none", False),
     "one rank, documents": (1, {}, MEA, "selective", True),
     "one rank, differential": (1, {}, DIFFERENTIAL, "none", False),
+    "one rank, gated": (1, {}, {"attention_variant": "gated", "num_component_heads": 4}, "selective", False),
     "tp 2, sequence parallel": (2, layout(tensor=2, sequence=True), MEA | {"qk_norm": True}, "selective", False),
     "pp 2": (2, layout(pipeline=2), MEA, "full", False),
     "dp 2, ZeRO 2": (2, layout(zero=2), MEA | {"num_component_heads": 2}, "none", False),

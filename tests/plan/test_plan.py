@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from support.models import name_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
@@ -69,6 +70,8 @@ MODELS = {
     "no norm": {"attention_variant": "mea_no_norm"},
     "differential": {"attention_variant": "differential"},
     "talking heads": {"attention_variant": "talking_heads", "qk_norm": True},
+    "gated": {"attention_variant": "gated"},
+    "gated heads": {"attention_variant": "gated", "gate_width": "head", "num_key_value_heads": 2},
 }
 
 
@@ -197,10 +200,13 @@ def test_activations_are_those_that_autograd_saves(name, seq, tensor, sequence, 
     assert planned == pytest.approx(actual, rel=0.03)
 
 
-@pytest.mark.parametrize("training", [{"precision": "bf16"}, {"micro_batch_size": 1}])
-def test_activations_in_half_precision_and_of_one_sample(training, group_of_two):
+@pytest.mark.parametrize("model", [{}, MODELS["gated"], MODELS["gated heads"]], ids=name_of)
+@pytest.mark.parametrize(
+    "training", [{"precision": "bf16"}, {"micro_batch_size": 1}, {"activation_checkpointing": "selective"}]
+)
+def test_activations_of_other_trainings(training, model, group_of_two):
     for tensor, tp in ((1, NO_TP), (2, TensorGroup(size=2, rank=0, group=group_of_two, sequence_parallel=True))):
-        settings = config(model={}, parallel=layout(tensor=tensor, sequence=tensor > 1), seq=256, **training)
+        settings = config(model=model, parallel=layout(tensor=tensor, sequence=tensor > 1), seq=256, **training)
         dims = replace(ParallelDims.from_config(settings, tensor), num_micro_batches=1)
         workload = Workload(config=settings, dims=dims, device="cpu")
         planned = stage_activations(workload, workload.stages[0])

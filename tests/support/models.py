@@ -39,6 +39,7 @@ def variants() -> list[dict[str, Any]]:
 
     cases.append({"attention_variant": "mea", "head_norm_affine": False})
     cases += [{"attention_variant": "differential"}, {"attention_variant": "talking_heads"}]
+    cases += [{"attention_variant": "gated", "gate_width": width} for width in ("feature", "head")]
     cases = [case | {"qk_norm": qk_norm} for case in cases for qk_norm in (False, True)]
 
     cases.append({"attention_variant": "differential", "head_norm_affine": False, "attention_bias": True})

@@ -18,6 +18,7 @@ from torch import Tensor
 DEFAULTS = {
     "attention_variant": "mea",
     "hlc_mixes": "both",
+    "gate_width": "feature",
     "qk_norm": False,
     "attention_bias": False,
     "head_norm_affine": True,
@@ -26,7 +27,7 @@ DEFAULTS = {
     "rope_theta": 500000.0,
     "tie_word_embeddings": False,
 }
-VARIANTS = ("plain", "plain_norm", "mea", "mea_no_norm", "differential", "talking_heads")
+VARIANTS = ("plain", "plain_norm", "mea", "mea_no_norm", "differential", "talking_heads", "gated")
 
 
 def setting(config: dict, key: str):
@@ -71,6 +72,10 @@ def tensor_shapes(config: dict) -> dict[str, tuple[int, ...]]:
         if variant == "differential":
             for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
                 shapes[attention + name] = (d,)
+
+        if variant == "gated":
+            gates = d if setting(config, "gate_width") == "feature" else 1
+            shapes[attention + "gate_proj.weight"] = (query_heads * gates, hidden)
 
         if variant == "talking_heads":
             for name in ("logits_mix", "weights_mix"):
@@ -287,6 +292,12 @@ def attention(x: Tensor, *, weights: dict[str, Tensor], config: dict, layer: int
 
     if variant == "differential":
         outputs = [(1.0 - lambda_init) * head for head in outputs]
+
+    if variant == "gated":
+        # arXiv 2505.06708, G1: Y' = Y * sigmoid(X W); head i has rows i d ... (i + 1) d of W, or row i alone.
+        gates = 1 / (1 + torch.exp(-(x @ weights["gate_proj.weight"].T)))
+        size = gates.shape[-1] // num_heads
+        outputs = [head * gates[..., i * size : (i + 1) * size] for i, head in enumerate(outputs)]
 
     return torch.cat(outputs, dim=-1) @ weights["o_proj.weight"].T
 

@@ -62,6 +62,7 @@ VARIANTS = [
 ]
 PAIRS_OF_HEADS = {"attention_variant": "differential", "num_component_heads": 4, "head_norm_init": 0.5}
 TALKING = {"attention_variant": "talking_heads", "num_component_heads": 4}
+GATED = {"attention_variant": "gated", "num_component_heads": 4}
 ONE_HEAD = {"num_key_value_heads": 1, "num_component_heads": 1}
 MODELS = [
     *VARIANTS,
@@ -112,6 +113,9 @@ DEFAULT = {
         ("pp 2, pairs", layout(pipeline=2), PAIRS_OF_HEADS | TIED, "weights", "none"),
         ("pp 2, talking", layout(pipeline=2), TALKING | TIED, "activations", "full"),
         ("dp 2, ZeRO 3, talking", layout(zero=3), TALKING, "weights", "none"),
+        ("tp 2, sequence parallel, gated", layout(tensor=2, sequence=True), GATED, "weights", "selective"),
+        ("pp 2, gated", layout(pipeline=2), GATED | TIED | {"gate_width": "head"}, "weights", "full"),
+        ("dp 2, ZeRO 3, gated", layout(zero=3), GATED | {"gate_width": "head"}, "activations", "none"),
         ("dp 2, ZeRO 3, selective", layout(zero=3), VARIANTS[2], "weights", "selective"),
         ("tp 2, sequence parallel, selective", layout(tensor=2, sequence=True), VARIANTS[2], "weights", "selective"),
         ("pp 2, selective", layout(pipeline=2), PAIRS_OF_HEADS, "activations", "selective"),
@@ -122,7 +126,7 @@ DEFAULT = {
     8: once({name: EIGHTS[name] for name in EIGHTS if name != "tp 2 x pp 2 x dp 2"}, [TIED]),
 }
 FULL = {
-    2: cross(PAIRS, [*MODELS, PAIRS_OF_HEADS])
+    2: cross(PAIRS, [*MODELS, PAIRS_OF_HEADS, GATED])
     + cross({name: PAIRS[name] for name in PAIRS if "tp" not in name}, [TALKING, TALKING | TIED]),
     3: cross(TRIPLES, [THREE | variant for variant in ({}, TIED, {"num_component_heads": 1}, {"qk_norm": True})]),
     4: cross(FOURS, [VARIANTS[0], VARIANTS[1] | TIED, VARIANTS[2] | TIED, VARIANTS[3]])
