@@ -145,7 +145,7 @@ def _build_parser() -> argparse.ArgumentParser:
 
     sub = add_verb(
         name="inspect",
-        summary="show a checkpoint and verify it",
+        summary="show a checkpoint and verify it; runs no code of it, so a stranger's will do",
         example="runs/quickstart/run/checkpoints/step_00000500",
     )
     sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint folder, or a run folder (its newest)")

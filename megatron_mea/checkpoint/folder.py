@@ -11,7 +11,7 @@ step_00001000/
     COMPLETE                   written last: format version, and the SHA-256 of every other file
 
 A folder gets its name by a rename when everything in it is on disk, so it is complete or absent.
-`.metadata` is a pickle: load only checkpoints that you trust.
+`.metadata` is a pickle, which `index.read_index` reads without running what a stranger may have put there.
 """
 
 from __future__ import annotations
@@ -97,6 +97,10 @@ def find_corruption(folder: Path, *, rank: int = 0, world_size: int = 1) -> str 
     if missing := [name for name in read_by_all if name not in checksums]:
         return f"COMPLETE does not list {missing[0]}"
 
+    for name in checksums:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            return f"COMPLETE lists {name!r}, which is not in the folder"
+
     others = [name for name in checksums if name not in read_by_all]
     for name in [*read_by_all, *others[rank::world_size]]:
         path = folder / name
@@ -111,7 +115,16 @@ def find_corruption(folder: Path, *, rank: int = 0, world_size: int = 1) -> str 
         if digest != checksums[name]:
             return f"{name} does not match its checksum"
 
-    return None
+    # Imports torch, which takes longer than the checks above.
+    from megatron_mea.checkpoint.index import read_index
+
+    try:
+        files = {place.relative_path for place in read_index(folder / INDEX).storage_data.values()}
+    except UserError as error:
+        return f"{INDEX} is {error.problems[0].got}"
+
+    unlisted = sorted(files - checksums.keys())
+    return f"COMPLETE does not list {unlisted[0]}" if unlisted else None
 
 
 def intact_checkpoints(run_dir: str | Path) -> list[tuple[int, Path]]:

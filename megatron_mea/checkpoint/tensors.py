@@ -7,6 +7,7 @@ read a checkpoint of any other.
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -20,7 +21,6 @@ from torch.distributed.checkpoint import (
     CheckpointException,
     DefaultLoadPlanner,
     DefaultSavePlanner,
-    FileSystemReader,
     FileSystemWriter,
 )
 from torch.distributed.checkpoint.metadata import (
@@ -38,6 +38,9 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megatron_mea.checkpoint.index import CheckpointReader
+from megatron_mea.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's moments as torch names them; that of parameter `name` is called `exp_avg.name`."""
@@ -174,18 +177,26 @@ def read_fragments(folder: Path, fragments: Iterable[Fragment]) -> None:
 
     Raises:
         KeyError: the folder lacks a tensor.
+        UserError: the index or a tensor cannot be read.
     """
-    reader = FileSystemReader(folder)
+    reader = CheckpointReader(folder)
     metadata = reader.read_metadata()
     planner = _LoadPlanner(fragments)
     planner.set_up_planner({}, metadata, is_coordinator=True)
     reader.set_up_storage_reader(metadata, is_coordinator=True)
-    reader.read_data(reader.prepare_local_plan(planner.create_local_plan()), planner).wait()
+    plan = reader.prepare_local_plan(planner.create_local_plan())
+    try:
+        reader.read_data(plan, planner).wait()
+    except (OSError, RuntimeError, ValueError, AssertionError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(
+            where=str(folder), got=f"tensors that cannot be read ({reason})", expected="a whole checkpoint"
+        ) from None
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Global shape of every tensor of a checkpoint, moments included."""
-    entries = FileSystemReader(folder).read_metadata().state_dict_metadata
+    entries = CheckpointReader(folder).read_metadata().state_dict_metadata
     return {name: tuple(entry.size) for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
 
