@@ -9,8 +9,8 @@ usage="usage: bash launch/local.sh NPROC CONFIG [KEY=VALUE ...]"
 if [ $# -lt 2 ]; then echo "$usage" >&2; exit 2; fi
 nproc=$1; shift
 case $nproc in
-  ''|*[!0-9]*|0)
-    printf "local.sh: error: NPROC\n  got:      '%s'\n  expected: a positive number\n%s\n" "$nproc" "$usage" >&2
+  ''|*[!0-9]*|0*|???????*)
+    printf "local.sh: error: NPROC\n  got:      '%s'\n  expected: a number from 1 to 999999, without leading zeros\n%s\n" "$nproc" "$usage" >&2
     exit 2 ;;
 esac
 # The active environment, or the one that launch/quickstart.sh made here.

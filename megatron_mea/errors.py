@@ -35,6 +35,12 @@ class MachineError(RunError):
     """A node, a GPU or a network is broken: the same work may succeed on another one."""
 
 
+def shorten(value: object, limit: int = 200) -> str:
+    """repr of a value for a message, its middle left out where that is long."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 4 :]}"
+
+
 class UserError(Exception):
     """Ends a command with one message on stderr and exit status 2, without a traceback."""
 

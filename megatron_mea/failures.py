@@ -13,6 +13,13 @@ from megatron_mea.errors import MachineError, RunError, UserError
 FAILURE_FILE_VARIABLE = "MEA_FAILURE_FILE"
 """Environment variable with the file that the first process to fail by itself writes; a job reads it at its end."""
 
+_PEER_SECONDS = 3
+"""For which a process whose peer is gone leaves it to that one to say why."""
+_RANK_0_SECONDS = 10
+"""For which other ranks leave the message to rank 0, where all fail alike and the launcher ends the others meanwhile.
+
+A failure of one rank alone must still be printed; on a busy machine ranks start seconds apart.
+"""
 _DISTRIBUTED_ERRORS = {"DistBackendError", "DistNetworkError", "DistStoreError"}
 _GPU_ERROR = "AcceleratorError"
 _GLOO_ERROR = re.compile(r"gloo/|Connection (closed|reset) by peer|Timed out waiting \d+ms for (send|recv)")
@@ -39,10 +46,10 @@ def exit_status(work: Callable[[], None]) -> int:
         if not (peer_failed or isinstance(error, (UserError, RunError))):
             raise
 
-        if peer_failed or _rank() > 0:
-            # Mostly all ranks fail alike: rank 0 prints the message, and the launcher ends the others meanwhile.
-            # A failure of this rank alone must still be printed.
-            time.sleep(3)
+        if peer_failed:
+            time.sleep(_PEER_SECONDS)
+        elif _rank() > 0:
+            time.sleep(_RANK_0_SECONDS)
 
         prefix = f"rank {_rank()}: " if _rank() else ""
         first_line = _GLOO_NOISE.sub("", str(error).strip().partition("\n")[0])

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "megatron_mea"
 ROWS = (
     ("exported", "__version__"),
     ("errors", "progress", "versions"),
-    ("failures", "outputs"),
+    ("failures", "inputs", "outputs"),
     ("config",),
     ("data",),
     ("parallel",),

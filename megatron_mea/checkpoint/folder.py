@@ -22,13 +22,16 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import NonNegativeInt, TypeAdapter
 
 from megatron_mea import __version__
 from megatron_mea.config.load import complete_config
 from megatron_mea.errors import UserError
+from megatron_mea.inputs import read_json_object
 
 _NAME = re.compile(r"step_(\d{8,})")
 COMPLETE, META, TOKENIZER, INDEX = "COMPLETE", "meta.json", "tokenizer", ".metadata"
@@ -173,7 +176,7 @@ def seal(folder: Path, flushed: Mapping[str, str] | None = None) -> None:
 
 def _read_checksums(folder: Path) -> dict[str, str]:
     """SHA-256 by file name; raises UserError where a newer program wrote them, and others where they are unreadable."""
-    complete = json.loads((folder / COMPLETE).read_text())
+    complete = read_json_object(folder / COMPLETE)
     _check_format(complete, folder / COMPLETE)
     return dict(complete["sha256"])
 
@@ -241,12 +244,12 @@ class CheckpointMetadata:
             no data, and its layout is empty. Empty for the checkpoint of a run.
     """
 
-    step: int
-    samples: int
-    tokens: int
+    step: NonNegativeInt
+    samples: NonNegativeInt
+    tokens: NonNegativeInt
     config: dict[str, Any]
     data: list[dict[str, Any]]
-    layout: dict[str, int]
+    layout: dict[str, Any]
     versions: dict[str, str]
     validation_loss: float | None
     origin: str = ""
@@ -264,14 +267,19 @@ class CheckpointMetadata:
             UserError: the folder holds no readable meta.json, or a newer program wrote it.
         """
         try:
-            contents = json.loads((folder / META).read_text())
+            contents = read_json_object(folder / META)
             _check_format(contents, folder / META)
             contents.pop("format_version", None)
-            config = contents["config"]
-            if not all(isinstance(config[section], dict) for section in ("data", "run")):
+            if unknown := contents.keys() - cls.__dataclass_fields__.keys():
+                raise ValueError(f"an unknown key {min(unknown)!r}")
+
+            # As JSON, since of Python objects a strict check wants the class itself.
+            metadata = TypeAdapter(cls).validate_json(json.dumps(contents), strict=True)
+            sections = metadata.config
+            if not {"data", "run"} <= sections.keys() or not all(isinstance(keys, dict) for keys in sections.values()):
                 raise TypeError("config is no configuration")
-            return cls(**contents | {"config": complete_config(config)})
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            return replace(metadata, config=complete_config(metadata.config))
+        except (OSError, ValueError, TypeError) as error:
             raise UserError(
                 where=str(folder / META), got=f"unreadable ({error})", expected="a checkpoint of this package"
             ) from None

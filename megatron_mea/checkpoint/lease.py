@@ -10,6 +10,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from megatron_mea.inputs import read_json_object
+
 LEASE = ".lease"
 _CACHE_SECONDS = 1.0
 """Seconds for which `Lease.new_holder` may reuse what it read."""
@@ -67,11 +69,11 @@ class Lease:
     def read(self) -> dict[str, Any] | None:
         """The content of the file, whichever job has written it; None where it is missing or unreadable."""
         try:
-            state = json.loads(self._path.read_text())
+            state = read_json_object(self._path)
         except (OSError, ValueError):
             return None
 
-        return state if isinstance(state, dict) and "token" in state else None
+        return state if "token" in state else None
 
     def _write(self, status: dict[str, Any]) -> None:
         """Replaces the file with the facts of this job, and whether it has ended."""
@@ -96,7 +98,7 @@ def _is_dead(holder: dict[str, Any]) -> bool:
         os.kill(int(holder["pid"]), 0)
     except ProcessLookupError:
         return True
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return False
 
     return False

@@ -151,11 +151,11 @@ def _data_problems(metadata: CheckpointMetadata, fingerprint: list[dict[str, Any
 
     for index, (old, new) in enumerate(zip(metadata.data, fingerprint, strict=True)):
         for field in ("weight", "tokens", "digest"):
-            if old[field] != new[field]:
+            if old.get(field) != new[field]:
                 yield Problem(
                     where=f"data.train.{index}",
                     got=f"{field} {new[field]}",
-                    expected=f"{expected}: {field} {old[field]}",
+                    expected=f"{expected}: {field} {old.get(field)}",
                 )
                 break
 

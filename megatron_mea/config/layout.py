@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -10,6 +11,8 @@ from megatron_mea.config.schema import Config, Model
 from megatron_mea.errors import Problem, UserError
 
 _TENSOR_KEY, _PIPELINE_KEY = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
+_MAX_WORLD_SIZES = 64
+"""Most numbers of processes in a message."""
 TEACHER_KEY = "training.distillation.teacher"
 
 
@@ -36,17 +39,27 @@ def check_layout(config: Config, world_size: int | None = None) -> ParallelDims:
 
 def possible_layouts(config: Config, world_size: int) -> list[ParallelDims]:
     """The layouts that `world_size` processes can have with this model and batch, and ZeRO 0 or 1."""
+    tensor_sizes, pipeline_sizes, data_sizes = _possible_sizes(config)
     layouts = []
-    for tensor in _divisors(world_size):
-        for pipeline in _divisors(world_size // tensor):
-            problems = _layout_problems(
-                config=config, tensor=tensor, pipeline=pipeline, zero_stage=1, world_size=world_size
-            )
-            if not any(problems):
+    for tensor in tensor_sizes:
+        for pipeline in pipeline_sizes:
+            if world_size % (tensor * pipeline) == 0 and world_size // (tensor * pipeline) in data_sizes:
                 dims = ParallelDims.from_config(config, world_size, tp=tensor, pp=pipeline)
                 layouts.append(replace(dims, zero_stage=1))
 
     return layouts
+
+
+def _possible_sizes(config: Config) -> tuple[list[int], range, set[int]]:
+    """The tensor, pipeline and data parallel sizes that work with this model and batch, each with each.
+
+    Few numbers, since a tensor group divides the heads and data ranks the micro-batches of a step.
+    """
+    training = config.training
+    heads = config.model.num_attention_heads
+    tensor_sizes = [size for size in _divisors(heads) if not any(_tensor_problems(config, size))]
+    micro_batches = training.global_batch_size // training.micro_batch_size
+    return tensor_sizes, range(1, config.model.num_hidden_layers + 1), set(_divisors(micro_batches))
 
 
 def _layout_problems(
@@ -165,9 +178,12 @@ def _layout_table(config: Config, world_size: int) -> Iterator[str]:
     )
     layouts = possible_layouts(config, world_size)
     if not layouts:
-        world_sizes = [str(size) for size in range(1, 2 * world_size + 1) if possible_layouts(config, size)]
+        world_sizes = _possible_world_sizes(config, 2 * world_size)
         yield f"no layout of {world_size} processes works with {settings}; numbers of processes that do:"
-        yield f"  {', '.join(world_sizes) or f'none up to {2 * world_size}'}"
+        nearest = sorted(sorted(world_sizes, key=lambda size: abs(size - world_size))[:_MAX_WORLD_SIZES])
+        yield f"  {', '.join(map(str, nearest)) or f'none up to {2 * world_size}'}" + (
+            f" (the nearest of {len(world_sizes)})" if len(nearest) < len(world_sizes) else ""
+        )
         return
 
     yield f"layouts of {world_size} processes that work with {settings}:"
@@ -177,5 +193,13 @@ def _layout_table(config: Config, world_size: int) -> Iterator[str]:
         yield f"  {dims.tp:6}  {dims.pp:8}  {dims.dp:4}  {dims.num_micro_batches:13}  {zero_stages}"
 
 
+def _possible_world_sizes(config: Config, largest: int) -> set[int]:
+    """Numbers of processes up to `largest` that have a layout."""
+    tensor_sizes, pipeline_sizes, data_sizes = _possible_sizes(config)
+    model_sizes = {tensor * pipeline for tensor in tensor_sizes for pipeline in pipeline_sizes}
+    return {size * data for size in model_sizes for data in data_sizes if size * data <= largest}
+
+
 def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]
+    small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
+    return sorted({*small, *(number // size for size in small)})

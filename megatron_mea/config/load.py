@@ -13,25 +13,8 @@ from pydantic import BaseModel, ValidationError
 
 from megatron_mea.config.checks import cross_checks
 from megatron_mea.config.schema import Config, Model, OffValue
-from megatron_mea.errors import Problem, UserError
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys of a mapping, of which YAML would silently take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, *, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str) and key in seen:
-                where = f"{node.start_mark.name}, line {key_node.start_mark.line + 1}"
-                raise UserError(
-                    where=where, got=f"the key {key!r} twice", expected="each key once", hint="remove one of the two"
-                )
-            if isinstance(key, str):
-                seen.add(key)
-
-        return super().construct_mapping(node, deep)
+from megatron_mea.config.yaml_reader import MAX_BYTES, InvalidYaml, parse_yaml
+from megatron_mea.errors import Problem, UserError, shorten
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -127,14 +110,19 @@ def dump_config(config: Config) -> str:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise UserError(where=str(path), got="no regular file", expected="a readable YAML file")
         with path.open(encoding="utf-8") as stream:
-            tree = yaml.load(stream, _UniqueKeyLoader)
+            # One more than allowed shows that there are more.
+            tree = parse_yaml(stream.read(MAX_BYTES + 1), str(path))
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        reason = (error.strerror or str(error)) if isinstance(error, OSError) else "not UTF-8 text"
         raise UserError(where=str(path), got=reason, expected="a readable YAML file") from None
-    # PyYAML lets a ValueError through where a value looks like a date that does not exist.
-    except (yaml.YAMLError, ValueError) as error:
+    except InvalidYaml as error:
         raise UserError(where=str(path), got=f"not YAML: {error}", expected="valid YAML") from None
+    except ValueError as error:
+        # A name that no file can have.
+        raise UserError(where=ascii(str(path)), got=str(error), expected="a readable YAML file") from None
 
     if not isinstance(tree, dict):
         raise UserError(
@@ -154,9 +142,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         )
 
     try:
-        value = yaml.load(text, _UniqueKeyLoader)
-    except (yaml.YAMLError, ValueError):
-        raise UserError(where=key, got=repr(text), expected="a YAML value", hint="quote it: KEY='\"text\"'") from None
+        value = parse_yaml(text, key)
+    except InvalidYaml as error:
+        got = f"{shorten(text)} ({error})"
+        raise UserError(where=key, got=got, expected="a YAML value", hint="quote it: KEY='\"text\"'") from None
 
     *parents, name = key.split(".")
     node: Any = tree
@@ -227,14 +216,14 @@ def _validation_problems(error: ValidationError) -> Iterator[Problem]:
         else:
             if item["type"].startswith("union_tag"):
                 yield Problem(
-                    where=f"{where}.rope_type", got=repr(item["input"]), expected="linear, dynamic, yarn or llama3"
+                    where=f"{where}.rope_type", got=shorten(item["input"]), expected="linear, dynamic, yarn or llama3"
                 )
                 continue
 
             expected = item["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
             if item["type"] == "string_type" and not isinstance(item["input"], (dict, list)):
                 expected += ": quote the value"
-            yield Problem(where=where, got=repr(item["input"]), expected=expected)
+            yield Problem(where=where, got=shorten(item["input"]), expected=expected)
 
 
 def _nearest_key(path: list[str]) -> str:

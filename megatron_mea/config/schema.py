@@ -10,12 +10,17 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from megatron_mea.config.variants import VARIANTS, Variant
 
-_NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?")
+_NUMBER = re.compile(r"[-+]?((0|[1-9][\d_]*)(\.[\d_]*)?|\.\d[\d_]*)([eE][-+]?\d+)?")
+MAX_SIZE = 1 << 20
+"""The largest size of a tensor's dimension: beyond it are typing errors, and numbers that take a machine's memory."""
+MAX_LAYERS = 10_000
+MAX_COUNT = 10**12
+"""The largest number of steps, samples or positions."""
 
 
 def _parse_float(value: Any) -> Any:
     """Turns text such as `3e-3` and `1e6`, which YAML 1.1 takes for no number, into a float; else the value itself."""
-    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
+    return float(value) if isinstance(value, str) and len(value) < 400 and _NUMBER.fullmatch(value) else value
 
 
 def _parse_int(value: Any) -> Any:
@@ -25,7 +30,8 @@ def _parse_int(value: Any) -> Any:
 
 Int = Annotated[int, BeforeValidator(_parse_int)]
 Float = Annotated[float, BeforeValidator(_parse_float)]
-PositiveInt = Annotated[Int, Field(gt=0)]
+PositiveInt = Annotated[Int, Field(gt=0, le=MAX_COUNT)]
+Size = Annotated[Int, Field(gt=0, le=MAX_SIZE)]
 PositiveFloat = Annotated[Float, Field(gt=0)]
 Path = Annotated[str, Field(min_length=1)]
 Beta = Annotated[Float, Field(ge=0, lt=1)]
@@ -86,14 +92,14 @@ RopeScaling = Annotated[LinearRope | DynamicRope | YarnRope | Llama3Rope, Field(
 
 
 class Model(Section):
-    vocab_size: PositiveInt = 32000
-    hidden_size: PositiveInt = 512
-    intermediate_size: PositiveInt = 1408
-    num_hidden_layers: PositiveInt = 8
-    num_attention_heads: PositiveInt = 8
-    num_key_value_heads: PositiveInt = 4
-    num_component_heads: PositiveInt | list[PositiveInt] | None = None
-    head_dim: PositiveInt = 64
+    vocab_size: Size = 32000
+    hidden_size: Size = 512
+    intermediate_size: Size = 1408
+    num_hidden_layers: Annotated[Int, Field(gt=0, le=MAX_LAYERS)] = 8
+    num_attention_heads: Size = 8
+    num_key_value_heads: Size = 4
+    num_component_heads: Size | Annotated[list[Size], Field(max_length=MAX_LAYERS)] | None = None
+    head_dim: Size = 64
     attention_variant: Literal[*VARIANTS] = "mea"
     hlc_init: Literal["block", "orthogonal", "normal"] = "block"
     hlc_mixes: Literal["both", "keys", "values"] = "both"
@@ -177,11 +183,11 @@ class Data(Section):
 
 
 class Parallel(Section):
-    tensor_model_parallel_size: PositiveInt = 1
-    pipeline_model_parallel_size: PositiveInt = 1
+    tensor_model_parallel_size: Size = 1
+    pipeline_model_parallel_size: Size = 1
     sequence_parallel: bool = False
     zero_stage: Annotated[Int, Field(ge=0, le=3)] = 1
-    timeout_minutes: PositiveFloat = 10.0
+    timeout_minutes: Annotated[PositiveFloat, Field(le=525_600)] = 10.0
 
 
 class Optimizer(Section):
@@ -195,7 +201,7 @@ class Optimizer(Section):
 
 class Schedule(Section):
     kind: Literal["cosine", "constant", "wsd"] = "cosine"
-    warmup_steps: Annotated[Int, Field(ge=0)] = 100
+    warmup_steps: Annotated[Int, Field(ge=0, le=MAX_COUNT)] = 100
     min_lr_ratio: Annotated[Float, Field(ge=0, le=1)] = 0.1
     decay_steps: PositiveInt | None = None
 
@@ -208,16 +214,16 @@ class Distillation(Section):
 
 class Training(Section):
     steps: PositiveInt | None = None
-    tokens: PositiveFloat | None = None
-    global_batch_size: PositiveInt = 64
-    micro_batch_size: PositiveInt = 4
+    tokens: Annotated[PositiveFloat, Field(le=1e18)] | None = None
+    global_batch_size: Size = 64
+    micro_batch_size: Size = 4
     precision: Literal["bf16", "fp32"] = "bf16"
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     compile: bool = False
     deterministic: bool = False
     replica_check_interval: PositiveInt | None = 1000
     distillation: Distillation | None = None
-    seed: Annotated[Int, Field(ge=0)] = 1234
+    seed: Annotated[Int, Field(ge=0, lt=2**63)] = 1234
 
 
 class Evaluation(Section):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from megatron_mea.data.sources import check_sources, read_documents
 from megatron_mea.errors import RunError, UserError
+from megatron_mea.inputs import read_json_object
 from megatron_mea.outputs import reserve_output
 
 if TYPE_CHECKING:
@@ -32,6 +33,10 @@ _TOKENIZER_FILES = (
 )
 
 
+MAX_IDS = 1 << 24
+"""More than any vocabulary has."""
+
+
 def load_tokenizer(folder: str | Path, where: str = "data.tokenizer") -> PreTrainedTokenizerBase:
     """Loads a tokenizer folder with `AutoTokenizer`; runs no code from the folder.
 
@@ -42,6 +47,7 @@ def load_tokenizer(folder: str | Path, where: str = "data.tokenizer") -> PreTrai
         UserError: the folder does not exist or load, or the tokenizer has no end-of-document (eos) token.
     """
     check_tokenizer_folder(folder, where)
+    _check_ids(Path(folder), where)
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
@@ -64,6 +70,34 @@ def load_tokenizer(folder: str | Path, where: str = "data.tokenizer") -> PreTrai
         )
 
     return tokenizer
+
+
+def _check_ids(folder: Path, where: str) -> None:
+    """Refuses ids for which the library would take gigabytes, or panic, which Python cannot catch.
+
+    Raises:
+        UserError: tokenizer.json is unreadable, or has an id that is too large or there twice.
+    """
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return
+
+    try:
+        contents = read_json_object(file, max_bytes=1 << 30)
+        vocabulary = (contents.get("model") or {}).get("vocab") or {}
+        # BPE maps tokens to ids; Unigram has a list of them.
+        ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else list(range(len(vocabulary)))
+        ids += [token["id"] for token in contents.get("added_tokens") or () if token["content"] not in vocabulary]
+        if not all(type(token_id) is int and 0 <= token_id < MAX_IDS for token_id in ids):
+            odd = next(token_id for token_id in ids if type(token_id) is not int or not 0 <= token_id < MAX_IDS)
+            raise ValueError(f"the id {odd!r} is none from 0 to {MAX_IDS - 1:,}")
+        if isinstance(vocabulary, dict) and len(set(vocabulary.values())) < len(vocabulary):
+            raise ValueError("two tokens have the same id")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        got = f"{file}, unreadable ({error})"
+        raise UserError(
+            where=where, got=got, expected="a tokenizer, each of whose tokens has an id of its own"
+        ) from None
 
 
 def copy_tokenizer(folder: str | Path, target: Path) -> None:

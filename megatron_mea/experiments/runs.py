@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import numpy as np
 from megatron_mea.config import Config
 from megatron_mea.config.load import load_config
 from megatron_mea.errors import UserError
+from megatron_mea.inputs import read_json_object
 
 CONFIG, METRICS = "config.yaml", "metrics.jsonl"
 SUBMITTED = "slurm/config.yaml"
@@ -92,7 +93,7 @@ def _is_run(path: Path) -> bool:
 
 def read_run(path: Path) -> RunRecord:
     """One folder; a last line that is being written is left out, and a run that has not begun has no rows."""
-    rows = list(_read_rows(path / METRICS)) if (path / METRICS).exists() else []
+    rows, problem = _read_rows(path / METRICS) if (path / METRICS).exists() else ([], "")
     trained = [row for row in rows if row.get("loss") is not None]
 
     def column(name: str) -> np.ndarray:
@@ -109,7 +110,7 @@ def read_run(path: Path) -> RunRecord:
         grad_norm=column("grad_norm"),
         validation=np.array(validation, dtype=float).reshape(-1, 2),
         diverged=_read_reason(path / "DIVERGED"),
-        failed=_failure_reason(path),
+        failed=problem or _failure_reason(path),
     )
 
 
@@ -121,24 +122,30 @@ def _read_config(path: Path) -> Config:
         raise UserError.from_problems(error.problems, f"in {path}") from None
 
 
-def _read_rows(path: Path) -> Iterable[dict]:
+def _read_rows(path: Path) -> tuple[list[dict], str]:
+    """The rows of metrics up to a number that no run has, and what is wrong there; empty where nothing is."""
+    rows: list[dict] = []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             sum(float(value) for value in (row["step"], row["tokens"], *(row.get(name) or 0 for name in _METRIC_KEYS)))
+        except OverflowError:
+            return rows, f"{path}:{number} has a number beyond what 64 bits hold"
         except (ValueError, KeyError, TypeError):
             if number == len(lines):
-                return
+                break
             raise UserError(
                 where=f"{path}:{number}", got="no row of metrics", expected="a JSON object of numbers: step, tokens"
             ) from None
-        yield row
+        rows.append(row)
+
+    return rows, ""
 
 
 def _read_reason(path: Path) -> str:
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["reason"])
+        return str(read_json_object(path)["reason"])
     except (OSError, ValueError, KeyError, TypeError):
         return ""
 

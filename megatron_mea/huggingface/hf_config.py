@@ -6,15 +6,15 @@ is run, and what our model would not compute is refused by the name of its key.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_mea.config.load import parse_model
-from megatron_mea.config.schema import Model
+from megatron_mea.config.schema import MAX_COUNT, MAX_LAYERS, MAX_SIZE, Model
 from megatron_mea.errors import Problem, UserError
+from megatron_mea.inputs import read_json_object
 
 if TYPE_CHECKING:
     from megatron_mea.exported.configuration_mea import MEAConfig
@@ -29,13 +29,24 @@ _SIZE_KEYS = (
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
+    "num_labels",
 )
-_MAX_SIZES = {"num_hidden_layers": 10_000} | dict.fromkeys(_SIZE_KEYS, 1 << 20)
+_MAX_SIZES = {"num_hidden_layers": MAX_LAYERS} | dict.fromkeys(_SIZE_KEYS, MAX_SIZE)
 """Larger sizes, and 0, are traps or typing errors: transformers divides, and makes lists as long as the file says."""
+_MAX_CONFIG_BYTES = 1 << 20
 _SHARED_KEYS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings"),
 )
+_ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa")
+_GENERATION_BOUNDS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), (1, 64)),
+    **dict.fromkeys(("max_length", "max_new_tokens"), (1, MAX_COUNT)),
+    **dict.fromkeys(("min_length", "min_new_tokens", "top_k", "no_repeat_ngram_size"), (0, MAX_COUNT)),
+    **dict.fromkeys(("top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"), (0, 1)),
+    **dict.fromkeys(("temperature", "repetition_penalty"), (0, 1000)),
+    "length_penalty": (-1000, 1000),
+}
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok")
 
 
@@ -54,6 +65,54 @@ class HFConfig:
     has_remote_code: bool
 
 
+def read_config_json(path: Path, where: str) -> dict[str, Any]:
+    """The config.json of a Hugging Face folder, checked before any code of transformers sees it.
+
+    Args:
+        where: the key or argument that named the folder, for messages.
+
+    Raises:
+        UserError: it is missing, no JSON object or too large, of an unknown architecture, quantised, or has sizes that
+            would take a machine's memory.
+    """
+    file = path / "config.json"
+    try:
+        config_json = read_json_object(file, max_bytes=_MAX_CONFIG_BYTES)
+        problems = list(_json_problems(config_json))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            where=where, got=f"{file}, unreadable ({_reason(error)})", expected="a Hugging Face folder"
+        ) from None
+
+    if problems:
+        raise _with_file(file=file, where=where, problems=problems)
+
+    return config_json
+
+
+def check_generation_config(path: Path, where: str) -> None:
+    """Raises UserError where a folder has generation settings that transformers does not take."""
+    from transformers import GenerationConfig
+
+    file = path / "generation_config.json"
+    if not file.is_file():
+        return
+
+    try:
+        contents = read_json_object(file, max_bytes=_MAX_CONFIG_BYTES)
+        for key, (low, high) in _GENERATION_BOUNDS.items():
+            value = contents.get(key)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (is_number and low <= value <= high):
+                raise ValueError(f"{key} = {value!r}, which is no number from {low} to {high}")
+
+        GenerationConfig.from_dict(contents)
+    except Exception as error:
+        # transformers checks types and values, each with an exception of its own.
+        expected = "generation settings, or no such file"
+        raise UserError(where=where, got=f"{file}, unreadable ({_reason(error)})", expected=expected) from None
+
+
 def read_hf_config(path: Path, where: str) -> HFConfig:
     """Reads the config.json of a Hugging Face folder.
 
@@ -69,35 +128,27 @@ def read_hf_config(path: Path, where: str) -> HFConfig:
     from megatron_mea.exported.configuration_mea import MEAConfig
     from megatron_mea.exported.modeling_mea_vllm import MEAServedConfig
 
-    file = path / "config.json"
+    file, config_json = path / "config.json", read_config_json(path, where)
+    model_type = config_json["model_type"]
+    # It warns of rotary parameters that it does not know, which are refused below.
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
-        config_json = json.loads(file.read_text(encoding="utf-8"))
-        model_type = config_json["model_type"]
-        problems = list(_json_problems(config_json))
-        if not problems:
-            # It warns of rotary parameters that it does not know, which are refused below.
-            verbosity = logging.get_verbosity()
-            logging.set_verbosity_error()
-            try:
-                own_classes = {"mea": MEAConfig, "mea_vllm": MEAServedConfig}
-                config = (own_classes.get(model_type) or CONFIG_MAPPING[model_type]).from_dict(config_json)
-                # In the config.json for vLLM, key/value heads and head_dim are those of the cache.
-                config = config.trained() if model_type == "mea_vllm" else config
-            finally:
-                logging.set_verbosity(verbosity)
-
-            problems = list(_settings_problems(config, model_type)) if model_type in STOCK_MODEL_TYPES else []
+        own_classes = {"mea": MEAConfig, "mea_vllm": MEAServedConfig}
+        config = (own_classes.get(model_type) or CONFIG_MAPPING[model_type]).from_dict(config_json)
+        # In the config.json for vLLM, key/value heads and head_dim are those of the cache.
+        config = config.trained() if model_type == "mea_vllm" else config
+        problems = list(_settings_problems(config, model_type)) if model_type in STOCK_MODEL_TYPES else []
     except Exception as error:
         # transformers checks types and values, each with an exception of its own.
-        reason = " ".join(str(error).split()) or type(error).__name__
-        reason = f"no key {reason}" if isinstance(error, KeyError) else reason
-        raise UserError(where=where, got=f"{file}, unreadable ({reason})", expected="a Hugging Face folder") from None
+        raise UserError(
+            where=where, got=f"{file}, unreadable ({_reason(error)})", expected="a Hugging Face folder"
+        ) from None
+    finally:
+        logging.set_verbosity(verbosity)
 
     if problems:
-        raise UserError.from_problems(
-            Problem(where=where, got=f"{file}: {problem.where} = {problem.got}", expected=problem.expected)
-            for problem in problems
-        )
+        raise _with_file(file=file, where=where, problems=problems)
 
     try:
         model = parse_model(
@@ -117,6 +168,20 @@ def read_hf_config(path: Path, where: str) -> HFConfig:
     )
 
 
+def _reason(error: Exception) -> str:
+    """What an exception says, in a line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return f"no key {text}" if isinstance(error, KeyError) else text
+
+
+def _with_file(*, file: Path, where: str, problems: Iterable[Problem]) -> UserError:
+    """The error of problems whose `where` is a key of a file."""
+    return UserError.from_problems(
+        Problem(where=where, got=f"{file}: {problem.where} = {str(problem.got)[:200]}", expected=problem.expected)
+        for problem in problems
+    )
+
+
 def _json_problems(config_json: dict[str, Any]) -> Iterator[Problem]:
     """Problems that must be found before transformers reads the file: architecture, quantization, experts, sizes."""
     model_type = config_json["model_type"]
@@ -133,6 +198,13 @@ def _json_problems(config_json: dict[str, Any]) -> Iterator[Problem]:
     for key in _EXPERT_KEYS:
         if config_json.get(key):
             yield Problem(where=key, got=config_json[key], expected="nothing: mixtures of experts are not supported")
+
+    for key in ("attn_implementation", "_attn_implementation"):
+        if config_json.get(key) not in (None, *_ATTENTION_IMPLEMENTATIONS):
+            # Another one may name a kernel, which transformers would fetch from the hub.
+            yield Problem(
+                where=key, got=config_json[key], expected=f"nothing, or {', '.join(_ATTENTION_IMPLEMENTATIONS)}"
+            )
 
     for key, largest in _MAX_SIZES.items():
         if isinstance(size := config_json.get(key), int) and not 1 <= size <= largest:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 import yaml
-from transformers import GenerationConfig
 
 from megatron_mea.checkpoint.folder import GENERATION, TOKENIZER, CheckpointMetadata, publish, seal
 from megatron_mea.checkpoint.tensors import write_tensors
@@ -20,7 +19,12 @@ from megatron_mea.config.schema import Model
 from megatron_mea.config.variants import combining_variant, extending_variants
 from megatron_mea.data.tokenizer import check_tokenizer_folder, copy_tokenizer, load_tokenizer
 from megatron_mea.errors import RunError, UserError
-from megatron_mea.huggingface.hf_config import STOCK_MODEL_TYPES, HFConfig, read_hf_config
+from megatron_mea.huggingface.hf_config import (
+    STOCK_MODEL_TYPES,
+    HFConfig,
+    check_generation_config,
+    read_hf_config,
+)
 from megatron_mea.huggingface.locate import check_hf_folder
 from megatron_mea.huggingface.safetensors_reader import (
     StoredTensor,
@@ -154,7 +158,7 @@ def _import_warnings(*, source: Path, hf_config: HFConfig, model: Model, tensors
             f"{source} brings code of its own (auto_map), which is not run: imported as a {hf_config.model_type}"
         )
 
-    _check_generation_config(source)
+    check_generation_config(source, _SOURCE)
     if any(tensor.dtype == "F64" for tensor in tensors.values()):
         warnings.append(f"{source} is in float64, and is rounded to float32")
     if not _has_tokenizer(source):
@@ -165,19 +169,6 @@ def _import_warnings(*, source: Path, hf_config: HFConfig, model: Model, tensors
         warnings.append(f"the tokenizer has {num_ids} ids, and the model only {model.vocab_size}")
 
     return warnings
-
-
-def _check_generation_config(source: Path) -> None:
-    file = source / GENERATION
-    if file.is_file():
-        try:
-            GenerationConfig.from_dict(json.loads(file.read_text(encoding="utf-8")))
-        except Exception as error:
-            # transformers checks types and values, each with an exception of its own.
-            reason = " ".join(str(error).split())
-            raise UserError(
-                where=_SOURCE, got=f"{file}, unreadable ({reason})", expected="generation settings, or no such file"
-            ) from None
 
 
 def _has_tokenizer(source: Path) -> bool:

@@ -15,6 +15,7 @@ from megatron_mea.errors import Problem, UserError
 
 _DTYPES = ("F32", "BF16", "F16", "F64")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
+_DOWNLOAD_HINT = "a download may have stopped: `hf download NAME --local-dir HF_DIR` goes on with it"
 _MAX_NAMED = 16
 """Most names in a message: a folder of something else may have thousands that do not fit."""
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -160,19 +161,37 @@ def _safetensors_files(path: Path, where: str) -> list[Path]:
         return [single]
 
     if not index.is_file():
-        expected = f"{single.name}, or {index.name} and the files that it names"
         pickles = sorted({file.name for suffix in _PICKLE_SUFFIXES for file in path.glob(f"*{suffix}")})
-        hint = f"{pickles[0]} may run code and is not read: where you trust it, load and save it with transformers 5"
+        shards = sorted(file.name for file in path.glob("*.safetensors"))
+        hint = _DOWNLOAD_HINT
+        if pickles:
+            hint = (
+                f"{pickles[0]} may run code and is not read: where you trust it, load and save it with transformers 5"
+            )
         raise UserError(
-            where=where, got=f"{path} without {single.name}", expected=expected, hint=hint if pickles else ""
+            where=where,
+            got=f"{path} without {single.name}; *.safetensors there: {', '.join(shards[:_MAX_NAMED]) or 'none'}",
+            expected=f"{single.name}, or {index.name} and the *.safetensors that it names",
+            hint=hint,
         )
 
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         # Nothing outside of the folder is read, whatever the index says.
-        if outside := [name for name in names if Path(name).name != name]:
-            raise ValueError(f"{outside[0]!r} is no name of a file in the folder")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if outside := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
+            raise ValueError(f"{outside[0]!r} is no name of safetensors in the folder")
+        if not names:
+            raise ValueError("it names no file")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(where=where, got=f"{index}, unreadable ({error})", expected="an index of safetensors") from None
+
+    if missing := [name for name in names if not (path / name).is_file()]:
+        present = [name for name in names if name not in missing]
+        raise UserError(
+            where=where,
+            got=f"{path} without {', '.join(missing[:_MAX_NAMED])}; there: {', '.join(present[:_MAX_NAMED]) or 'none'}",
+            expected=f"every file that {index.name} names",
+            hint=_DOWNLOAD_HINT,
+        )
 
     return [path / name for name in names]

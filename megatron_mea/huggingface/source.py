@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
@@ -19,8 +17,9 @@ from megatron_mea.data.tokenizer import load_tokenizer
 from megatron_mea.errors import UserError
 from megatron_mea.exported.modeling_mea import MEAForCausalLM
 from megatron_mea.exported.modeling_mea_vllm import MEAServedForCausalLM
-from megatron_mea.huggingface.hf_config import to_hf_config
+from megatron_mea.huggingface.hf_config import check_generation_config, read_config_json, to_hf_config
 from megatron_mea.huggingface.locate import is_hf_folder
+from megatron_mea.huggingface.safetensors_reader import scan_safetensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,17 +69,17 @@ def load_model(path: str | Path) -> tuple[PreTrainedModel, Path, Config | None]:
         source = open_checkpoint(path)
         return build_causal_lm(source), source.tokenizer, source.config
 
+    folder, where = Path(path), str(path)
+    model_type = read_config_json(folder, where)["model_type"]
+    check_generation_config(folder, where)
+    scan_safetensors(folder, where)
+
     logging.disable_progress_bar()
     try:
-        config_json = json.loads(Path(path, "config.json").read_text())
-        if not isinstance(config_json, dict):
-            raise ValueError(f"config.json holds a {type(config_json).__name__}")
-
-        model_type = config_json.get("model_type")
         own_classes = {"mea": MEAForCausalLM, "mea_vllm": MEAServedForCausalLM}
         model_class = own_classes.get(model_type, AutoModelForCausalLM)
         model, info = model_class.from_pretrained(
-            str(path),
+            where,
             dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=False,
@@ -93,13 +92,23 @@ def load_model(path: str | Path) -> tuple[PreTrainedModel, Path, Config | None]:
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if info[problem]:
                 raise ValueError(f"{problem.replace('_', ' ')}: {', '.join(map(str, sorted(info[problem])))}")
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+
+        model.set_attn_implementation("sdpa")
+    except Exception as error:
+        # transformers checks types and values, each with an exception of its own.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            where=str(path), got=f"not loadable ({reason})", expected="a Hugging Face causal language model"
+            where=where, got=f"not loadable ({reason})", expected="a Hugging Face causal language model"
         ) from None
 
-    return model.eval(), Path(path), None
+    for name, parameter in model.named_parameters():
+        # Without the copy that `isfinite` makes.
+        if not torch.stack(parameter.aminmax()).isfinite().all():
+            raise UserError(
+                where=where, got=f"{name}, with numbers that are not finite in float32", expected="finite numbers"
+            )
+
+    return model.eval(), folder, None
 
 
 def special_token_ids(tokenizer: Path, vocab_size: int) -> dict[str, int | None]:

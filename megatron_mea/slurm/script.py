@@ -7,9 +7,11 @@ import re
 import shlex
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_mea.errors import UserError
 
@@ -41,7 +43,11 @@ class Site:
         variables = " ".join(f'"${{{name}:-}}"' for name in _SITE_VARIABLES)
         script = f'. "$1" >&2 && printf "%s\\n" {variables}'
         completed = subprocess.run(
-            ["bash", "-c", script, "bash", str(path)], capture_output=True, text=True, check=False
+            ["bash", "-c", script, "bash", str(path)],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=False,
         )
 
         values = completed.stdout.split("\n")
@@ -81,7 +87,7 @@ def find_template(name: str) -> Path:
     )
 
 
-def render(*, name: str, site: Site, options: Sequence[str], values: Mapping[str, str | int]) -> str:
+def render(*, name: str, site: Site, options: Sequence[str], values: Mapping[str, Any]) -> str:
     """A complete job script: the template with its `{{NAME}}` replaced, site.env and job.sh in it.
 
     Args:
@@ -89,9 +95,10 @@ def render(*, name: str, site: Site, options: Sequence[str], values: Mapping[str
         values: by placeholder; they are quoted for bash below the header, and for sbatch within it.
 
     Raises:
-        UserError: a template has an unknown placeholder, no #! line, DOS line ends, or an #SBATCH line that sbatch
-            would not read.
+        UserError: a value has control characters, or a template has an unknown placeholder, no #! line, DOS line ends,
+            or an #SBATCH line that sbatch would not read.
     """
+    _check_values(options, values)
     path, job_path = find_template(name), find_template("job.sh")
     site_text = f"{_read_template(site.path).rstrip()}\nPYTHON=${{PYTHON:-{shlex.quote(sys.executable)}}}"
     blocks = {
@@ -116,13 +123,32 @@ def render(*, name: str, site: Site, options: Sequence[str], values: Mapping[str
     return script.rstrip() + "\n"
 
 
+def _check_values(options: Sequence[str], values: Mapping[str, Any]) -> None:
+    """Raises UserError for control characters: behind a line's end stands a command, and a terminal runs escapes."""
+    texts = [("an option for sbatch", option) for option in options]
+    for name, value in values.items():
+        texts += [(name, str(part)) for part in (value if isinstance(value, list) else [value])]
+
+    for where, text in texts:
+        if any(unicodedata.category(character) == "Cc" for character in text):
+            expected = "text without line ends and other control characters"
+            raise UserError(where=where, got=ascii(text), expected=expected)
+
+
 def _read_template(path: Path) -> str:
     """Text of a template.
 
     Raises:
-        UserError: it has DOS line ends, which Python would convert silently and bash would not.
+        UserError: it is not UTF-8, has a here-document, which would swallow what follows in the script, or DOS line
+            ends, which Python would convert silently and bash would not.
     """
-    text = path.read_bytes().decode()
+    try:
+        text = path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise UserError(where=str(path), got=f"not UTF-8: {error.reason}", expected="UTF-8 text") from None
+
+    if path.name == "site.env" and re.search(r"^[^#]*<<", text, re.MULTILINE):
+        raise UserError(where=str(path), got="a here-document (<<)", expected="bash that sets values in lines")
     if "\r" in text:
         raise UserError(where=str(path), got="DOS line ends", expected="UNIX ones", hint=f"sed -i 's/\\r$//' {path}")
 

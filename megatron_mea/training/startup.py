@@ -6,7 +6,6 @@ second; `open_run_inputs` imports torch and transformers.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -26,6 +25,7 @@ from megatron_mea.data.corpora import Corpora
 from megatron_mea.data.tokenizer import check_tokenizer_folder, load_tokenizer
 from megatron_mea.errors import UserError
 from megatron_mea.huggingface.locate import INIT_FROM, check_named_model
+from megatron_mea.inputs import read_json_object
 from megatron_mea.training.rank_env import RankEnv
 
 if TYPE_CHECKING:
@@ -113,8 +113,8 @@ def read_run_state(config: Config) -> RunState:
 def read_finished_step(run_dir: Path) -> int | None:
     """The step in FINISHED; None where the run is not finished."""
     try:
-        return int(json.loads((run_dir / "FINISHED").read_text())["step"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return int(read_json_object(run_dir / "FINISHED")["step"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
 
 

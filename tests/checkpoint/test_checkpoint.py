@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_mea.checkpoint import folder
 from megatron_mea.checkpoint.resume import find_resume_point
@@ -31,8 +33,8 @@ def make_checkpoint(run: Path, step: int) -> Path:
     (scratch / "tokenizer").mkdir(parents=True)
     (scratch / "shard").write_bytes(bytes(100) + str(step).encode())
     (scratch / "tokenizer/tokenizer.json").write_text("{}")
-    for name in ("meta.json", ".metadata"):
-        (scratch / name).write_text("{}")
+    (scratch / "meta.json").write_text("{}")
+    (scratch / ".metadata").write_bytes(pickle.dumps(Metadata(state_dict_metadata={}, storage_data={})))
     folder.seal(scratch)
     final = run / "checkpoints" / folder.folder_name(step)
     folder.publish(scratch, final)

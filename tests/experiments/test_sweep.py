@@ -53,7 +53,7 @@ def test_only_variants_with_a_combination_have_their_own_component_heads(desk):
         ({"seeds": ["1", "2", "1"]}, "sweep", "mea-lr0.01-seed1 and mea-lr0.01-seed1"),
         ({"variants": ["mea", "mea"]}, "sweep", "mea-lr0.01 and mea-lr0.01"),
         ({"rates": ["1e-3", "0.001"]}, "sweep", "mea-lr1e-3 and mea-lr0.001"),
-        ({"seeds": ["1", "01"]}, "sweep", "mea-lr0.01-seed1 and mea-lr0.01-seed01"),
+        ({"seeds": ["1", "+1"]}, "sweep", "mea-lr0.01-seed1 and mea-lr0.01-seed+1"),
         ({"variants": ["plane"]}, "model.attention_variant", "plane"),
         ({"rates": ["1e-3", "fast"]}, "optimizer.lr", "fast"),
         ({"rates": ["-1"]}, "optimizer.lr", "-1"),

@@ -189,7 +189,7 @@ def index(text: str):
         (lambda folder: (folder / "config.json").write_bytes(b"\xff{}"), "unreadable"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 64), "model.safetensors, unreadable"),
         (index('{"weight_map": {"a": "../model-2.safetensors"}}'), "'../model-2.safetensors' is no name"),
-        (index('{"weight_map": {"a": "model-3.safetensors"}}'), "model-3.safetensors, unreadable"),
+        (index('{"weight_map": {"a": "model-3.safetensors"}}'), "without model-3.safetensors; there: none"),
         (index('{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}'), "each tensor once"),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "which does not load"),
         (lambda folder: (folder / "generation_config.json").write_text("{"), "generation_config.json, unreadable"),

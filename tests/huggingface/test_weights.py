@@ -180,7 +180,10 @@ class TestFiles:
             ("{", "unreadable"),
             ('{"weight_map": ["a"]}', "unreadable"),
             ('{"weight_map": {"a": 3}}', "unreadable"),
-            ('{"weight_map": {"a": "b.safetensors"}}', "b.safetensors, unreadable"),
+            ('{"weight_map": {"a": "b.safetensors"}}', "without b.safetensors; there: none"),
+            ('{"weight_map": {"a": "../x.safetensors"}}', "'../x.safetensors' is no name"),
+            ('{"weight_map": {"a": "x.bin"}}', "'x.bin' is no name"),
+            ('{"weight_map": {}}', "it names no file"),
         ],
     )
     def test_an_index_that_is_none_is_refused(self, index, expected, tmp_path):

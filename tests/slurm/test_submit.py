@@ -303,3 +303,42 @@ def test_options_are_found_in_all_spellings():
     assert find("--partition=a") == find("--partition", "a") == find("-p", "a") == find("-pa") == "a"
     assert find("-p", "a", "--partition=b") == "b"
     assert find("--partition") == ""
+
+
+EVIL = "p\necho INJECTED; exit 0 #"
+
+
+@pytest.mark.slow
+def test_no_value_brings_a_line_of_its_own(submit, monkeypatch, desk):
+    """From options, the environment and run.dir: behind the end of a line stands a command."""
+    for arguments, variables in (
+        (["--", f"--comment={EVIL}"], {}),
+        ([], {"SBATCH_PARTITION": EVIL}),
+        ([], {"SBATCH_ACCOUNT": "a\x1b[2J"}),
+        ([f"run.dir={json.dumps(EVIL)}"], {}),
+    ):
+        with monkeypatch.context() as patch:
+            for name, value in variables.items():
+                patch.setenv(name, value)
+
+            status, out, err = submit(DRY, *arguments)
+
+        assert (status, out) == (2, ""), (arguments, variables)
+        assert "control characters" in err or "run.dir" in err
+        assert "\x1b" not in err
+        assert "\necho INJECTED" not in err
+
+
+@pytest.mark.parametrize(
+    ("text", "got"),
+    [("PARTITION='a\n#b'", "values of several lines"), ("cat <<E\nE\n", "a here-document"), (b"QOS=\xff", "not UTF-8")],
+)
+@pytest.mark.slow
+def test_site_env_sets_values_in_lines(text, got, submit, desk):
+    path = desk.folder / "launch/site.env"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    status, out, err = submit(DRY)
+    assert (status, out) == (2, "")
+    assert "launch/site.env" in err
+    assert f"got:      {got}" in err
