@@ -76,7 +76,7 @@ def _check_ids(folder: Path, where: str) -> None:
     """Refuses ids for which the library would take gigabytes, or panic, which Python cannot catch.
 
     Raises:
-        UserError: tokenizer.json is unreadable, or has an id that is too large or there twice.
+        UserError: tokenizer.json has an id that is too large, or there twice.
     """
     file = folder / "tokenizer.json"
     if not file.is_file():
@@ -87,17 +87,18 @@ def _check_ids(folder: Path, where: str) -> None:
         vocabulary = (contents.get("model") or {}).get("vocab") or {}
         # BPE maps tokens to ids; Unigram has a list of them.
         ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else list(range(len(vocabulary)))
-        ids += [token["id"] for token in contents.get("added_tokens") or () if token["content"] not in vocabulary]
-        if not all(type(token_id) is int and 0 <= token_id < MAX_IDS for token_id in ids):
-            odd = next(token_id for token_id in ids if type(token_id) is not int or not 0 <= token_id < MAX_IDS)
-            raise ValueError(f"the id {odd!r} is none from 0 to {MAX_IDS - 1:,}")
-        if isinstance(vocabulary, dict) and len(set(vocabulary.values())) < len(vocabulary):
-            raise ValueError("two tokens have the same id")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        got = f"{file}, unreadable ({error})"
-        raise UserError(
-            where=where, got=got, expected="a tokenizer, each of whose tokens has an id of its own"
-        ) from None
+        added_ids = [token["id"] for token in contents.get("added_tokens") or () if token["content"] not in vocabulary]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        # The library says what is wrong.
+        return
+
+    got = f"{file}, in which two tokens have the same id" if len(set(map(str, ids))) < len(ids) else ""
+    for token_id in [*ids, *added_ids]:
+        if type(token_id) is not int or not 0 <= token_id < MAX_IDS:
+            got = f"{file}, with the id {token_id!r}"
+
+    if got:
+        raise UserError(where=where, got=got, expected=f"tokens with an id each, from 0 to {MAX_IDS - 1:,}")
 
 
 def copy_tokenizer(folder: str | Path, target: Path) -> None:
