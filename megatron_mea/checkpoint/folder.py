@@ -26,10 +26,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import NonNegativeInt, TypeAdapter
-
 from megatron_mea import __version__
-from megatron_mea.config.load import complete_config
 from megatron_mea.errors import UserError
 from megatron_mea.inputs import read_json_object
 
@@ -92,7 +89,7 @@ def find_corruption(folder: Path, *, rank: int = 0, world_size: int = 1) -> str 
         UserError: a newer program wrote the folder.
     """
     try:
-        checksums = _read_checksums(folder)
+        checksums = read_checksums(folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "COMPLETE is missing or unreadable"
 
@@ -141,7 +138,7 @@ def intact_checkpoints(run_dir: str | Path) -> list[tuple[int, Path]]:
 def metadata_is_intact(folder: Path) -> bool:
     """Whether meta.json matches its checksum: the cheap part of `find_corruption`, for start-up; raises as that."""
     try:
-        return sha256(folder / META) == _read_checksums(folder)[META]
+        return sha256(folder / META) == read_checksums(folder)[META]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
@@ -174,8 +171,13 @@ def seal(folder: Path, flushed: Mapping[str, str] | None = None) -> None:
         flush(path)
 
 
-def _read_checksums(folder: Path) -> dict[str, str]:
-    """SHA-256 by file name; raises UserError where a newer program wrote them, and others where they are unreadable."""
+def read_checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 by file name, as COMPLETE lists them.
+
+    Raises:
+        UserError: a newer program wrote them.
+        OSError, ValueError, KeyError, TypeError: COMPLETE is missing or unreadable.
+    """
     complete = read_json_object(folder / COMPLETE)
     _check_format(complete, folder / COMPLETE)
     return dict(complete["sha256"])
@@ -244,9 +246,9 @@ class CheckpointMetadata:
             no data, and its layout is empty. Empty for the checkpoint of a run.
     """
 
-    step: NonNegativeInt
-    samples: NonNegativeInt
-    tokens: NonNegativeInt
+    step: int
+    samples: int
+    tokens: int
     config: dict[str, Any]
     data: list[dict[str, Any]]
     layout: dict[str, Any]
@@ -266,6 +268,11 @@ class CheckpointMetadata:
         Raises:
             UserError: the folder holds no readable meta.json, or a newer program wrote it.
         """
+        # Where there is no checkpoint, nobody waits for pydantic.
+        from pydantic import TypeAdapter
+
+        from megatron_mea.config.load import complete_config
+
         try:
             contents = read_json_object(folder / META)
             _check_format(contents, folder / META)
@@ -275,6 +282,9 @@ class CheckpointMetadata:
 
             # As JSON, since of Python objects a strict check wants the class itself.
             metadata = TypeAdapter(cls).validate_json(json.dumps(contents), strict=True)
+            if min(metadata.step, metadata.samples, metadata.tokens) < 0:
+                raise ValueError("a negative count")
+
             sections = metadata.config
             if not {"data", "run"} <= sections.keys() or not all(isinstance(keys, dict) for keys in sections.values()):
                 raise TypeError("config is no configuration")

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from megatron_mea.attention.hlc import fold_weight
-from megatron_mea.checkpoint.folder import COMPLETE, CheckpointMetadata, checkpoint_folder
+from megatron_mea.checkpoint.folder import CheckpointMetadata, checkpoint_folder, read_checksums
 from megatron_mea.checkpoint.tensors import Fragment, read_fragments, read_tensors, weight_shapes
 from megatron_mea.config.load import parse_config
 from megatron_mea.config.schema import Model
@@ -47,7 +47,7 @@ class SourceModel:
     @property
     def fingerprint(self) -> str:
         """Hash of weights and settings, the same for every import of a folder."""
-        checksums = json.loads((self.checkpoint.folder / COMPLETE).read_text())["sha256"]
+        checksums = read_checksums(self.checkpoint.folder)
         tensors = sorted((name, checksum) for name, checksum in checksums.items() if name.endswith(".distcp"))
         return hashlib.sha256(json.dumps([tensors, self.model.model_dump(mode="json")]).encode()).hexdigest()
 

@@ -13,12 +13,10 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from megatron_mea import failures
 from megatron_mea.checkpoint.run_config import load_run_config
 from megatron_mea.config import Config, dump_config
-from megatron_mea.config.load import complete_config, load_config
+from megatron_mea.config.load import complete_config, load_config, read_tree
 from megatron_mea.config.variants import VARIANTS
 from megatron_mea.errors import RunError, UserError
 from megatron_mea.outputs import disk_errors, reserve_output
@@ -182,7 +180,7 @@ def _has_ended(config: Config) -> bool:
         return False
 
     # An older program wrote fewer keys.
-    return complete_config(yaml.safe_load(trained.read_text(encoding="utf-8"))) == config.model_dump(mode="json")
+    return complete_config(read_tree(trained)) == config.model_dump(mode="json")
 
 
 def _slot_environment(slot: int, slots: int) -> dict[str, str]:

@@ -33,6 +33,7 @@ from megatron_mea.huggingface.safetensors_reader import (
     scan_safetensors,
     without_tied_head,
 )
+from megatron_mea.inputs import read_json_object
 from megatron_mea.model.decoder import parameter_shapes, parameter_specs
 from megatron_mea.outputs import check_free_folder, require_space, reserve_output
 from megatron_mea.progress import progress_bar
@@ -237,7 +238,7 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
     tokenizer_class = type(load_tokenizer(source, _SOURCE))
     if type(load_tokenizer(target, _SOURCE)) is not tokenizer_class:
         file = target / "tokenizer_config.json"
-        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        config = read_json_object(file) if file.is_file() else {}
         file.write_text(json.dumps(config | {"tokenizer_class": tokenizer_class.__name__}, indent=1), encoding="utf-8")
         load_tokenizer(target, _SOURCE)
 

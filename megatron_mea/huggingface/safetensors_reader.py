@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_mea.checkpoint.tensors import Fragment, row_chunks
 from megatron_mea.errors import Problem, UserError
+from megatron_mea.inputs import read_json_object
 
 _DTYPES = ("F32", "BF16", "F16", "F64")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
@@ -176,13 +176,13 @@ def _safetensors_files(path: Path, where: str) -> list[Path]:
         )
 
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(read_json_object(index)["weight_map"].values()))
         # Nothing outside of the folder is read, whatever the index says.
         if outside := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
             raise ValueError(f"{outside[0]!r} is no name of safetensors in the folder")
         if not names:
             raise ValueError("it names no file")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(where=where, got=f"{index}, unreadable ({error})", expected="an index of safetensors") from None
 
     if missing := [name for name in names if not (path / name).is_file()]:

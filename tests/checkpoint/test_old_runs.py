@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from support.old_runs import unpack
-from support.runs import environment
+from support.runs import ROOT, environment
 
 from megatron_mea.checkpoint.folder import COMPLETE, FORMAT_VERSION, META, CheckpointMetadata, seal
 from megatron_mea.checkpoint.resume import check_resume
@@ -272,3 +272,16 @@ def test_a_diverged_run_of_an_older_sweep_has_ended(old_run):
     Path("diverged", DIVERGED).touch()
     assert not _has_ended(config), "qk_norm is on"
     assert _has_ended(config.model_copy(update={"model": config.model.model_copy(update={"qk_norm": False})}))
+
+
+@pytest.mark.slow
+def test_local_sh_checks_the_configuration_that_train_reads(old_run):
+    """The heads of the checkpoint decide, which the file does not name; with the defaults it has eight."""
+    edit_config(old_run, model=None)
+    script = (ROOT / "launch/check_layout.py").read_text()
+    for overrides, status in (([], 0), (["parallel.tensor_model_parallel_size=3"], 2)):
+        command = [sys.executable, "-", "1" if status == 0 else "3", "run.yaml", *overrides]
+        done = subprocess.run(command, input=script, capture_output=True, text=True, env=environment(), check=False)
+        assert done.returncode == status, done.stderr
+        if status:
+            assert "a divisor of model.num_attention_heads = 2" in done.stderr

@@ -87,6 +87,23 @@ def test_what_cannot_work_is_refused_with_a_table_of_what_can(name):
         assert world_sizes == [size for size in range(1, 2 * world + 1) if possible_layouts(settings, size)]
 
 
+@pytest.mark.parametrize("world", [4096, 99_999, 10**9 + 7])
+def test_any_number_of_processes_is_answered(world):
+    """From the divisors of heads and batch, not from all pairs of numbers, of which there are too many to try."""
+    keys, table = refusal(config(), world)
+    assert keys == ["training.global_batch_size"]
+    # Tensor 1, 2, 4 (8 x 8 ranks would want more than 37 ids), pipeline 1 to 3, data 1, 2, 4.
+    assert table.rstrip().endswith("\n  1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48")
+
+
+def test_of_many_possible_numbers_the_nearest_are_named():
+    _, table = refusal(config(batch=2**20, num_hidden_layers=1000), 99_991)
+    sizes, _, count = re.search(r"^  ([\d, ]+)( \(the nearest of (\d+)\))$", table, re.MULTILINE).groups()
+    named = [int(size) for size in sizes.split(", ")]
+    assert len(named) == 64 < int(count)
+    assert min(named) < 99_991 < max(named)
+
+
 def test_every_row_of_the_table_works_and_nothing_else():
     """Against an enumeration of all sizes."""
     for world in range(1, 17):

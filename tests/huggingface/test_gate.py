@@ -20,7 +20,7 @@ from megatron_mea.errors import UserError
 from megatron_mea.huggingface.hf_config import read_config_json, read_hf_config
 from megatron_mea.huggingface.source import load_model
 
-VERBS = ["generate {} --prompt a --max-new-tokens 1", "evaluate {} --data {}/none", "import {} made"]
+VERBS = ["generate {} --prompt a --max-new-tokens 1", "evaluate {} --data {}", "import {} made"]
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +29,12 @@ def source_folder(tiny, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def folder(source_folder, tmp_path, monkeypatch) -> Path:
-    """A copy of a small Llama, in the current folder."""
+def folder(source_folder, tiny, tmp_path, monkeypatch) -> Path:
+    """A copy of a small Llama, in the current folder, and the corpus `corpus`."""
     shutil.copytree(source_folder, tmp_path / "llama")
+    for suffix in (".bin", ".idx"):
+        shutil.copy(tiny.validation.with_suffix(suffix), tmp_path / f"corpus{suffix}")
+
     monkeypatch.chdir(tmp_path)
     return Path("llama")
 
@@ -43,7 +46,7 @@ def edit_json(file: Path, **changes) -> None:
 def refusal(verb: str, capsys) -> str:
     """What a verb prints to stderr when it refuses `llama`; nothing is left behind."""
     capsys.readouterr()
-    assert main(verb.format("llama", "llama").split()) == 2
+    assert main(verb.format("llama", "corpus").split()) == 2
     error = capsys.readouterr().err
     assert "Traceback" not in error
     assert not Path("made").exists()
@@ -93,7 +96,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-@pytest.mark.parametrize("verb", [VERBS[0], VERBS[2]])
+@pytest.mark.parametrize("verb", VERBS)
 def test_verbs_refuse_alike(name, verb, folder, capsys):
     change, expected = CHANGES[name]
     change(folder)
@@ -101,7 +104,7 @@ def test_verbs_refuse_alike(name, verb, folder, capsys):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("verb", [VERBS[0], VERBS[2]])
+@pytest.mark.parametrize("verb", VERBS)
 def test_numbers_that_are_not_finite(value, verb, folder, capsys):
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"][3] = value
