@@ -20,6 +20,7 @@ from support.refusals import (
     refusal_params,
     snapshot,
 )
+from support.runs import ROOT
 
 from megatron_mea.cli import main
 from megatron_mea.config import load_config
@@ -326,3 +327,14 @@ def test_a_wrong_configuration_is_refused_before_torch_is_imported(workdir):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
 
     assert done.stdout == "2 []\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", ["", "0", "00", "010", "0x1", "-1", "two", "1234567"])
+def test_a_wrong_number_of_processes(count):
+    command = ["bash", str(ROOT / "launch/local.sh"), count, "no.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(
+        f"local.sh: error: NPROC\n  got:      '{count}'\n  expected: a number from 1 to 999999"
+    )
