@@ -8,13 +8,13 @@ import threading
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cached_property
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,6 +28,9 @@ from megatron_mea.progress import progress_bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_DEAD_WORKER_SECONDS = 2.0
+"""After so long without a result `prepare` looks whether a worker has died; the pool itself mostly sees it at once."""
 
 
 def prepare(
@@ -202,15 +205,37 @@ def _encode_batches(
 
                 # Bounded, so that fast reading does not fill the memory.
                 if len(pending) >= 4 * workers:
-                    yield pending.popleft().result()
+                    yield _result(pending.popleft(), pool)
 
             while pending:
-                yield pending.popleft().result()
+                yield _result(pending.popleft(), pool)
         except BrokenProcessPool:
             raise RunError("prepare: a worker died; if memory ran out, take fewer --workers") from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _result(future: Future, pool: ProcessPoolExecutor) -> Any:
+    """The result of a future, also where a worker dies in the middle of a message.
+
+    The pool sees a death at once, unless a part of a message has come: then it waits for the rest, for ever. Without
+    any writer of the pipe that wait ends, and the pool breaks as usual.
+
+    Raises:
+        BrokenProcessPool: a worker died.
+    """
+    is_closed = False
+    while not wait([future], timeout=_DEAD_WORKER_SECONDS).done:
+        workers = list((pool._processes or {}).values())
+        if not is_closed and any(worker.exitcode is not None for worker in workers):
+            for worker in workers:
+                worker.kill()
+
+            pool._result_queue._writer.close()
+            is_closed = True
+
+    return future.result()
 
 
 _worker_encoder: Encoder

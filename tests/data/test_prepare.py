@@ -14,22 +14,24 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import sentencepiece
+from support.dying_encoder import DyingEncoder
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_mea.cli import main
 from megatron_mea.data import text_records
 from megatron_mea.data.indexed import IndexedReader
-from megatron_mea.data.prepare import Encoder, prepare
+from megatron_mea.data.prepare import Encoder, _encode_batches, prepare
 from megatron_mea.data.sources import read_documents, record_batches
 from megatron_mea.data.tokenizer import load_tokenizer, train_tokenizer
-from megatron_mea.errors import UserError
+from megatron_mea.errors import RunError, UserError
 
 CORPUS = Path(__file__).parents[2] / "launch/quickstart/validation.jsonl.gz"
 EOS = 2
@@ -364,6 +366,20 @@ def test_a_killed_prepare_leaves_nothing_that_looks_finished(tokenizer: Path, te
     prepare(sources=[write(tmp_path / "corpus.jsonl", texts[:20])], tokenizer_folder=tokenizer, prefix=tmp_path / "x")
     assert read_corpus(tmp_path / "x") == reference_ids(tokenizer, texts[:20])
     assert file_names(tmp_path) == ["big.jsonl", "corpus.jsonl", "x.bin", "x.idx"]
+
+
+def list_of_one(text_key: str) -> tuple[list[str], list]:
+    """The texts of a batch, and its broken records."""
+    return [text_key], []
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_while_it_sends_ends_the_work_too() -> None:
+    """The pool would wait for the rest of its message for ever."""
+    batches = [SimpleNamespace(texts=list_of_one, records=["text"]) for _ in range(3)]
+    encoded = _encode_batches(batches=batches, encoder=DyingEncoder(), text_key="text", workers=2)
+    with pytest.raises(RunError, match="a worker died"):
+        list(encoded)
 
 
 @pytest.mark.slow
