@@ -6,6 +6,7 @@ Each verb checks what it can before it imports torch, which takes seconds.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 from megatron_mea.arguments import parse_arguments
 from megatron_mea.errors import UserError
 from megatron_mea.failures import exit_status
+from megatron_mea.printing import note, show
 
 if TYPE_CHECKING:
     from megatron_mea.config import Config
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status: 0 done, 2 the user's input was wrong."""
     arguments = parse_arguments(sys.argv[1:] if argv is None else list(argv))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A character that the locale's encoding lacks is escaped, as on stderr.
+        sys.stdout.reconfigure(errors="backslashreplace")
+
     # The other verbs remove unfinished output when they are interrupted; `train` saves a checkpoint instead.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _exit_on_signal)
@@ -35,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _exit_on_signal(number: int, frame: object) -> None:
     # Not KeyboardInterrupt: raised inside `exec`, which dataclasses call on import, it makes Python die of SIGINT even
     # where it is caught.
-    print("megatron-mea: interrupted", file=sys.stderr, flush=True)
+    note("megatron-mea: interrupted")
     sys.exit(128 + number)
 
 
@@ -45,7 +51,7 @@ def _tokenizer(arguments: argparse.Namespace) -> None:
     train_tokenizer(
         sources=arguments.input, vocab_size=arguments.vocab_size, out=arguments.out, text_key=arguments.text_key
     )
-    print(f"wrote {arguments.out}: {arguments.vocab_size} ids")
+    show(f"wrote {arguments.out}: {arguments.vocab_size} ids")
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
@@ -68,7 +74,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
         workers=workers,
         max_broken=arguments.max_broken,
     )
-    print(f"wrote {arguments.out}.bin and .idx: {documents:,} documents, {tokens:,} tokens")
+    show(f"wrote {arguments.out}.bin and .idx: {documents:,} documents, {tokens:,} tokens")
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -97,7 +103,7 @@ def _load_run_config(arguments: argparse.Namespace, *, rank: int = 0) -> Config:
 
 def _print_inherited(lines: Sequence[str]) -> None:
     for line in lines:
-        print(line, file=sys.stderr, flush=True)
+        note(line)
 
 
 def _plan(arguments: argparse.Namespace) -> None:
@@ -113,7 +119,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     from megatron_mea.plan.plan import as_json, as_text, make_plan
 
     plan = make_plan(config, world_size=arguments.world_size)
-    print(json.dumps(as_json(plan), indent=2) if arguments.json else as_text(plan))
+    show(json.dumps(as_json(plan), indent=2) if arguments.json else as_text(plan))
 
 
 def _submit(arguments: argparse.Namespace) -> None:
@@ -129,7 +135,7 @@ def _submit(arguments: argparse.Namespace) -> None:
         chain=arguments.chain,
         options=tuple(arguments.sbatch_options),
     )
-    print(submit(config=config, resources=resources, dry_run=arguments.dry_run))
+    show(submit(config=config, resources=resources, dry_run=arguments.dry_run))
 
 
 def _sweep(arguments: argparse.Namespace) -> None:
@@ -158,13 +164,13 @@ def _sweep(arguments: argparse.Namespace) -> None:
                 got="options of a job without --submit",
                 expected="--submit, or none of them: it trains here",
             )
-        print(run_here(configs, 1 if arguments.at_once is None else arguments.at_once))
+        show(run_here(configs, 1 if arguments.at_once is None else arguments.at_once))
         return
 
     from megatron_mea.slurm.resources import Resources
 
     resources = Resources(**defaults | requested, options=tuple(arguments.sbatch_options))
-    print(
+    show(
         submit_array(
             configs=configs, out=out, resources=resources, at_once=arguments.at_once, dry_run=arguments.dry_run
         )
@@ -183,13 +189,13 @@ def _report(arguments: argparse.Namespace) -> None:
 
     from megatron_mea.experiments.report import report
 
-    print(report(runs=runs, out=arguments.out, tokens=arguments.tokens))
+    show(report(runs=runs, out=arguments.out, tokens=arguments.tokens))
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
     from megatron_mea.checkpoint.inspect import inspect
 
-    print(inspect(arguments.checkpoint))
+    show(inspect(arguments.checkpoint))
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -199,7 +205,7 @@ def _export(arguments: argparse.Namespace) -> None:
 
     from megatron_mea.huggingface.export import export
 
-    print(export(model=arguments.model, out=arguments.out, dtype=arguments.dtype, kind=arguments.target))
+    show(export(model=arguments.model, out=arguments.out, dtype=arguments.dtype, kind=arguments.target))
 
 
 def _import(arguments: argparse.Namespace) -> None:
@@ -211,7 +217,7 @@ def _import(arguments: argparse.Namespace) -> None:
 
     from megatron_mea.huggingface.importing import import_model
 
-    print(import_model(source=arguments.source, out=arguments.out, variant=arguments.variant))
+    show(import_model(source=arguments.source, out=arguments.out, variant=arguments.variant))
 
 
 def _compress(arguments: argparse.Namespace) -> None:
@@ -221,7 +227,7 @@ def _compress(arguments: argparse.Namespace) -> None:
 
     from megatron_mea.compression.compress import compress
 
-    print(
+    show(
         compress(
             model=arguments.model,
             out=arguments.out,
@@ -244,7 +250,7 @@ def _sensitivity(arguments: argparse.Namespace) -> None:
 
     from megatron_mea.compression.sensitivity import sensitivity
 
-    print(
+    show(
         sensitivity(
             model=arguments.model,
             heads=arguments.component_heads,
@@ -263,10 +269,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from megatron_mea.huggingface.evaluate import evaluate
 
     text, table = evaluate(model=arguments.model, data=arguments.data, tasks=arguments.tasks, out=arguments.out)
-    print(text)
+    show(text)
     if table:
         # stdout stays JSON.
-        print(table, file=sys.stderr)
+        note(table)
 
 
 def _generate(arguments: argparse.Namespace) -> None:
@@ -283,14 +289,17 @@ def _generate(arguments: argparse.Namespace) -> None:
 
     from megatron_mea.huggingface.generate import generate
 
-    print(
-        generate(
-            model=arguments.model,
-            prompt=arguments.prompt,
-            max_new_tokens=arguments.max_new_tokens,
-            temperature=arguments.temperature,
-        )
+    text = generate(
+        model=arguments.model,
+        prompt=arguments.prompt,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
     )
+    if sys.stdout.isatty():
+        show(text)
+    else:
+        # A program reads the text as it is.
+        print(text)
 
 
 _VERBS: dict[str, Callable[[argparse.Namespace], None]] = {

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
 
-from megatron_mea.errors import MachineError, RunError, UserError
+from megatron_mea.errors import MachineError, RunError, UserError, shorten
+from megatron_mea.printing import note
 
 FAILURE_FILE_VARIABLE = "MEA_FAILURE_FILE"
 """Environment variable with the file that the first process to fail by itself writes; a job reads it at its end."""
@@ -22,6 +25,10 @@ A failure of one rank alone must still be printed; on a busy machine ranks start
 """
 _DISTRIBUTED_ERRORS = {"DistBackendError", "DistNetworkError", "DistStoreError"}
 _GPU_ERROR = "AcceleratorError"
+_USER_ERRORS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)
+_MIN_OPEN_FILES = 256
+_OPEN_FILES = 65_536
 _GLOO_ERROR = re.compile(r"gloo/|Connection (closed|reset) by peer|Timed out waiting \d+ms for (send|recv)")
 _GLOO_NOISE = re.compile(r"^\[[^\]]*\] |\. This is typically.*")
 """The source location in front of gloo's messages, and the advice at their end."""
@@ -33,12 +40,14 @@ def exit_status(work: Callable[[], None]) -> int:
     Unexpected exceptions are raised again, for their traceback.
     """
     try:
+        _allow_open_files()
         work()
     except BrokenPipeError:
         # `| head` has seen enough. Python would complain once more when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except Exception as error:
+    except Exception as exception:
+        error = _explain(exception)
         status = 2 if isinstance(error, UserError) else 1
         peer_failed = is_peer_failure(error)
         if not (peer_failed or isinstance(error, MachineError) or type(error).__name__ == _GPU_ERROR):
@@ -54,7 +63,7 @@ def exit_status(work: Callable[[], None]) -> int:
         prefix = f"rank {_rank()}: " if _rank() else ""
         first_line = _GLOO_NOISE.sub("", str(error).strip().partition("\n")[0])
         message = f"another process, or the network to it, is gone: {first_line}" if peer_failed else error
-        print(f"megatron-mea: {prefix}{message}", file=sys.stderr, flush=True)
+        note(f"megatron-mea: {prefix}{message}")
         return status
 
     return 0
@@ -67,6 +76,52 @@ def is_peer_failure(error: BaseException | None) -> bool:
         or (isinstance(cause, RuntimeError) and _GLOO_ERROR.search(str(cause)))
         for cause in _cause_chain(error)
     )
+
+
+def _allow_open_files() -> None:
+    """Raises the soft limit of open files towards the hard one: shells begin with 1,024 and fewer.
+
+    Raises:
+        UserError: the hard limit is too low. Among what would fail is torch's store, which waits for ever then.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # RLIM_INFINITY is -1.
+    possible = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if 0 <= soft < possible:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (possible, hard))
+    if possible < _MIN_OPEN_FILES:
+        raise _open_files_error()
+
+
+def _open_files_error() -> UserError:
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return UserError(
+        where="ulimit -n",
+        got=f"{limit} open files for a process",
+        expected=f"at least {_MIN_OPEN_FILES}, and one more for each file of data and weights",
+        hint=f"ulimit -n {_OPEN_FILES} before the command, or the cluster's limits (LimitNOFILE of slurmd)",
+    )
+
+
+def _explain(error: Exception) -> Exception:
+    """The message of an error that the operating system's limits, permissions or disks cause; others as they are."""
+    if any(
+        getattr(cause, "errno", None) in (errno.EMFILE, errno.ENFILE) or os.strerror(errno.EMFILE) in str(cause)
+        for cause in _cause_chain(error)
+    ):
+        return _open_files_error()
+
+    if isinstance(error, MemoryError):
+        return RunError(f"the memory of this machine does not suffice: {error or 'an allocation failed'}")
+
+    if isinstance(error, OSError) and error.filename is not None:
+        name = shorten(os.fsdecode(error.filename))
+        if error.errno in _USER_ERRORS:
+            return UserError(where=name, got=error.strerror, expected="a path that can be used here")
+        if error.errno in _DISK_ERRORS:
+            return RunError(f"{name}: {error.strerror}")
+
+    return error
 
 
 def _cause_chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -13,7 +13,7 @@ from support.runs import ROOT
 PACKAGE = ROOT / "megatron_mea"
 ROWS = (
     ("exported", "__version__"),
-    ("errors", "progress", "versions"),
+    ("errors", "printing", "progress", "versions"),
     ("failures", "inputs", "outputs"),
     ("config",),
     ("data",),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from megatron_mea.huggingface.locate import is_hf_folder
 from megatron_mea.huggingface.safetensors_reader import scan_safetensors
 from megatron_mea.model.decoder import parameter_shapes
 from megatron_mea.outputs import check_free_folder, disk_errors, require_space, reserve_output
+from megatron_mea.printing import note
 from megatron_mea.progress import progress_bar
 from megatron_mea.versions import versions
 
@@ -73,7 +73,7 @@ def compress(
         open_readers([calibration], CALIBRATION)
     elif aligned:
         reason = f"--align without {CALIBRATION} weighs all inputs alike, and has made a pretrained model worse"
-        print(f"warning: {reason} (docs/compression.md)", file=sys.stderr, flush=True)
+        note(f"warning: {reason} (docs/compression.md)")
 
     with reserve_output(out, folder=True), disk_errors(out), open_source_model(model, out) as source_model:
         windows = None
@@ -84,7 +84,7 @@ def compress(
             outputs = source_model.model.num_key_value_heads * source_model.model.head_dim
             if windows.tokens < outputs:
                 shortage = f"{calibration} has {windows.tokens} tokens for the {outputs} outputs of a layer's key heads"
-                print(f"warning: {shortage}: what it does not show is lost", file=sys.stderr, flush=True)
+                note(f"warning: {shortage}: what it does not show is lost")
 
         require_space(out, 4 * sum(map(math.prod, source_model.shapes.values())) + OVERHEAD_BYTES)
         moments = None

@@ -194,6 +194,9 @@ def _validation_problems(error: ValidationError) -> Iterator[Problem]:
     for item in error.errors():
         # A union reports each of its members, with the member's name as one more step of the path.
         path = _key_path(item["loc"])
+        if item["type"] == "extra_forbidden":
+            # A key of the user's may look like a union member.
+            path = [*_key_path(item["loc"][:-1]), str(item["loc"][-1])]
         where = ".".join(path)
         is_other_member = item["type"] == "int_type" and isinstance(item["input"], list)
         if where in seen or is_other_member:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+import unicodedata
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from megatron_mea.config.variants import VARIANTS, Variant
 
@@ -16,6 +18,9 @@ MAX_SIZE = 1 << 20
 MAX_LAYERS = 10_000
 MAX_COUNT = 10**12
 """The largest number of steps, samples or positions."""
+_MAX_NAME_BYTES = 255
+_MAX_PATH_BYTES = 4096
+"""Limits of Linux's file systems (NAME_MAX, PATH_MAX)."""
 
 
 def _parse_float(value: Any) -> Any:
@@ -33,7 +38,18 @@ Float = Annotated[float, BeforeValidator(_parse_float)]
 PositiveInt = Annotated[Int, Field(gt=0, le=MAX_COUNT)]
 Size = Annotated[Int, Field(gt=0, le=MAX_SIZE)]
 PositiveFloat = Annotated[Float, Field(gt=0)]
-Path = Annotated[str, Field(min_length=1)]
+
+
+def _check_path(path: str) -> str:
+    if any(unicodedata.category(character) == "Cc" for character in path):
+        raise ValueError("a path without line ends and other control characters")
+    if len(os.fsencode(path)) >= _MAX_PATH_BYTES or max(map(len, os.fsencode(path).split(b"/"))) > _MAX_NAME_BYTES:
+        raise ValueError(f"a path of fewer than {_MAX_PATH_BYTES} bytes, each name of {_MAX_NAME_BYTES} at most")
+
+    return path
+
+
+Path = Annotated[str, Field(min_length=1), AfterValidator(_check_path)]
 Beta = Annotated[Float, Field(ge=0, lt=1)]
 
 

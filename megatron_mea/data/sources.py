@@ -10,7 +10,6 @@ import codecs
 import gzip
 import io
 import json
-import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 from megatron_mea.data.text_records import BrokenRecords, RecordBatch, UnreadableRecord, batch_records
 from megatron_mea.errors import RunError, UserError
+from megatron_mea.printing import note
 
 _FILE_KINDS = ".txt, .jsonl, .jsonl.gz, .jsonl.zst or .parquet"
 _TEXT_KEY_HINT = "give the right one with --text-key"
@@ -70,13 +70,13 @@ def check_sources(sources: Sequence[str]) -> None:
 
     Prints on stderr which files of a folder will be left out, since their kind is unknown.
     """
-    notes = []
+    lines = []
     for source in sources:
         path = Path(source)
         if path.is_dir():
             if not _is_datasets_folder(path):
                 _list_files(path)
-                notes += _unknown_file_notes(path)
+                lines += _unknown_file_notes(path)
         elif path.is_file():
             _file_reader(path)
         elif _looks_like_file(source):
@@ -84,8 +84,8 @@ def check_sources(sources: Sequence[str]) -> None:
                 where=source, got="no such file or folder", expected=f"a {_FILE_KINDS} file, a folder, or a hub name"
             )
 
-    for note in notes:
-        print(note, file=sys.stderr)
+    for line in lines:
+        note(line)
 
 
 def _unknown_file_notes(folder: Path) -> Iterator[str]:

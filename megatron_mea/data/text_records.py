@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_mea.errors import Problem, UserError
+from megatron_mea.printing import note
 
 _BATCH_BYTES = 1 << 18
 """Bytes of text at which a batch ends: some 0.1 s of work for a tokenizer."""
@@ -96,11 +96,11 @@ class BrokenRecords:
             raise self._too_many_error()
 
         if self.count:
-            print(f"left out {self._summary()}:", file=sys.stderr)
+            note(f"left out {self._summary()}:")
             for problem in self.first_problems:
-                print(f"  {problem.where}: {problem.got}", file=sys.stderr)
+                note(f"  {problem.where}: {problem.got}")
             if self.count > len(self.first_problems):
-                print(f"  ... and {self.count - len(self.first_problems):,} more", file=sys.stderr)
+                note(f"  ... and {self.count - len(self.first_problems):,} more")
 
     def _too_many_error(self) -> UserError:
         if self.count == 1:

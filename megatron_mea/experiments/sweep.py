@@ -20,6 +20,7 @@ from megatron_mea.config.load import complete_config, load_config, read_tree
 from megatron_mea.config.variants import VARIANTS
 from megatron_mea.errors import RunError, UserError
 from megatron_mea.outputs import disk_errors, reserve_output
+from megatron_mea.printing import show
 from megatron_mea.slurm import scheduler
 from megatron_mea.slurm.job_files import job_config_path, job_files, record_jobs
 from megatron_mea.slurm.resources import Resources, check_resources
@@ -96,7 +97,7 @@ def run_here(configs: Sequence[Config], at_once: int = 1) -> str:
     slots: list[_SweepRun | None] = [None] * min(at_once, len(pending))
     failed, done, start = [], 0, time.monotonic()
     count = len(pending)
-    print(f"{len(configs)} runs, {len(configs) - count} of them done before; each writes train.log", flush=True)
+    show(f"{len(configs)} runs, {len(configs) - count} of them done before; each writes train.log")
     try:
         while pending or any(slots):
             for slot, run in enumerate(slots):
@@ -104,7 +105,7 @@ def run_here(configs: Sequence[Config], at_once: int = 1) -> str:
                     done, slots[slot], failure = done + 1, None, run.failure()
                     failed += [f"{run.dir}: {failure}"] if failure else []
                     time_left = _format_time((time.monotonic() - start) / done * (count - done))
-                    print(f"run {done} of {count}: {run.dir} {run.result()} | {time_left} left", flush=True)
+                    show(f"run {done} of {count}: {run.dir} {run.result()} | {time_left} left")
                 if slots[slot] is None and pending:
                     slots[slot] = _SweepRun(config=pending.popleft(), slot=slot, slots=len(slots))
             time.sleep(_POLL_SECONDS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
@@ -36,6 +35,7 @@ from megatron_mea.huggingface.safetensors_reader import (
 from megatron_mea.inputs import read_json_object
 from megatron_mea.model.decoder import parameter_shapes, parameter_specs
 from megatron_mea.outputs import check_free_folder, require_space, reserve_output
+from megatron_mea.printing import note
 from megatron_mea.progress import progress_bar
 from megatron_mea.versions import versions
 
@@ -90,7 +90,7 @@ def import_model(source: str | Path, out: str | Path, *, variant: str | None = N
         count = sum(map(math.prod, parameter_shapes(model).values()))
         require_space(out, 4 * count + _SPARE_BYTES)
         for warning in warnings:
-            print(f"warning: {warning}", file=sys.stderr, flush=True)
+            note(f"warning: {warning}")
 
         folder = Path(scratch) / "checkpoint"
         try:

@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from megatron_mea.errors import MachineError, UserError
 from megatron_mea.failures import exit_status
+from megatron_mea.printing import note
 from megatron_mea.training.distributed import choose_device
 from megatron_mea.training.rank_env import RankEnv
 from megatron_mea.versions import versions
@@ -248,7 +249,7 @@ def _write_marker(run_dir: Path) -> str:
         (run_dir / name).touch()
     except OSError as error:
         # The others miss the file; this node reports the problem when it writes its own.
-        print(f"preflight: {run_dir / name}: {error.strerror}", file=sys.stderr)
+        note(f"preflight: {run_dir / name}: {error.strerror}")
     return name
 
 

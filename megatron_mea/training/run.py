@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from megatron_mea.config import Config
 from megatron_mea.config.layout import check_layout
 from megatron_mea.errors import UserError
+from megatron_mea.printing import show
 from megatron_mea.training.rank_env import RankEnv
 from megatron_mea.training.signals import StopSignal
 from megatron_mea.training.startup import open_corpora, read_run_state
@@ -24,9 +25,7 @@ def train(config: Config, stop: StopSignal) -> None:
     state = read_run_state(config)
     if state.finished_step is not None:
         if rank_env.rank == 0:
-            print(
-                f"{config.run.dir} is finished at step {state.finished_step}; raise training.steps to go on", flush=True
-            )
+            show(f"{config.run.dir} is finished at step {state.finished_step}; raise training.steps to go on")
         return
 
     if find_spec("deepspeed") is None:

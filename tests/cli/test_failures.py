@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -68,6 +69,65 @@ def test_an_expected_end_is_one_message(error, status, writes_file, failure_file
 
     if writes_file:
         assert failure_file.read_text() == f"{status}\n{type(error).__name__}: {error}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "expected"),
+    [
+        (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 300), 2, "File name too long"),
+        (PermissionError(errno.EACCES, "Permission denied", "weights"), 2, "'weights'\n  got:      Permission denied"),
+        (OSError(errno.EMFILE, "Too many open files", "weights"), 2, "ulimit -n 65536"),
+        (RuntimeError("Unable to open weights: Too many open files (os error 24)"), 2, "ulimit -n 65536"),
+        (OSError(errno.ENOSPC, "No space left on device", "weights"), 1, "'weights': No space left on device"),
+        (OSError(errno.EIO, "Input/output error", b"weights"), 1, "'weights': Input/output error"),
+        (MemoryError("Unable to allocate 9 TiB"), 1, "Unable to allocate 9 TiB"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
+)
+def test_what_the_system_refuses_is_one_message(error, status, expected, failure_file, capsys):
+    assert failures.exit_status(failing(error)) == status
+    assert expected in capsys.readouterr().err
+    assert failure_file.read_text().startswith(f"{status}\n")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "d/" * 3000 + "x"], ids=["name", "path"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "tokenizer --input {} --vocab-size 500 --out out",
+        "prepare --input {} --tokenizer {} --out out",
+        "train {}",
+        "plan {}",
+        "plan tiny.yaml run.dir={}",
+        "plan tiny.yaml data.tokenizer={}",
+        "submit {} --nodes 1 --gpus-per-node 1 --time 1:00:00",
+        "sweep {} --out out",
+        "report {} --out out.html",
+        "inspect {}",
+        "export {} out",
+        "export out {}",
+        "import {} out",
+        "compress {} out --component-heads 1",
+        "sensitivity {} --component-heads 1 --data out --out out.json",
+        "evaluate {}",
+        "generate {} --prompt a",
+    ],
+)
+def test_names_that_no_file_can_have(command, name, desk, ask):
+    status, out, err = ask(*command.format(name, name).split())
+    assert (status, out) == (2, "")
+    assert err.count("megatron-mea: error: ") == 1
+    assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_few_open_files():
+    """A soft limit is raised; a hard one is refused, since torch's store would wait for ever."""
+    inspect = f"exec {sys.executable} -m megatron_mea inspect nowhere"
+    for limit, expected in (("-n 64", "at least 256"), ("-Sn 64", "nowhere")):
+        done = subprocess.run(f"ulimit {limit}; {inspect}", shell=True, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert expected in done.stderr
 
 
 @pytest.mark.parametrize(
