@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from megatron_mea.config.schema import TrainCorpus
-from megatron_mea.data.indexed import IndexedReader, check_ids, open_readers, spread_blocks
+from megatron_mea.data.index_entries import spread_blocks
+from megatron_mea.data.indexed import IndexedReader, check_ids, open_readers
 from megatron_mea.data.order import PERIOD, SampleOrder
 from megatron_mea.errors import UserError
 
@@ -60,7 +61,7 @@ def read_window(*, reader: IndexedReader, start: int, length: int, document_mask
 
 def document_borders(*, reader: IndexedReader, start: int, length: int) -> np.ndarray:
     """Positions in a window, from 1 to `length`, at which a document begins; in order."""
-    return reader.document_starts(start + 1, start + length + 1) - start
+    return reader.index.document_starts(start + 1, start + length + 1) - start
 
 
 class Corpora:

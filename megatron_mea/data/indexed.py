@@ -17,13 +17,13 @@ import mmap
 import os
 import resource
 import struct
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
+from megatron_mea.data.index_entries import SAMPLE_ENTRIES, IndexEntries, spread_blocks
 from megatron_mea.errors import RunError, UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -38,12 +38,6 @@ _DTYPES = {
 }
 _BLOCK_DOCUMENTS = 1 << 18
 """Documents whose index entries are written at a time."""
-SAMPLE_ENTRIES = 1 << 18
-"""Tokens, and entries of an index, that are checked when a corpus is opened.
-
-Some megabytes of each corpus, since every rank reads them and there may be a thousand corpora. `prepare` checks all
-tokens, a sample shows a wrong tokenizer or a damaged copy, and ids are checked again as they are read.
-"""
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -191,6 +185,7 @@ class IndexedReader:
         lengths: (sequences,) tokens of each sequence.
         offsets: (sequences,) where each sequence begins in PREFIX.bin, in bytes.
         document_indices: (documents + 1,) index of the sequence at which each document begins.
+        index: the same three arrays, checked as they are used.
 
     Raises:
         UserError: a file is missing, foreign, truncated, or does not fit the other one.
@@ -235,19 +230,15 @@ class IndexedReader:
         self.offsets = np.frombuffer(raw, np.int64, count=sequences, offset=offset + 4 * sequences)
         self.document_indices = np.frombuffer(raw, np.int64, count=boundaries, offset=offset + 12 * sequences)
 
-        if not self._is_contiguous():
-            raise UserError(
-                where=str(index),
-                got="sequences that do not follow one another",
-                expected="sequences in the order of the .bin",
-            )
-
-        if not self._has_valid_boundaries():
-            got = "documents that do not divide its sequences"
-            raise UserError(where=str(index), got=got, expected=f"rising boundaries from 0 to {sequences}")
-
-        # The last sequence tells the size: a sum would read the full index, gigabytes for a large corpus.
-        data_size = int(self.offsets[-1]) + int(self.lengths[-1]) * self.dtype.itemsize if sequences else 0
+        self.index = IndexEntries(
+            path=str(index),
+            begin=offset,
+            itemsize=self.dtype.itemsize,
+            lengths=self.lengths,
+            offsets=self.offsets,
+            document_indices=self.document_indices,
+        )
+        data_size = self.index.data_size
         if data.stat().st_size != data_size:
             raise UserError(
                 where=str(data),
@@ -258,15 +249,6 @@ class IndexedReader:
 
         self.tokens = _memory_map(data, self.dtype) if data_size else np.empty(0, self.dtype)
 
-    def document_starts(self, start: int, stop: int) -> np.ndarray:
-        """Indices of the tokens in [start, stop) with which a document begins, in order."""
-        # Not np.searchsorted: the index's arrays are not aligned, and numpy would copy all of them to search.
-        size = self.dtype.itemsize
-        first_sequence, last_sequence = (bisect_left(self.offsets, token * size) for token in (start, stop))
-        first = bisect_left(self.document_indices, first_sequence)
-        last = bisect_left(self.document_indices, last_sequence)
-        return np.unique(self.offsets[self.document_indices[first:last]] // size)
-
     def check_ids(self, vocab_size: int, expected: str, *, hint: str = "", sample: int = SAMPLE_ENTRIES) -> None:
         """Checks up to `sample` tokens, in 64 blocks spread evenly.
 
@@ -274,38 +256,8 @@ class IndexedReader:
             UserError: an id is negative or not below `vocab_size`; `expected` and `hint` are for its message.
         """
         path = f"{self.prefix}.bin"
-        for tokens in _read_blocks(path=path, dtype=self.dtype, offset=0, total=self.tokens.size, sample=sample):
+        for tokens in _read_blocks(path=path, dtype=self.dtype, total=self.tokens.size, sample=sample):
             check_ids(tokens, vocab_size=vocab_size, where=path, expected=expected, hint=hint)
-
-    def _is_contiguous(self) -> bool:
-        """Whether every sequence begins where the one before it ends, by a sample of a large index."""
-        count, path = self.offsets.size, f"{self.prefix}.idx"
-        if count and self.offsets[0] != 0:
-            return False
-
-        length_blocks = _read_blocks(path=path, dtype=self.lengths.dtype, offset=_HEADER.size, total=count - 1)
-        offset_blocks = _read_blocks(
-            path=path, dtype=self.offsets.dtype, offset=_HEADER.size + 4 * count, total=count - 1, overlap=1
-        )
-        return all(
-            np.array_equal(np.diff(offsets), lengths * np.int64(self.dtype.itemsize))
-            for offsets, lengths in zip(offset_blocks, length_blocks, strict=True)
-        )
-
-    def _has_valid_boundaries(self) -> bool:
-        """Whether `document_indices` rise from 0 to the number of sequences, by a sample of a large index."""
-        indices, sequences = self.document_indices, self.offsets.size
-        if not indices.size or indices[0] != 0 or indices[-1] != sequences:
-            return False
-
-        blocks = _read_blocks(
-            path=f"{self.prefix}.idx",
-            dtype=indices.dtype,
-            offset=_HEADER.size + 12 * sequences,
-            total=indices.size - 1,
-            overlap=1,
-        )
-        return all((np.diff(block) >= 0).all() for block in blocks)
 
 
 def check_ids(tokens: np.ndarray, *, vocab_size: int, where: str, expected: str, hint: str = "") -> None:
@@ -349,10 +301,8 @@ def _memory_map(path: Path, dtype: np.dtype) -> np.ndarray:
     return np.frombuffer(mapped, dtype)
 
 
-def _read_blocks(
-    *, path: str, dtype: np.dtype, offset: int, total: int, sample: int = SAMPLE_ENTRIES, overlap: int = 0
-) -> Iterator[np.ndarray]:
-    """Blocks of a sample of the `total` entries from byte `offset` on, each with the `overlap` entries after it.
+def _read_blocks(*, path: str, dtype: np.dtype, total: int, sample: int) -> Iterator[np.ndarray]:
+    """Blocks of a sample of the `total` entries of a file.
 
     Reads the file and not its memory map, which would be read page by page.
     """
@@ -363,17 +313,8 @@ def _read_blocks(
 
         for start, stop in spread_blocks(total, sample):
             for first in range(start, stop, 1 << 20):
-                stream.seek(offset + first * dtype.itemsize)
-                yield np.fromfile(stream, dtype, min(1 << 20, stop - first) + overlap)
-
-
-def spread_blocks(total: int, sample: int) -> list[tuple[int, int]]:
-    """(start, stop) of 64 evenly spread blocks of `sample` entries together; of one block where `total` is less."""
-    if total <= sample:
-        return [(0, max(total, 0))]
-
-    block = sample // 64
-    return [(int(start), int(start) + block) for start in np.linspace(0, total - block, 64, dtype=np.int64)]
+                stream.seek(first * dtype.itemsize)
+                yield np.fromfile(stream, dtype, min(1 << 20, stop - first))
 
 
 def _flush_to_disk(stream: BinaryIO) -> None:

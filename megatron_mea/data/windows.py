@@ -61,7 +61,8 @@ def open_windows(
         tokens: 0 takes all; else about so many, in evenly spaced windows, as many of each corpus.
 
     Raises:
-        UserError: a corpus cannot be read, is too short, or has an id beyond the vocabulary in a window.
+        UserError: a corpus cannot be read, is too short, has an id beyond the vocabulary in a window, or a damaged
+            index.
     """
     readers = open_readers(list(paths), where)
     expected = f"ids from 0 up to but not including the model's vocab_size = {vocab_size}"
@@ -85,6 +86,8 @@ def open_windows(
                 check_ids(ids, vocab_size=vocab_size, where=f"{path}.bin", expected=expected)
         else:
             reader.check_ids(vocab_size=vocab_size, expected=expected, sample=reader.tokens.size)
+            if document_mask:
+                reader.index.check()
 
         locations += [(corpus, list(starts[first : first + batch]), window) for first in range(0, len(starts), batch)]
         if targets > tail_start and not is_sample:

@@ -203,5 +203,5 @@ def test_documents_of_several_sequences(tmp_path):
         document_mask=True,
     )
 
-    assert corpora.readers[0].document_starts(0, 20).tolist() == [0, 4, 7]
-    assert corpora.readers[0].document_starts(1, 7).tolist() == [4]
+    assert corpora.readers[0].index.document_starts(0, 20).tolist() == [0, 4, 7]
+    assert corpora.readers[0].index.document_starts(1, 7).tolist() == [4]
