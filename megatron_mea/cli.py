@@ -65,7 +65,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
     if not 0 <= arguments.max_broken <= 1:
         raise UserError(where="--max-broken", got=arguments.max_broken, expected="0 to 1")
 
-    documents, tokens = prepare(
+    done = prepare(
         sources=arguments.input,
         tokenizer_folder=arguments.tokenizer,
         prefix=arguments.out,
@@ -73,8 +73,13 @@ def _prepare(arguments: argparse.Namespace) -> None:
         split=arguments.split,
         workers=workers,
         max_broken=arguments.max_broken,
+        force=arguments.force,
     )
-    show(f"wrote {arguments.out}.bin and .idx: {documents:,} documents, {tokens:,} tokens")
+    files, counts = f"{arguments.out}.bin and .idx", f"{done.documents:,} documents, {done.tokens:,} tokens"
+    if done.is_new:
+        show(f"wrote {files}: {counts}")
+    else:
+        show(f"left {files} as they are, made of the same input with the same options: {counts}")
 
 
 def _train(arguments: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import glob
+import hashlib
 import mmap
 import os
 import resource
@@ -24,6 +25,7 @@ from typing import BinaryIO
 import numpy as np
 
 from megatron_mea.data.index_entries import SAMPLE_ENTRIES, IndexEntries, spread_blocks
+from megatron_mea.data.metadata import DataMetadata, Recipe, package_versions
 from megatron_mea.errors import RunError, UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -36,6 +38,7 @@ _DTYPES = {
     5: np.int64,
     8: np.uint16,
 }
+_FILE_KINDS = ("bin", "idx", "meta.json")
 _BLOCK_DOCUMENTS = 1 << 18
 """Documents whose index entries are written at a time."""
 
@@ -46,7 +49,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 class IndexedWriter:
-    """Writes documents to PREFIX.bin and PREFIX.idx, in constant memory; `commit` makes both files appear, or neither.
+    """Writes documents to PREFIX.bin and PREFIX.idx, in constant memory; `commit` makes the files appear, or none.
 
     A context manager: on an exception it removes its temporary files, and those of killed processes when it is
     created.
@@ -58,11 +61,13 @@ class IndexedWriter:
 
     def __init__(self, prefix: str | Path, dtype: np.dtype) -> None:
         self.prefix, self.dtype = str(prefix), np.dtype(dtype)
-        self.documents, self.tokens = 0, 0
+        self.documents, self.tokens, self._bin_digest = 0, 0, hashlib.sha256()
         _remove_leftovers(Path(prefix))
 
         # A process id in the names keeps two commands on the same prefix from writing into one file.
-        self._bin_path, self._idx_path = (Path(f"{self.prefix}.{kind}.tmp-{os.getpid()}") for kind in ("bin", "idx"))
+        self._bin_path, self._idx_path, self._meta_path = (
+            Path(f"{self.prefix}.{kind}.tmp-{os.getpid()}") for kind in _FILE_KINDS
+        )
         with self._disk_errors("bin"):
             self._bin_stream: BinaryIO = self._bin_path.open("wb")
         with self._disk_errors("idx"):
@@ -85,16 +90,21 @@ class IndexedWriter:
         if tokens.size and not (bounds.min <= tokens.min() and tokens.max() <= bounds.max):
             raise ValueError(f"ids from {tokens.min()} to {tokens.max()} do not fit {self.dtype}")
 
+        raw = np.ascontiguousarray(tokens, dtype=self.dtype).tobytes()
+        self._bin_digest.update(raw)
         with self._disk_errors("bin"):
-            self._bin_stream.write(np.ascontiguousarray(tokens, dtype=self.dtype).tobytes())
+            self._bin_stream.write(raw)
         with self._disk_errors("idx"):
             self._idx_stream.write(np.asarray(lengths, dtype=np.int32).tobytes())
 
         self.documents += len(lengths)
         self.tokens += tokens.size
 
-    def commit(self) -> tuple[int, int]:
-        """Flushes both files to disk and gives them their final names; returns (documents, tokens).
+    def commit(self, recipe: Recipe | None = None) -> tuple[int, int]:
+        """Flushes the files to disk and gives them their final names; returns (documents, tokens).
+
+        Args:
+            recipe: what the data was made of; it is written to PREFIX.meta.json, with the checksums of both files.
 
         Raises:
             RunError: the files cannot be written.
@@ -103,36 +113,72 @@ class IndexedWriter:
             _flush_to_disk(self._bin_stream)
 
         with self._disk_errors("idx"):
-            self._write_index_tail()
+            idx_sha256 = self._write_index_tail()
             _flush_to_disk(self._idx_stream)
+            meta_path = DataMetadata.path(self.prefix)
+            if recipe is not None:
+                self._write_metadata(recipe, {"bin": self._bin_digest.hexdigest(), "idx": idx_sha256})
 
-            # An old .idx must never describe a new .bin, so it goes first and the new one comes last.
+            # An old .idx must never describe a new .bin, so it goes first and the new one comes last. The metadata
+            # says of a .bin alone that its writer was killed.
             Path(f"{self.prefix}.idx").unlink(missing_ok=True)
+            if recipe is None:
+                meta_path.unlink(missing_ok=True)
+            else:
+                self._meta_path.replace(meta_path)
             self._bin_path.replace(f"{self.prefix}.bin")
             self._idx_path.replace(f"{self.prefix}.idx")
 
         return self.documents, self.tokens
 
-    def _write_index_tail(self) -> None:
-        """Writes offsets, document boundaries and the header; the lengths are in the file already."""
-        end = 0
-        for start in range(0, self.documents, _BLOCK_DOCUMENTS):
-            count = min(_BLOCK_DOCUMENTS, self.documents - start)
-            self._idx_stream.seek(_HEADER.size + 4 * start)
-            lengths = np.frombuffer(self._idx_stream.read(4 * count), np.int32).astype(np.int64)
-            ends = end + np.cumsum(lengths)
+    def _write_metadata(self, recipe: Recipe, sha256: dict[str, str]) -> None:
+        metadata = DataMetadata(
+            documents=self.documents,
+            tokens=self.tokens,
+            dtype=str(self.dtype),
+            sizes={"bin": self._bin_path.stat().st_size, "idx": self._idx_path.stat().st_size},
+            sha256=sha256,
+            recipe=recipe,
+            versions=package_versions(),
+        )
+        with self._meta_path.open("wb") as stream:
+            _try_lock(stream)
+            stream.write(metadata.as_json().encode())
+            _flush_to_disk(stream)
 
+    def _write_index_tail(self) -> str:
+        """Writes offsets, document boundaries and the header; the lengths are in the file. Returns its SHA-256."""
+        code = next(code for code, dtype in _DTYPES.items() if np.dtype(dtype) == self.dtype)
+        header = _HEADER.pack(MAGIC, 1, code, self.documents, self.documents + 1)
+        self._idx_stream.seek(0)
+        self._idx_stream.write(header)
+
+        digest = hashlib.sha256(header)
+        for lengths in self._written_lengths():
+            digest.update(lengths.tobytes())
+
+        def append(entries: np.ndarray) -> None:
+            raw = entries.astype(np.int64).tobytes()
             self._idx_stream.seek(0, os.SEEK_END)
-            self._idx_stream.write(((ends - lengths) * self.dtype.itemsize).tobytes())
+            self._idx_stream.write(raw)
+            digest.update(raw)
+
+        end = 0
+        for lengths in self._written_lengths():
+            ends = end + np.cumsum(lengths, dtype=np.int64)
+            append((ends - lengths) * self.dtype.itemsize)
             end = int(ends[-1])
 
         for start in range(0, self.documents + 1, _BLOCK_DOCUMENTS):
-            stop = min(start + _BLOCK_DOCUMENTS, self.documents + 1)
-            self._idx_stream.write(np.arange(start, stop, dtype=np.int64).tobytes())
+            append(np.arange(start, min(start + _BLOCK_DOCUMENTS, self.documents + 1)))
 
-        code = next(code for code, dtype in _DTYPES.items() if np.dtype(dtype) == self.dtype)
-        self._idx_stream.seek(0)
-        self._idx_stream.write(_HEADER.pack(MAGIC, 1, code, self.documents, self.documents + 1))
+        return digest.hexdigest()
+
+    def _written_lengths(self) -> Iterator[np.ndarray]:
+        """The lengths of all documents, in blocks, from the file."""
+        for start in range(0, self.documents, _BLOCK_DOCUMENTS):
+            self._idx_stream.seek(_HEADER.size + 4 * start)
+            yield np.frombuffer(self._idx_stream.read(4 * min(_BLOCK_DOCUMENTS, self.documents - start)), np.int32)
 
     @contextlib.contextmanager
     def _disk_errors(self, kind: str) -> Iterator[None]:
@@ -144,7 +190,7 @@ class IndexedWriter:
             raise RunError(f"{self.prefix}.{kind} cannot be written: {error.strerror}") from error
 
     def _remove_temporary_files(self) -> None:
-        for path in (self._bin_path, self._idx_path):
+        for path in (self._bin_path, self._idx_path, self._meta_path):
             path.unlink(missing_ok=True)
 
     def __enter__(self) -> IndexedWriter:
@@ -161,7 +207,7 @@ class IndexedWriter:
 
 def _remove_leftovers(prefix: Path) -> None:
     """Removes the temporary files of dead writers: those that no process has locked."""
-    for kind in ("bin", "idx"):
+    for kind in _FILE_KINDS:
         for path in prefix.parent.glob(f"{glob.escape(prefix.name)}.{kind}.tmp-*"):
             with contextlib.suppress(OSError), path.open("r+b") as stream:
                 if _try_lock(stream):

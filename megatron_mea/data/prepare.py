@@ -14,14 +14,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from megatron_mea.data.indexed import IndexedWriter, token_dtype
+from megatron_mea.data.metadata import Recipe, find_prepared
 from megatron_mea.data.sources import check_sources, record_batches
 from megatron_mea.data.text_records import MAX_BROKEN, BrokenRecords, RecordBatch
-from megatron_mea.data.tokenizer import load_tokenizer
+from megatron_mea.data.tokenizer import check_tokenizer_folder, load_tokenizer
 from megatron_mea.errors import Problem, RunError, UserError
 from megatron_mea.outputs import reserve_output
 from megatron_mea.progress import progress_bar
@@ -42,24 +43,34 @@ def prepare(
     split: str = "train",
     workers: int = 1,
     max_broken: float = MAX_BROKEN,
-) -> tuple[int, int]:
+    force: bool = False,
+) -> Prepared:
     """Writes PREFIX.bin and PREFIX.idx: the tokens of every document, with an end-of-document token after each.
 
-    The result does not depend on the number of workers. Returns (documents, tokens).
+    The result does not depend on the number of workers. PREFIX.meta.json says what it was made of; data that the same
+    input, tokenizer and options have made is left as it is.
 
     Args:
         workers: processes that parse and tokenise, each with one thread; 1 works in this process.
         max_broken: share of lines and rows that may be broken; these are left out and reported on stderr.
+        force: replaces what is at PREFIX, whatever has made it.
 
     Raises:
-        UserError: PREFIX is no name, sources or tokenizer are not usable, there is no text, or too many lines are
-            broken.
+        UserError: PREFIX is no name or holds other data, sources or tokenizer are not usable, there is no text, or too
+            many lines are broken.
         RunError: a worker died, a dataset broke off, or the disk is full.
     """
     if os.path.basename(prefix) in ("", ".", ".."):
         raise UserError(where="--out", got=repr(str(prefix)), expected="PREFIX, a name that .bin and .idx are added to")
 
     check_sources(sources)
+    check_tokenizer_folder(tokenizer_folder, "--tokenizer")
+    # Workers are none of them: the files are the same for every number.
+    options = {"text_key": text_key, "split": split, "max_broken": max_broken}
+    recipe = Recipe.read(sources=sources, tokenizer_folder=tokenizer_folder, options=options)
+    if not force and (found := find_prepared(prefix, recipe)) is not None:
+        return Prepared(documents=found.documents, tokens=found.tokens, is_new=False)
+
     encoder = Encoder.from_tokenizer(load_tokenizer(tokenizer_folder, "--tokenizer"), tokenizer_folder)
     broken = BrokenRecords(max_broken)
 
@@ -85,7 +96,16 @@ def prepare(
                 where="--input", got=f"{', '.join(sources)}: no text", expected="at least one document with text"
             )
 
-        return writer.commit()
+        documents, tokens = writer.commit(recipe)
+        return Prepared(documents=documents, tokens=tokens, is_new=True)
+
+
+class Prepared(NamedTuple):
+    """Number of documents and tokens at a PREFIX, and whether they were written or had been there before."""
+
+    documents: int
+    tokens: int
+    is_new: bool
 
 
 @dataclass(frozen=True, kw_only=True)

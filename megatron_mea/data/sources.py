@@ -88,6 +88,20 @@ def check_sources(sources: Sequence[str]) -> None:
         note(line)
 
 
+def input_files(sources: Sequence[str]) -> list[Path]:
+    """All files that the sources consist of, in order; a name on the hub has none."""
+    files: list[Path] = []
+    for path in map(Path, sources):
+        if path.is_dir() and _is_datasets_folder(path):
+            files += sorted(file for file in path.rglob("*") if file.is_file())
+        elif path.is_dir():
+            files += _list_files(path)
+        elif path.is_file():
+            files.append(path)
+
+    return files
+
+
 def _unknown_file_notes(folder: Path) -> Iterator[str]:
     """One line about the files of unknown kinds in `folder`, where there are any."""
     unknown = [path for path in folder.rglob("*") if path.is_file() and _suffix(path) not in _FILE_READERS]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import re
@@ -99,6 +100,18 @@ def _check_ids(folder: Path, where: str) -> None:
 
     if got:
         raise UserError(where=where, got=got, expected=f"tokens with an id each, from 0 to {MAX_IDS - 1:,}")
+
+
+def tokenizer_fingerprint(folder: str | Path) -> str:
+    """SHA-256 over the files of a tokenizer that decide on its ids."""
+    digest = hashlib.sha256()
+    for name in _TOKENIZER_FILES:
+        path = Path(folder, name)
+        if path.is_file() and name != "chat_template.jinja":
+            with path.open("rb") as stream:
+                digest.update(f"{name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+
+    return digest.hexdigest()
 
 
 def copy_tokenizer(folder: str | Path, target: Path) -> None:

@@ -78,7 +78,7 @@ def test_equal_to_an_independent_encoding(tokenizer: Path, texts: list[str], tmp
     source = write(tmp_path / "corpus.jsonl", texts)
     counts = prepare(sources=[source], tokenizer_folder=tokenizer, prefix=tmp_path / "out", workers=1)
     expected = reference_ids(tokenizer, texts)
-    assert counts == (len(expected), sum(map(len, expected)))
+    assert counts == (len(expected), sum(map(len, expected)), True)
     assert read_corpus(tmp_path / "out") == expected
 
     reader = IndexedReader(tmp_path / "out")
@@ -86,7 +86,7 @@ def test_equal_to_an_independent_encoding(tokenizer: Path, texts: list[str], tmp
     assert reader.document_indices.tolist() == list(range(len(expected) + 1))
     # The end-of-document id stands after each document, and nowhere else.
     assert np.flatnonzero(reader.tokens == EOS).tolist() == (np.cumsum(reader.lengths) - 1).tolist()
-    assert file_names(tmp_path) == ["corpus.jsonl", "out.bin", "out.idx"]
+    assert file_names(tmp_path) == ["corpus.jsonl", "out.bin", "out.idx", "out.meta.json"]
 
 
 @pytest.mark.slow
@@ -121,7 +121,7 @@ def test_workers_do_not_change_a_byte(
     assert "left out 6 of " in reports[0]
     assert reports[0] == reports[1] == reports[2]
 
-    for kind in ("bin", "idx"):
+    for kind in ("bin", "idx", "meta.json"):
         first, *others = [(tmp_path / f"out-{workers}.{kind}").read_bytes() for workers in (1, 2, 3)]
         assert [other == first for other in others] == [True, True]
     assert read_corpus(tmp_path / "out-3") == reference_ids(tokenizer, list(read_documents(inputs)))
@@ -145,7 +145,7 @@ def test_a_failing_source_leaves_nothing(workers: int, tokenizer: Path, texts: l
         Path(source).write_text("".join(lines))
         prepare(sources=[source], tokenizer_folder=tokenizer, prefix=out, workers=workers)
         assert read_corpus(out) == reference_ids(tokenizer, texts[:300])
-        assert file_names(out.parent) == ["out.bin", "out.idx"]
+        assert file_names(out.parent) == ["out.bin", "out.idx", "out.meta.json"]
 
 
 def test_a_failing_source_keeps_what_was_there(tokenizer: Path, texts: list[str], tmp_path: Path) -> None:
@@ -156,16 +156,16 @@ def test_a_failing_source_keeps_what_was_there(tokenizer: Path, texts: list[str]
         stream.write("[1, 2]\n")
 
     with pytest.raises(UserError, match=r"bad\.jsonl, line 6"):
-        prepare(sources=[good, bad], tokenizer_folder=tokenizer, prefix=tmp_path / "out")
+        prepare(sources=[good, bad], tokenizer_folder=tokenizer, prefix=tmp_path / "out", force=True)
     assert [(tmp_path / f"out.{kind}").read_bytes() for kind in ("bin", "idx")] == before
-    assert file_names(tmp_path) == ["bad.jsonl", "good.jsonl", "out.bin", "out.idx"]
+    assert file_names(tmp_path) == ["bad.jsonl", "good.jsonl", "out.bin", "out.idx", "out.meta.json"]
 
 
 def test_a_folder_of_the_same_name_is_no_hindrance(tokenizer: Path, texts: list[str], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     prepare(sources=[write(tmp_path / "corpus.jsonl", texts[:2])], tokenizer_folder=tokenizer, prefix=tmp_path / "out")
     assert read_corpus(tmp_path / "out") == reference_ids(tokenizer, texts[:2])
-    assert file_names(tmp_path) == ["corpus.jsonl", "out", "out.bin", "out.idx"]
+    assert file_names(tmp_path) == ["corpus.jsonl", "out", "out.bin", "out.idx", "out.meta.json"]
 
 
 def test_sources_without_text_are_refused(tokenizer: Path, tmp_path: Path) -> None:
@@ -365,7 +365,7 @@ def test_a_killed_prepare_leaves_nothing_that_looks_finished(tokenizer: Path, te
 
     prepare(sources=[write(tmp_path / "corpus.jsonl", texts[:20])], tokenizer_folder=tokenizer, prefix=tmp_path / "x")
     assert read_corpus(tmp_path / "x") == reference_ids(tokenizer, texts[:20])
-    assert file_names(tmp_path) == ["big.jsonl", "corpus.jsonl", "x.bin", "x.idx"]
+    assert file_names(tmp_path) == ["big.jsonl", "corpus.jsonl", "x.bin", "x.idx", "x.meta.json"]
 
 
 def list_of_one(text_key: str) -> tuple[list[str], list]:

@@ -125,7 +125,9 @@ def bench_prepare(*, folder: Path, tokenizer: Path, megabytes: int, rounds: int)
 
     def run(workers: int) -> None:
         nonlocal tokens
-        tokens = prepare(sources=inputs, tokenizer_folder=tokenizer, prefix=folder / "out", workers=workers)[1]
+        tokens = prepare(
+            sources=inputs, tokenizer_folder=tokenizer, prefix=folder / "out", workers=workers, force=True
+        ).tokens
 
     works: dict[str, Callable[[], tuple[float, float]]] = {
         "bare": lambda: cpu_and_wall_seconds(lambda: tokenize(encoder, documents)),
@@ -156,7 +158,7 @@ def bench_prepare(*, folder: Path, tokenizer: Path, megabytes: int, rounds: int)
 def run_prepare(*, source: str, tokenizer: Path, prefix: Path) -> None:
     """The body of a process of `bench_memory`."""
     with quiet():
-        prepare(sources=[source], tokenizer_folder=tokenizer, prefix=prefix, workers=2)
+        prepare(sources=[source], tokenizer_folder=tokenizer, prefix=prefix, workers=2, force=True)
 
 
 def peak_bytes(pid: int) -> dict[int, int]:
