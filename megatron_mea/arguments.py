@@ -147,10 +147,11 @@ def _build_parser() -> argparse.ArgumentParser:
 
     sub = add_verb(
         name="inspect",
-        summary="show a checkpoint and verify it; runs no code of it, so a stranger's will do",
+        summary="show a checkpoint or prepared data and verify it; runs no code of it, so a stranger's will do",
         example="runs/quickstart/run/checkpoints/step_00000500",
     )
-    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint folder, or a run folder (its newest)")
+    path_help = "a checkpoint folder, a run folder (its newest checkpoint), or the PREFIX of prepared data"
+    sub.add_argument("path", metavar="CHECKPOINT", help=path_help)
 
     sub = add_verb(
         name="export",

@@ -198,9 +198,25 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
+    from megatron_mea.checkpoint.folder import checkpoint_folder
+
+    path, prefix = arguments.path, arguments.path.removesuffix(".idx").removesuffix(".bin")
+    try:
+        checkpoint_folder(path)
+    except UserError as error:
+        if not any(Path(f"{prefix}.{kind}").exists() for kind in ("idx", "bin")):
+            problem = error.problems[0]
+            expected = f"{problem.expected}, or the PREFIX of prepared data"
+            raise UserError(where=problem.where, got=problem.got, expected=expected) from None
+
+        from megatron_mea.data.inspect import inspect_data
+
+        show(inspect_data(prefix))
+        return
+
     from megatron_mea.checkpoint.inspect import inspect
 
-    show(inspect(arguments.checkpoint))
+    show(inspect(path))
 
 
 def _export(arguments: argparse.Namespace) -> None:

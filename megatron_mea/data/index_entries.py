@@ -115,6 +115,14 @@ class IndexEntries:
         starts = [self._document_offsets(low, high) // self.itemsize for low, high in _chunks(last, begin=first)]
         return np.unique(np.concatenate([np.empty(0, np.int64), *starts]))
 
+    def document_lengths(self) -> Iterator[np.ndarray]:
+        """Tokens of all documents in order, in pieces."""
+        for first, stop in _chunks(self.document_indices.size - 1):
+            sequences = self.document_indices[first : stop + 1]
+            begins = np.full(sequences.size, self.data_size)
+            begins[sequences < self.offsets.size] = self.offsets[sequences[sequences < self.offsets.size]]
+            yield np.diff(begins) // self.itemsize
+
     def _document_offsets(self, first: int, stop: int) -> np.ndarray:
         """Bytes at which the documents [first, stop) begin, in order and each once, since documents may be empty."""
         # Neighbours, too: beside them alone a damaged entry at the border shows.

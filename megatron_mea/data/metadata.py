@@ -16,7 +16,7 @@ from typing import Any
 from megatron_mea import __version__
 from megatron_mea.data.sources import input_files
 from megatron_mea.data.tokenizer import tokenizer_fingerprint
-from megatron_mea.errors import UserError
+from megatron_mea.errors import UserError, shorten
 from megatron_mea.inputs import read_json_object
 
 FORMAT_VERSION = 1
@@ -29,7 +29,7 @@ class Recipe:
     """What decides on prepared data; two equal ones make the same bytes.
 
     Args:
-        sources: the sources as the user named them, for people.
+        sources, tokenizer_folder: as the user named them, for people.
         files, bytes: number and size of the files that they consist of.
         inputs: SHA-256 of the path, size and time of change of each of these files, and of names on the hub.
         tokenizer: SHA-256 of the tokenizer's files.
@@ -37,6 +37,7 @@ class Recipe:
     """
 
     sources: list[str]
+    tokenizer_folder: str
     files: int
     bytes: int
     inputs: str
@@ -50,8 +51,8 @@ class Recipe:
         names = [source for source in sources if not Path(source).exists()]
         facts = [names, [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]]
         return cls(
-            # A file's name may be no text.
-            sources=[os.fsencode(source).decode(errors="replace") for source in sources],
+            sources=[_as_text(source) for source in sources],
+            tokenizer_folder=_as_text(tokenizer_folder),
             files=len(stats),
             bytes=sum(stat.st_size for _, stat in stats),
             inputs=hashlib.sha256(json.dumps(facts).encode()).hexdigest(),
@@ -118,7 +119,7 @@ class DataMetadata:
         try:
             contents = read_json_object(path)
             if (number := contents.pop("format_version", None)) != FORMAT_VERSION:
-                raise ValueError(f"format version {number!r}; this is megatron_mea {__version__}")
+                raise ValueError(f"format version {shorten(number)}; this is megatron_mea {__version__}")
 
             metadata = TypeAdapter(cls).validate_json(json.dumps(contents), strict=True)
             if {*metadata.sizes} != {*KINDS} or {*metadata.sha256} != {*KINDS}:
@@ -129,6 +130,11 @@ class DataMetadata:
             expected = f"what `megatron-mea prepare` wrote, of format version {FORMAT_VERSION} at most"
             hint = "the data is read without the file, too; `megatron-mea prepare --force` makes both anew"
             raise UserError(where=str(path), got=f"unreadable ({reason})", expected=expected, hint=hint) from None
+
+
+def _as_text(path: str | Path) -> str:
+    """A path for JSON: the name of a file may be no Unicode."""
+    return os.fsencode(path).decode(errors="replace")
 
 
 def package_versions() -> dict[str, str]:

@@ -299,7 +299,12 @@ def test_a_wrong_command(run_folder, run_refused, command, expected):
 PROCESSES = [  # command, where, got, expected
     ("train tiny.yaml model.head_dim=7", "model.head_dim", "7", "an even number: RoPE rotates pairs of features"),
     (f"{PREPARE} a.jsonl --workers 2", "a.jsonl, line 2", "broken JSON: Expecting value", "one JSON object a line"),
-    ("inspect no", "no", "no such folder", "a checkpoint folder, or a run folder with checkpoints"),
+    (
+        "inspect no",
+        "no",
+        "no such folder",
+        "a checkpoint folder, or a run folder with checkpoints, or the PREFIX of prepared data",
+    ),
 ]
 
 

@@ -166,7 +166,7 @@ MODEL_COMMANDS = ["inspect {}", "export {} made/new", "evaluate {}", "generate {
 @pytest.mark.parametrize(("folder", "got"), [("nowhere", "no such folder"), ("tokenizer", "no checkpoint")])
 def test_no_model(run_refused, command, folder, got):
     problems = run_refused(*command.format(folder).split())
-    check_problems(problems, (folder, got, "a checkpoint folder, or a run folder with checkpoints"))
+    check_problems(problems, (folder, got, "a checkpoint folder, or a run folder with checkpoints..."))
 
 
 @pytest.mark.slow

@@ -115,7 +115,7 @@ def test_megatron_reads_what_prepare_writes(tmp_path: Path) -> None:
     texts = [f"In the beginning was the word, and it was number {i}." for i in range(300)]
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     train_tokenizer(sources=[str(tmp_path / "corpus.jsonl")], vocab_size=300, out=tmp_path / "tokenizer")
-    documents, tokens = prepare(
+    documents, tokens, _ = prepare(
         sources=[str(tmp_path / "corpus.jsonl")], tokenizer_folder=tmp_path / "tokenizer", prefix=tmp_path / "out"
     )
     dtype, actual = read_by_megatron(tmp_path / "out")

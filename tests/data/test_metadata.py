@@ -25,7 +25,9 @@ from megatron_mea.data.metadata import DataMetadata, Recipe, find_prepared
 from megatron_mea.data.prepare import prepare
 from megatron_mea.errors import UserError
 
-RECIPE = Recipe(sources=["a"], files=1, bytes=2, inputs="in", tokenizer="ids", options={"text_key": "text"})
+RECIPE = Recipe(
+    sources=["a"], tokenizer_folder="t", files=1, bytes=2, inputs="in", tokenizer="ids", options={"text_key": "text"}
+)
 
 
 @pytest.fixture
@@ -159,7 +161,7 @@ KILLED = """if True:
     from megatron_mea.data.indexed import IndexedWriter
     from megatron_mea.data.metadata import Recipe
 
-    recipe = Recipe(sources=["a"], files=1, bytes=2, inputs="in", tokenizer="ids", options={})
+    recipe = Recipe(sources=[], tokenizer_folder="t", files=1, bytes=2, inputs="in", tokenizer="ids", options={})
     names, last, replace = [], sys.argv[1], Path.replace
 
     def replace_or_die(path, target):
