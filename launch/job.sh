@@ -48,7 +48,7 @@ patiently() { # command...: for some minutes, since a controller may be restarti
 # ends; USR2, TERM (the limit is near, the nodes are wanted elsewhere): and it goes on later.
 forward() { if [ -n "$child" ] && [ -z "$forwarded" ]; then forwarded=1; kill -USR2 "$child" 2>/dev/null; fi; }
 on_signal() { say "got $1"; [ "$stop" = USR1 ] || stop=$1; forward; }
-for signal in USR1 USR2 TERM; do trap "on_signal $signal" "$signal"; done
+for signal in USR1 USR2 TERM HUP; do trap "on_signal $signal" "$signal"; done
 # A rank a task. --wait: without it srun waits for ever for a node that is gone.
 on_all_ranks() {
   [ -z "$stop" ] || return 1

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Trains on NPROC processes of this machine:  bash launch/local.sh NPROC CONFIG [KEY=VALUE ...]
 #
-# Starts the ranks itself, each with the environment that srun would give it. Forwards USR2, TERM and INT, which
-# make the run save and stop. When one rank fails it ends the others and returns that rank's status.
+# Starts the ranks itself, each with the environment that srun would give it. Forwards USR2, TERM, INT and HUP, which
+# make the run save and stop, as it does when this script is killed. When one rank fails it ends the others and returns
+# that rank's status.
 set -u
 
 usage="usage: bash launch/local.sh NPROC CONFIG [KEY=VALUE ...]"
@@ -36,10 +37,21 @@ forward() { for pid in "${pids[@]}"; do kill -s "$1" "$pid" 2>/dev/null; done; }
 trap 'forward USR2' USR2
 trap 'forward TERM' TERM
 trap 'forward INT' INT
+trap 'forward HUP' HUP    # does nothing under nohup
+
+# Ranks see this pipe end when the script is gone, however that happened.
+pipe=$(mktemp -u "${TMPDIR:-/tmp}/mea-launcher.XXXXXX")
+if mkfifo -m 600 "$pipe"; then
+  exec {alive}<>"$pipe" {watched}<"$pipe"
+  rm "$pipe"
+  export MEA_LAUNCHER_PIPE=$watched
+else
+  exec {alive}</dev/null
+fi
 
 declare -A running
 for (( rank = 0; rank < nproc; rank++ )); do
-  RANK=$rank LOCAL_RANK=$rank "$python" -m megatron_mea train "$@" &
+  RANK=$rank LOCAL_RANK=$rank "$python" -m megatron_mea train "$@" {alive}>&- &
   pids+=($!); running[$!]=1
 done
 

@@ -6,7 +6,6 @@ Each verb checks what it can before it imports torch, which takes seconds.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import signal
@@ -16,9 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_mea.arguments import parse_arguments
+from megatron_mea.console import guard_console, outlive_console
 from megatron_mea.errors import UserError
 from megatron_mea.failures import exit_status
 from megatron_mea.printing import note, show
+from megatron_mea.training.signals import hangup_signals
 
 if TYPE_CHECKING:
     from megatron_mea.config import Config
@@ -26,16 +27,17 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status: 0 done, 2 the user's input was wrong."""
-    arguments = parse_arguments(sys.argv[1:] if argv is None else list(argv))
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # A character that the locale's encoding lacks is escaped, as on stderr.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    guard_console()
+    return exit_status(lambda: _run_verb(sys.argv[1:] if argv is None else list(argv)))
 
+
+def _run_verb(argv: list[str]) -> None:
+    arguments = parse_arguments(argv)
     # The other verbs remove unfinished output when they are interrupted; `train` saves a checkpoint instead.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, *hangup_signals()):
         signal.signal(number, _exit_on_signal)
 
-    return exit_status(lambda: _VERBS[arguments.verb](arguments))
+    _VERBS[arguments.verb](arguments)
 
 
 def _exit_on_signal(number: int, frame: object) -> None:
@@ -88,21 +90,24 @@ def _train(arguments: argparse.Namespace) -> None:
     # Before torch is imported: a signal during that import would kill the process.
     stop = StopSignal()
 
+    from megatron_mea.checkpoint.run_config import load_run_config
     from megatron_mea.training.rank_env import RankEnv
 
-    config = _load_run_config(arguments, rank=RankEnv.from_environment().rank)
+    config, inherited = load_run_config(arguments.config, arguments.overrides)
+    outlive_console(Path(config.run.dir))
+    _print_inherited(inherited if RankEnv.from_environment().rank == 0 else [])
 
     from megatron_mea.training.run import train
 
     train(config, stop)
 
 
-def _load_run_config(arguments: argparse.Namespace, *, rank: int = 0) -> Config:
-    """The configuration of a run; rank 0 prints to stderr what its checkpoint decided."""
+def _load_run_config(arguments: argparse.Namespace) -> Config:
+    """The configuration of a run; prints to stderr what its checkpoint decided."""
     from megatron_mea.checkpoint.run_config import load_run_config
 
     config, inherited = load_run_config(arguments.config, arguments.overrides)
-    _print_inherited(inherited if rank == 0 else [])
+    _print_inherited(inherited)
     return config
 
 

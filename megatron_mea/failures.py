@@ -41,11 +41,11 @@ def exit_status(work: Callable[[], None]) -> int:
     """
     try:
         _allow_open_files()
-        work()
-    except BrokenPipeError:
-        # `| head` has seen enough. Python would complain once more when it flushes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        try:
+            work()
+        finally:
+            # What is left there fails here, and not when Python ends.
+            sys.stdout.flush()
     except Exception as exception:
         error = _explain(exception)
         status = 2 if isinstance(error, UserError) else 1

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "megatron_mea"
 ROWS = (
     ("exported", "__version__"),
     ("errors", "printing", "progress", "versions"),
-    ("failures", "inputs", "outputs"),
+    ("console", "failures", "inputs", "outputs"),
     ("config",),
     ("data",),
     ("parallel",),

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mea.training.signals import LAUNCHER_VARIABLE
+
 pytestmark = pytest.mark.slow
 
 WAITING = """
@@ -22,6 +24,76 @@ print("ready", flush=True)
 # A call into a library that lets other threads run, as a collective does, and returns in some minutes.
 hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
 """
+
+
+def run_script(script: str, *, environment: dict[str, str] | None = None, ignored: tuple = (), fds: tuple = ()):
+    """Runs Python code that has a `StopSignal` in `stop`; returns status and stdout.
+
+    Args:
+        ignored: signals that the process ignores at its start.
+        fds: descriptors that it inherits.
+    """
+
+    def ignore() -> None:
+        for number in ignored:
+            signal.signal(number, signal.SIG_IGN)
+
+    result = subprocess.run(
+        [sys.executable, "-c", f"from megatron_mea.training.signals import StopSignal\n{STOP}\n{script}"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        preexec_fn=ignore,
+        pass_fds=fds,
+        timeout=60,
+        check=False,
+    )
+    return result.returncode, result.stdout
+
+
+STOP = """
+import os, signal, time
+stop = StopSignal()
+
+def wait_for_stop():
+    deadline = time.monotonic() + 30
+    while stop.received is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    print(stop.received)
+"""
+
+
+def test_a_closed_terminal_stops_a_run_unless_nohup_started_it():
+    hang_up = "os.kill(os.getpid(), signal.SIGHUP)\n"
+    assert run_script(f"{hang_up}wait_for_stop()") == (0, "SIGHUP\n")
+    # Nor does one that follows later interrupt the save.
+    later = f"os.kill(os.getpid(), signal.SIGTERM)\nwait_for_stop()\ntime.sleep(2.3)\n{hang_up}time.sleep(0.3)"
+    assert run_script(later) == (0, "SIGTERM\n")
+
+    ignored = f"{hang_up}time.sleep(0.3)\nprint(stop.received)"
+    assert run_script(ignored, ignored=(signal.SIGHUP,)) == (0, "None\n")
+
+
+def test_a_run_stops_when_its_launcher_is_gone():
+    """However early that is: the pipe has ended before the process begins."""
+    for has_launcher, expected in ((False, "SIGTERM\n"), (True, "None\n")):
+        read_end, write_end = os.pipe()
+        if not has_launcher:
+            os.close(write_end)
+        environment = os.environ | {LAUNCHER_VARIABLE: str(read_end)}
+        script = "time.sleep(0.3)\nprint(stop.received)" if has_launcher else "wait_for_stop()"
+        script += "\nassert 'MEA_LAUNCHER_PIPE' not in os.environ"
+        assert run_script(script, environment=environment, fds=(read_end,)) == (0, expected)
+        os.close(read_end)
+        if has_launcher:
+            os.close(write_end)
+
+
+@pytest.mark.parametrize("value", ["", "x", "0", "900", "9" * 30])
+def test_a_pipe_that_is_none_is_left_alone(value):
+    environment = os.environ | {LAUNCHER_VARIABLE: value}
+    script = "time.sleep(0.2)\nprint(stop.received)"
+    assert run_script(script, environment=environment) == (0, "None\n")
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])

@@ -122,20 +122,26 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(config, whole):
     assert rows(config, "early") == rows(config, "whole")
 
 
-def test_ctrl_c_in_a_terminal_saves(config):
+@pytest.mark.parametrize("event", ["Ctrl-C", "closed terminal", "killed launcher"])
+def test_what_ends_a_terminal_or_the_launcher_saves(config, event):
     """A terminal signals local.sh and every rank, and local.sh passes it on: each rank gets it twice."""
-    arguments = command(config, "terminal", "training.steps=100000", processes=2)
+    run = config.parent / event.replace(" ", "-")
+    arguments = command(config, run.name, "training.steps=100000", processes=2)
     process = subprocess.Popen(arguments, env=environment(), stdout=subprocess.PIPE, text=True, start_new_session=True)
-    metrics = config.parent / "terminal/metrics.jsonl"
+    metrics = run / "metrics.jsonl"
     while not (metrics.exists() and '"step": 5,' in metrics.read_text()):
         assert process.poll() is None
         time.sleep(0.05)
 
-    os.killpg(process.pid, signal.SIGINT)
+    if event == "killed launcher":
+        process.kill()
+    else:
+        os.killpg(process.pid, signal.SIGINT if event == "Ctrl-C" else signal.SIGHUP)
+    # Until the ranks have closed it too.
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
+    assert process.returncode == (-signal.SIGKILL if event == "killed launcher" else 0)
     assert "asked to stop: saved step" in output
-    assert complete_checkpoints(config.parent / "terminal")
+    assert complete_checkpoints(run)
 
 
 def test_options_that_change_how_but_not_what(tiny, config, tmp_path, capsys):
