@@ -25,8 +25,9 @@ START_MINUTES = 30.0
 """Minutes for which collectives and the watchdog wait until the first step has warmed everything up."""
 SAVE_MINUTES = 60.0
 """Minutes that a checkpoint may take: a disk may be slow or busy."""
-_COLLECTIVE_MARGIN = 1.0
-"""Minutes by which a collective gives up later than the watchdog, whose message says more."""
+_COLLECTIVE_TIMEOUT = timedelta(days=365)
+"""After which a collective gives up: never. The watchdog ends a rank that hangs, and tells a job that was suspended
+from one that hangs, which gloo and NCCL do not."""
 _DYNAMO_DISABLE = "TORCHDYNAMO_DISABLE"
 """Environment variable with which torch.compile returns functions as they are."""
 
@@ -146,21 +147,15 @@ def build_grid(config: Config) -> Grid:
 
 def writers_group() -> Any:
     """A new gloo group of all ranks for the threads that write checkpoints; collective."""
-    return dist.new_group(backend="gloo", timeout=timedelta(minutes=SAVE_MINUTES + _COLLECTIVE_MARGIN))
+    return dist.new_group(backend="gloo")
 
 
-def set_collective_timeout(minutes: float, exclude: Any) -> None:
-    """Sets the time after which collectives give up, in all process groups but one.
-
-    Args:
-        minutes: those of the watchdog; collectives wait a minute longer, so that it speaks first.
-        exclude: the process group that keeps its timeout.
-    """
+def leave_timeouts_to_watchdog() -> None:
+    """Has the collectives of all process groups wait for as long as the watchdog lets them."""
     from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
     for group in list(_world.pg_map):
-        if group is not exclude:
-            _set_pg_timeout(timedelta(minutes=minutes + _COLLECTIVE_MARGIN), group)
+        _set_pg_timeout(_COLLECTIVE_TIMEOUT, group)
 
 
 def stop_distributed() -> None:

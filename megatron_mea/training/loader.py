@@ -6,7 +6,7 @@ import hashlib
 import queue
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -27,8 +27,9 @@ Item = TypeVar("Item")
 
 @dataclass
 class DataStallTimer:
-    """Seconds for which the trainer of this rank has waited for data."""
+    """Seconds for which the trainer of this rank has waited for data, by `clock`."""
 
+    clock: Callable[[], float] = time.monotonic
     seconds: float = 0.0
 
     def max_over_ranks(self, device: torch.device) -> float:
@@ -62,9 +63,9 @@ class Prefetcher(Generic[Item]):
     def __iter__(self) -> Iterator[Item]:
         """The items in order; raises here what their iteration raises in the thread."""
         while True:
-            start = time.monotonic()
+            start = self._stall_timer.clock()
             item = self._ready.get()
-            self._stall_timer.seconds += time.monotonic() - start
+            self._stall_timer.seconds += self._stall_timer.clock() - start
 
             if isinstance(item, StopIteration):
                 return

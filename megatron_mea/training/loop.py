@@ -64,14 +64,14 @@ class _Trainer:
         self.run_dir, self.rank = Path(config.run.dir), inputs.rank_env.rank
         self.versions, self.data_fingerprint = versions(), inputs.train.fingerprint()
         self.validation_loss: float | None = None
-        self.data_stall = DataStallTimer()
+        self.data_stall = DataStallTimer(watchdog.clock)
         self.lease: Lease | None = None
 
         resume_point, notes = self._find_resume_point()
         watchdog.mark()
         self.metadata = folder.CheckpointMetadata.read(resume_point.source) if resume_point.source else None
         self.step = self.metadata.step if self.metadata else 0
-        self.progress = metrics.Progress(config=config, rank=self.rank, step=self.step)
+        self.progress = metrics.Progress(config=config, rank=self.rank, step=self.step, clock=watchdog.clock)
         self._log_start(device=device, resume_point=resume_point, notes=notes)
         self._check_lease()
         if self.rank == 0:
@@ -102,10 +102,15 @@ class _Trainer:
             lease=self.lease,
             log=self.progress.log,
         )
+        distributed.leave_timeouts_to_watchdog()
         self.metrics, self.heartbeat = None, None
         self.head_outputs = HeadOutputs(self.engine.model) if config.logging.tensorboard else None
         self.stragglers = StragglerDetector(
-            model=self.engine.model, grid=self.grid, device=device, on_forward=watchdog.mark
+            model=self.engine.model,
+            grid=self.grid,
+            device=device,
+            on_forward=watchdog.mark,
+            clock=watchdog.clock,
         )
         self.profiler = Profiler(
             settings=config.logging.profile, run_dir=self.run_dir, rank=None if self.grid.stage_rank else self.rank
@@ -156,7 +161,6 @@ class _Trainer:
             self.watchdog.mark()
             if step == self.progress.first_step + 1:
                 self.watchdog.minutes = config.parallel.timeout_minutes
-                distributed.set_collective_timeout(config.parallel.timeout_minutes, exclude=self.saver.group)
 
             self.step, is_last = step, step == config.steps
             with self.watchdog.extend_timeout(distributed.SAVE_MINUTES):

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,16 +121,17 @@ class Progress:
 
     Args:
         step: the step after which training begins.
+        clock: in seconds.
     """
 
-    def __init__(self, *, config: Config, rank: int, step: int) -> None:
-        self.config, self.rank, self.first_step = config, rank, step
+    def __init__(self, *, config: Config, rank: int, step: int, clock: Callable[[], float]) -> None:
+        self.config, self.rank, self.first_step, self._clock = config, rank, step, clock
         self._interval_step = step
         self.start()
 
     def start(self) -> None:
         """Starts the clocks when training begins, without the time before."""
-        self._training_start = self._interval_start = time.monotonic()
+        self._training_start = self._interval_start = self._clock()
 
     def log(self, line: str) -> None:
         """Prints a line, on rank 0 only."""
@@ -139,19 +140,19 @@ class Progress:
 
     def tokens_per_second(self, step: int) -> float:
         """Tokens per second, over all ranks, of the training steps since the last `mark`."""
-        seconds = max(time.monotonic() - self._interval_start, 1e-9)
+        seconds = max(self._clock() - self._interval_start, 1e-9)
         return (step - self._interval_step) * self.config.tokens_per_step / seconds
 
     def mark(self, step: int) -> None:
         """Starts a new interval for the rate after validation, logging or a save, which are no training."""
-        self._interval_start, self._interval_step = time.monotonic(), step
+        self._interval_start, self._interval_step = self._clock(), step
 
     def report(self, row: Mapping[str, Any]) -> None:
         """Prints a row of the metrics as a line."""
         step, last = row["step"], self.config.steps
         parts = [f"step {step}/{last}"]
         if "loss" in row:
-            seconds_per_step = (time.monotonic() - self._training_start) / max(step - self.first_step, 1)
+            seconds_per_step = (self._clock() - self._training_start) / max(step - self.first_step, 1)
             time_left = time.strftime("%H:%M:%S", time.gmtime(seconds_per_step * (last - step)))
             days = int(seconds_per_step * (last - step) // 86400)
             parts += [

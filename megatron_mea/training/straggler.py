@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from megatron_mea.model.decoder import Decoder
 from megatron_mea.parallel.grid import Grid
+from megatron_mea.training.clock import AwakeClock
 
 SLOW_RATIO = 1.25
 """A rank is a straggler above this multiple of the median of its pipeline stage."""
@@ -26,17 +27,21 @@ class StragglerDetector:
     """Times the forward passes of this rank's part of the model, and compares the ranks.
 
     The time excludes waiting for other stages and for the gradients of other data ranks. The ranks of a tensor group
-    wait for one another within a forward pass, and with ZeRO 3 all do: then a slow rank shows as a slow group.
+    wait for one another within a forward pass, and with ZeRO 3 all do: then a slow rank shows as a slow group. A pass
+    in which this process was suspended is left out.
 
     Args:
         model: this rank's part; its `forward_hidden` is wrapped.
         grid: coordinates of this rank.
         device: of this rank.
         on_forward: called before every forward pass, of validation too.
+        clock: which counts when this process was suspended.
     """
 
-    def __init__(self, *, model: Decoder, grid: Grid, device: torch.device, on_forward: Callable[[], None]) -> None:
-        self._model, self._device, self._on_forward = model, device, on_forward
+    def __init__(
+        self, *, model: Decoder, grid: Grid, device: torch.device, on_forward: Callable[[], None], clock: AwakeClock
+    ) -> None:
+        self._model, self._device, self._on_forward, self._clock = model, device, on_forward, clock
         # The newest passes suffice where metrics are rare.
         self._timings: deque[Callable[[], float]] = deque(maxlen=1000)
         self._outliers: set[int] = set()
@@ -81,22 +86,36 @@ class StragglerDetector:
             if not self._model.training:
                 return forward(*args, **kwargs)
 
-            if self._device.type == "cuda":
-                start_event, end_event = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                start_event.record()
-                result = forward(*args, **kwargs)
-                end_event.record()
-                # `report` runs at the end of a step, when the device has passed both events.
-                self._timings.append(lambda: start_event.elapsed_time(end_event) / 1000)
-                return result
-
-            start = time.perf_counter()
+            stops, stop_timer = self._clock.stops, self._start_timer()
             result = forward(*args, **kwargs)
-            seconds = time.perf_counter() - start
-            self._timings.append(lambda: seconds)
+            timing = stop_timer()
+            if self._clock.stops == stops:
+                self._timings.append(timing)
+
             return result
 
         return timed_forward
+
+    def _start_timer(self) -> Callable[[], Callable[[], float]]:
+        """Starts a timer; the result stops it, and returns a function for its seconds at the end of a step."""
+        if self._device.type != "cuda":
+            start = time.perf_counter()
+
+            def stop() -> Callable[[], float]:
+                seconds = time.perf_counter() - start
+                return lambda: seconds
+
+            return stop
+
+        start_event, end_event = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start_event.record()
+
+        def record_end() -> Callable[[], float]:
+            end_event.record()
+            # By the end of the step the device has passed both events.
+            return lambda: start_event.elapsed_time(end_event) / 1000
+
+        return record_end
 
 
 def find_stragglers(seconds: list[float], stages: list[int]) -> dict[int, float]:

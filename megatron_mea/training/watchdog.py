@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from megatron_mea.training.clock import TICK_SECONDS, AwakeClock
+
 _GRACE = 5.0
 """Seconds in which the other ranks, which hang in the same collective, write their stacks too: a launcher kills them
 when the first one ends."""
@@ -20,22 +22,27 @@ when the first one ends."""
 class Watchdog:
     """A thread that ends the process with status 1 when `mark` has not been called for some minutes.
 
-    Every rank has one: a collective that hangs holds all ranks, so each writes where it is.
+    Every rank has one: a collective that hangs holds all ranks, so each writes where it is. A job that was suspended
+    is no hang: the minutes count anew when it goes on.
 
     Args:
         rank: of this process.
         minutes: without a mark, after which the process ends; may be changed later.
+
+    Attributes:
+        clock: kept going by this thread, for other timers.
     """
 
     def __init__(self, rank: int, minutes: float) -> None:
         self.rank, self.minutes = rank, minutes
+        self.clock = AwakeClock()
         self._stop = threading.Event()
         self.mark()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def mark(self) -> None:
         """Records progress: the minutes count from here."""
-        self._marked_at = time.monotonic()
+        self._marked_at = self.clock()
 
     @contextmanager
     def extend_timeout(self, minutes: float) -> Iterator[None]:
@@ -51,8 +58,13 @@ class Watchdog:
         self._stop.set()
 
     def _watch(self) -> None:
-        while not self._stop.wait(0.2):
-            if time.monotonic() - self._marked_at > 60 * self.minutes:
+        stops = self.clock.stops
+        while not self._stop.wait(TICK_SECONDS):
+            if stops != self.clock.stops:
+                # Other ranks may be woken later.
+                stops = self.clock.stops
+                self.mark()
+            elif self.clock() - self._marked_at > 60 * self.minutes:
                 sys.stderr.write(self._stacks())
                 sys.stderr.flush()
                 self._dump_collectives()

@@ -64,17 +64,24 @@ def test_ranks_of_similar_speed_are_no_outliers(seconds, count, ratio):
 
 
 def measure(*, stages: list[int], slow: list[bool], training: list[bool]) -> tuple[list[dict], list[list[str]]]:
-    """Scalars and lines of a report after each turn, in which rank 1 is slow or not, and the model trains or not."""
+    """Scalars and lines of a report after each turn, in which rank 1 is slow or not, and the model trains or not.
+
+    In one pass of each turn rank 1 is suspended.
+    """
     if not dist.is_initialized():
         dist.init_process_group("gloo")
 
     rank = dist.get_rank()
     # A clock of the test's, since a busy machine makes every rank slow.
-    clock = [0.0]
-    straggler.time = SimpleNamespace(perf_counter=lambda: clock[0])
+    now, clock = [0.0], SimpleNamespace(stops=0)
+    straggler.time = SimpleNamespace(perf_counter=lambda: now[0])
 
     def forward_hidden(seconds):
-        clock[0] += seconds
+        if suspended:
+            now[0] += 1000
+            clock.stops += 1
+
+        now[0] += seconds
         return seconds
 
     model = SimpleNamespace(training=True, forward_hidden=forward_hidden)
@@ -84,12 +91,14 @@ def measure(*, stages: list[int], slow: list[bool], training: list[bool]) -> tup
         grid=SimpleNamespace(pipeline_rank=stages[rank]),
         device=torch.device("cpu"),
         on_forward=lambda: passes.append(rank),
+        clock=clock,
     )
 
     reports = []
     for is_slow, model.training in zip(slow, training, strict=True):
         seconds = 0.1 if is_slow and rank == 1 else 0.02
-        assert [model.forward_hidden(seconds) for _ in range(2)] == [seconds] * 2
+        for suspended in (False, rank == 1, False):
+            assert model.forward_hidden(seconds) == seconds
         reports.append(detector.report())
 
     return [scalars for scalars, _ in reports], [lines for _, lines in reports]

@@ -49,6 +49,30 @@ def test_marks_and_pauses_keep_a_process_alive(more, status):
         assert result.stderr == ""
 
 
+SUSPENDED = """
+import os, signal, subprocess, sys, time
+from megatron_mea.training import watchdog
+watchdog._GRACE = 0
+dog = watchdog.Watchdog(3, 1.5 / 60)
+start, before = time.monotonic(), dog.clock()
+# Another process, since this one cannot wake itself.
+subprocess.Popen(["sh", "-c", f"sleep 4; kill -CONT {os.getpid()}"])
+os.kill(os.getpid(), signal.SIGSTOP)
+# As long again as the limit allows from here on, not from the last mark.
+time.sleep(0.7)
+assert time.monotonic() - start > 4
+assert dog.clock() - before < 3, dog.clock() - before
+print("awake", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_suspended_process_is_no_hang_and_a_hang_after_it_is_one():
+    result = subprocess.run([sys.executable, "-c", SUSPENDED], capture_output=True, text=True, timeout=30, check=False)
+    assert (result.returncode, result.stdout) == (1, "awake\n"), result.stderr
+    assert result.stderr.startswith("rank 3: no progress for 0.025 minutes; the stacks of rank 3:\n")
+
+
 def test_a_rank_that_hangs_ends_all_with_their_stacks(tiny, tmp_path):
     config = tiny.write_config(tmp_path / "tiny.yaml", **{"training.steps": 100})
     python = tmp_path / "python"
