@@ -19,7 +19,7 @@ from megatron_mea.inputs import read_json_object
 from megatron_mea.outputs import reserve_output
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 SPECIAL_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -56,7 +56,9 @@ def load_tokenizer(folder: str | Path, where: str = "data.tokenizer") -> PreTrai
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), config=_model_config(Path(folder)), trust_remote_code=False, local_files_only=True
+        )
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         got = f"{folder}, which does not load ({type(error).__name__}: {reason})"
@@ -71,6 +73,24 @@ def load_tokenizer(folder: str | Path, where: str = "data.tokenizer") -> PreTrai
         )
 
     return tokenizer
+
+
+def _model_config(folder: Path) -> PreTrainedConfig:
+    """Stands for config.json, by which transformers may choose the class of a tokenizer.
+
+    It would make a configuration of all that the file says, of which the kind of model and the class are needed.
+    """
+    from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+    file = folder / "config.json"
+    contents = read_json_object(file) if file.is_file() else {}
+    model_type, tokenizer_class = contents.get("model_type"), contents.get("tokenizer_class")
+    is_known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
+    config = (CONFIG_MAPPING[model_type] if is_known else PreTrainedConfig)(name_or_path=str(folder))
+    if isinstance(tokenizer_class, str):
+        config.tokenizer_class = tokenizer_class
+
+    return config
 
 
 def _check_ids(folder: Path, where: str) -> None:

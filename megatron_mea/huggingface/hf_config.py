@@ -6,39 +6,34 @@ is run, and what our model would not compute is refused by the name of its key.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_mea.config.load import parse_model
-from megatron_mea.config.schema import MAX_COUNT, MAX_LAYERS, MAX_SIZE, Model
+from megatron_mea.config.schema import MAX_COUNT, Model
 from megatron_mea.errors import Problem, UserError
+from megatron_mea.huggingface.config_keys import (
+    MAX_CONFIG_BYTES,
+    STOCK_MODEL_TYPES,
+    ConfigJson,
+    error_reason,
+    problems_of_file,
+    read_config_json,
+)
 from megatron_mea.inputs import read_json_object
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from megatron_mea.exported.configuration_mea import MEAConfig
 
-STOCK_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-"""model_type of the Hugging Face models that compute what our variant `plain` does."""
-_MODEL_TYPES = ("mea", "mea_vllm", *STOCK_MODEL_TYPES)
-_SIZE_KEYS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "num_labels",
-)
-_MAX_SIZES = {"num_hidden_layers": MAX_LAYERS} | dict.fromkeys(_SIZE_KEYS, MAX_SIZE)
-"""Larger sizes, and 0, are traps or typing errors: transformers divides, and makes lists as long as the file says."""
-_MAX_CONFIG_BYTES = 1 << 20
 _SHARED_KEYS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings"),
 )
-_ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa")
 _GENERATION_BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), (1, 64)),
     **dict.fromkeys(("max_length", "max_new_tokens"), (1, MAX_COUNT)),
@@ -47,7 +42,6 @@ _GENERATION_BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("temperature", "repetition_penalty"), (0, 1000)),
     "length_penalty": (-1000, 1000),
 }
-_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,36 +52,13 @@ class HFConfig:
         model_type: one of ours or of `STOCK_MODEL_TYPES`.
         model: our section `model`; of a stock model with the variant `plain`.
         has_remote_code: whether the folder wants code of its own to be run, which it is not.
+        warnings: what was left out and may matter.
     """
 
     model_type: str
     model: Model
     has_remote_code: bool
-
-
-def read_config_json(path: Path, where: str) -> dict[str, Any]:
-    """The config.json of a Hugging Face folder, checked before any code of transformers sees it.
-
-    Args:
-        where: the key or argument that named the folder, for messages.
-
-    Raises:
-        UserError: it is missing, no JSON object or too large, of an unknown architecture, quantised, or has sizes that
-            would take a machine's memory.
-    """
-    file = path / "config.json"
-    try:
-        config_json = read_json_object(file, max_bytes=_MAX_CONFIG_BYTES)
-        problems = list(_json_problems(config_json))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            where=where, got=f"{file}, unreadable ({_reason(error)})", expected="a Hugging Face folder"
-        ) from None
-
-    if problems:
-        raise _with_file(file=file, where=where, problems=problems)
-
-    return config_json
+    warnings: tuple[str, ...]
 
 
 def check_generation_config(path: Path, where: str) -> None:
@@ -99,7 +70,7 @@ def check_generation_config(path: Path, where: str) -> None:
         return
 
     try:
-        contents = read_json_object(file, max_bytes=_MAX_CONFIG_BYTES)
+        contents = read_json_object(file, max_bytes=MAX_CONFIG_BYTES)
         for key, (low, high) in _GENERATION_BOUNDS.items():
             value = contents.get(key)
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -110,7 +81,41 @@ def check_generation_config(path: Path, where: str) -> None:
     except Exception as error:
         # transformers checks types and values, each with an exception of its own.
         expected = "generation settings, or no such file"
-        raise UserError(where=where, got=f"{file}, unreadable ({_reason(error)})", expected=expected) from None
+        raise UserError(where=where, got=f"{file}, unreadable ({error_reason(error)})", expected=expected) from None
+
+
+def transformers_config(config_json: ConfigJson, *, path: Path, where: str) -> PreTrainedConfig:
+    """The configuration of transformers, or our own, with what the file leaves out filled in.
+
+    Raises:
+        UserError: the values do not fit each other.
+    """
+    from transformers import CONFIG_MAPPING
+    from transformers.utils import logging
+
+    from megatron_mea.exported.configuration_mea import MEAConfig
+    from megatron_mea.exported.modeling_mea_vllm import MEAServedConfig
+
+    own_classes = {"mea": MEAConfig, "mea_vllm": MEAServedConfig}
+    config_class = own_classes.get(config_json.model_type) or CONFIG_MAPPING[config_json.model_type]
+    # It warns of rotary parameters that do not fit each other, which an import refuses.
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        # A copy, since it writes into what it gets.
+        config = config_class.from_dict(copy.deepcopy(config_json.settings))
+        if isinstance(config, MEAServedConfig):
+            config.trained()
+        if "sliding_attention" in (getattr(config, "layer_types", None) or ()) and not config.sliding_window:
+            raise ValueError("layer_types has sliding_attention, and there is no sliding_window")
+    except Exception as error:
+        # transformers checks types and values, each with an exception of its own.
+        got = f"{path / 'config.json'}, unreadable ({error_reason(error)})"
+        raise UserError(where=where, got=got, expected="a Hugging Face folder") from None
+    finally:
+        logging.set_verbosity(verbosity)
+
+    return config
 
 
 def read_hf_config(path: Path, where: str) -> HFConfig:
@@ -122,38 +127,17 @@ def read_hf_config(path: Path, where: str) -> HFConfig:
     Raises:
         UserError: there is no config.json, it cannot be read, or it describes what our model does not compute.
     """
-    from transformers import CONFIG_MAPPING
-    from transformers.utils import logging
-
-    from megatron_mea.exported.configuration_mea import MEAConfig
-    from megatron_mea.exported.modeling_mea_vllm import MEAServedConfig
-
     file, config_json = path / "config.json", read_config_json(path, where)
-    model_type = config_json["model_type"]
-    # It warns of rotary parameters that it does not know, which are refused below.
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        own_classes = {"mea": MEAConfig, "mea_vllm": MEAServedConfig}
-        config = (own_classes.get(model_type) or CONFIG_MAPPING[model_type]).from_dict(config_json)
-        # In the config.json for vLLM, key/value heads and head_dim are those of the cache.
-        config = config.trained() if model_type == "mea_vllm" else config
-        problems = list(_settings_problems(config, model_type)) if model_type in STOCK_MODEL_TYPES else []
-    except Exception as error:
-        # transformers checks types and values, each with an exception of its own.
-        raise UserError(
-            where=where, got=f"{file}, unreadable ({_reason(error)})", expected="a Hugging Face folder"
-        ) from None
-    finally:
-        logging.set_verbosity(verbosity)
+    model_type = config_json.model_type
+    config = transformers_config(config_json, path=path, where=where)
+    is_stock = model_type in STOCK_MODEL_TYPES
+    if is_stock and (problems := list(_settings_problems(config, model_type))):
+        raise problems_of_file(file=file, where=where, problems=problems)
 
-    if problems:
-        raise _with_file(file=file, where=where, problems=problems)
-
+    # In the config.json for vLLM, key/value heads and head_dim are those of the cache.
+    own_config = config.trained() if model_type == "mea_vllm" else config
     try:
-        model = parse_model(
-            _stock_settings(config, model_type) if model_type in STOCK_MODEL_TYPES else from_hf_config(config)
-        )
+        model = parse_model(_stock_settings(config, model_type) if is_stock else from_hf_config(own_config))
     except UserError as error:
         with_keys = ((problem.where.removeprefix("model."), problem) for problem in error.problems)
         raise UserError.from_problems(
@@ -161,54 +145,13 @@ def read_hf_config(path: Path, where: str) -> HFConfig:
             for key, problem in with_keys
         ) from None
 
+    warnings = list(config_json.warnings)
+    if dropout := getattr(config, "attention_dropout", None):
+        warnings.append(f"{file}: attention_dropout = {dropout} is ignored: training has no dropout")
+
     return HFConfig(
-        model_type=model_type,
-        model=model,
-        has_remote_code=model_type in STOCK_MODEL_TYPES and "auto_map" in config_json,
+        model_type=model_type, model=model, has_remote_code=config_json.has_remote_code, warnings=tuple(warnings)
     )
-
-
-def _reason(error: Exception) -> str:
-    """What an exception says, in a line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return f"no key {text}" if isinstance(error, KeyError) else text
-
-
-def _with_file(*, file: Path, where: str, problems: Iterable[Problem]) -> UserError:
-    """The error of problems whose `where` is a key of a file."""
-    return UserError.from_problems(
-        Problem(where=where, got=f"{file}: {problem.where} = {str(problem.got)[:200]}", expected=problem.expected)
-        for problem in problems
-    )
-
-
-def _json_problems(config_json: dict[str, Any]) -> Iterator[Problem]:
-    """Problems that must be found before transformers reads the file: architecture, quantization, experts, sizes."""
-    model_type = config_json["model_type"]
-    if model_type not in _MODEL_TYPES:
-        yield Problem(where="model_type", got=model_type, expected=", ".join(_MODEL_TYPES))
-
-    for key in ("quantization_config", "compression_config"):
-        if config_json.get(key):
-            method = config_json[key].get("quant_method", "") if isinstance(config_json[key], dict) else ""
-            yield Problem(
-                where=key, got=method or "something", expected="nothing: weights in float32, bfloat16 or float16"
-            )
-
-    for key in _EXPERT_KEYS:
-        if config_json.get(key):
-            yield Problem(where=key, got=config_json[key], expected="nothing: mixtures of experts are not supported")
-
-    for key in ("attn_implementation", "_attn_implementation"):
-        if config_json.get(key) not in (None, *_ATTENTION_IMPLEMENTATIONS):
-            # Another one may name a kernel, which transformers would fetch from the hub.
-            yield Problem(
-                where=key, got=config_json[key], expected=f"nothing, or {', '.join(_ATTENTION_IMPLEMENTATIONS)}"
-            )
-
-    for key, largest in _MAX_SIZES.items():
-        if isinstance(size := config_json.get(key), int) and not 1 <= size <= largest:
-            yield Problem(where=key, got=size, expected=f"1 to {largest:,}")
 
 
 def _settings_problems(config: Any, model_type: str) -> Iterator[Problem]:
@@ -221,8 +164,6 @@ def _settings_problems(config: Any, model_type: str) -> Iterator[Problem]:
         yield Problem(where="attention_bias", got=True, expected="false: a bias on o_proj is not supported")
     if getattr(config, "mlp_bias", False):
         yield Problem(where="mlp_bias", got=True, expected="false: biases of the feed-forward are not supported")
-    if getattr(config, "is_causal", True) is False:
-        yield Problem(where="is_causal", got=False, expected="true")
 
     rope = config.rope_parameters or {}
     if rope.get("partial_rotary_factor") not in (None, 1):

@@ -18,19 +18,14 @@ from megatron_mea.config.schema import Model
 from megatron_mea.config.variants import combining_variant, extending_variants
 from megatron_mea.data.tokenizer import check_tokenizer_folder, copy_tokenizer, load_tokenizer
 from megatron_mea.errors import RunError, UserError
-from megatron_mea.huggingface.hf_config import (
-    STOCK_MODEL_TYPES,
-    HFConfig,
-    check_generation_config,
-    read_hf_config,
-)
-from megatron_mea.huggingface.locate import check_hf_folder
+from megatron_mea.huggingface.config_keys import STOCK_MODEL_TYPES
+from megatron_mea.huggingface.hf_config import HFConfig, check_generation_config, read_hf_config
+from megatron_mea.huggingface.locate import SOURCE, check_hf_folder
 from megatron_mea.huggingface.safetensors_reader import (
     StoredTensor,
     check_tensors,
     read_chunk,
-    scan_safetensors,
-    without_tied_head,
+    scan_model,
 )
 from megatron_mea.inputs import read_json_object
 from megatron_mea.model.decoder import parameter_shapes, parameter_specs
@@ -39,7 +34,7 @@ from megatron_mea.printing import note
 from megatron_mea.progress import progress_bar
 from megatron_mea.versions import versions
 
-_SOURCE, _VARIANT = "HF_DIR", "--variant"
+_VARIANT = "--variant"
 _SPARE_BYTES = 1 << 26
 """Space for a checkpoint beyond its tensors: the tokenizer of some vocabularies takes tens of megabytes."""
 
@@ -67,12 +62,11 @@ def import_model(source: str | Path, out: str | Path, *, variant: str | None = N
     check_free_folder(out)
     hf_config, model, warnings = read_settings(source, variant)
 
-    tensors = scan_safetensors(source, _SOURCE)
-    tensors = without_tied_head(path=source, where=_SOURCE, tensors=tensors, tied=model.tie_word_embeddings)
+    tensors = scan_model(path=source, where=SOURCE, num_layers=model.num_hidden_layers, tied=model.tie_word_embeddings)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     if problems := check_tensors(
         path=source,
-        where=_SOURCE,
+        where=SOURCE,
         shapes=shapes,
         expected=parameter_shapes(hf_config.model),
         expected_by=f"{source}/config.json",
@@ -117,7 +111,7 @@ def read_settings(source: Path, variant: str | None = None) -> tuple[HFConfig, M
         UserError: it is not supported, or cannot be imported as that variant.
     """
     check_hf_folder(source)
-    hf_config = read_hf_config(source, _SOURCE)
+    hf_config = read_hf_config(source, SOURCE)
     return hf_config, *_apply_variant(source=source, hf_config=hf_config, variant=variant)
 
 
@@ -153,19 +147,19 @@ def _import_warnings(*, source: Path, hf_config: HFConfig, model: Model, tensors
     Raises:
         UserError: there is a tokenizer, or generation settings, and they do not load.
     """
-    warnings = []
+    warnings = list(hf_config.warnings)
     if hf_config.has_remote_code:
         warnings.append(
             f"{source} brings code of its own (auto_map), which is not run: imported as a {hf_config.model_type}"
         )
 
-    check_generation_config(source, _SOURCE)
+    check_generation_config(source, SOURCE)
     if any(tensor.dtype == "F64" for tensor in tensors.values()):
         warnings.append(f"{source} is in float64, and is rounded to float32")
     if not _has_tokenizer(source):
         return [*warnings, f"{source} has no tokenizer, so neither has the checkpoint: `generate` will refuse it"]
 
-    num_ids = len(load_tokenizer(source, _SOURCE))
+    num_ids = len(load_tokenizer(source, SOURCE))
     if num_ids > model.vocab_size:
         warnings.append(f"the tokenizer has {num_ids} ids, and the model only {model.vocab_size}")
 
@@ -174,7 +168,7 @@ def _import_warnings(*, source: Path, hf_config: HFConfig, model: Model, tensors
 
 def _has_tokenizer(source: Path) -> bool:
     try:
-        check_tokenizer_folder(source, _SOURCE)
+        check_tokenizer_folder(source, SOURCE)
     except UserError:
         return False
     return True
@@ -195,7 +189,7 @@ def _write_checkpoint(
                 # Without the copy that `piece.isfinite()` makes.
                 if not torch.stack(piece.aminmax()).isfinite().all():
                     raise UserError(
-                        where=_SOURCE,
+                        where=SOURCE,
                         got=f"{name} in {tensors[name].file}, with numbers that are not finite in float32",
                         expected="finite numbers",
                         hint="take the source from before it diverged",
@@ -235,12 +229,12 @@ def _write_checkpoint(
 def _copy_tokenizer(source: Path, target: Path) -> None:
     """Copies a tokenizer out of a model's folder, so that it loads as the same class without the config.json there."""
     copy_tokenizer(source, target)
-    tokenizer_class = type(load_tokenizer(source, _SOURCE))
-    if type(load_tokenizer(target, _SOURCE)) is not tokenizer_class:
+    tokenizer_class = type(load_tokenizer(source, SOURCE))
+    if type(load_tokenizer(target, SOURCE)) is not tokenizer_class:
         file = target / "tokenizer_config.json"
         config = read_json_object(file) if file.is_file() else {}
         file.write_text(json.dumps(config | {"tokenizer_class": tokenizer_class.__name__}, indent=1), encoding="utf-8")
-        load_tokenizer(target, _SOURCE)
+        load_tokenizer(target, SOURCE)
 
 
 def init_from_instructions(model: Model, out: Path) -> str:

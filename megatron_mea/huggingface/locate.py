@@ -8,9 +8,12 @@ from pathlib import Path
 from megatron_mea.checkpoint.folder import META, checkpoint_folder
 from megatron_mea.data.indexed import open_readers
 from megatron_mea.errors import UserError
+from megatron_mea.huggingface.config_keys import read_config_json
 from megatron_mea.outputs import check_free_folder
 
 INIT_FROM = "run.init_from"
+SOURCE = "HF_DIR"
+"""The argument of `import`, for messages."""
 
 
 def is_hf_folder(path: str | Path) -> bool:
@@ -37,14 +40,17 @@ def check_paths(model: str | Path, *, out: str | None = None, data: Mapping[str,
 
 
 def check_model(path: str | Path) -> None:
-    """Raises UserError where MODEL is no checkpoint folder, no run folder and no Hugging Face folder."""
-    if not is_hf_folder(path):
+    """Raises UserError where MODEL is no checkpoint folder, no run folder and no Hugging Face folder that is known."""
+    if is_hf_folder(path):
+        read_config_json(Path(path), str(path))
+    else:
         checkpoint_folder(path)
 
 
 def check_hf_folder(path: Path) -> None:
-    """Raises UserError where no Hugging Face folder stands."""
+    """Raises UserError where no Hugging Face folder stands, or one that is not known."""
     if is_hf_folder(path):
+        read_config_json(path, SOURCE)
         return
 
     got = "no config.json" if path.is_dir() else "a file" if path.exists() else "no such folder"
@@ -73,5 +79,7 @@ def named_checkpoint(path: Path, key: str) -> Path:
 
 def check_named_model(path: Path, key: str) -> None:
     """Raises UserError where a configuration key names no checkpoint, no run folder and no Hugging Face folder."""
-    if not is_hf_folder(path):
+    if is_hf_folder(path):
+        read_config_json(path, key)
+    else:
         named_checkpoint(path, key)

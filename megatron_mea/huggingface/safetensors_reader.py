@@ -68,6 +68,27 @@ def scan_safetensors(path: Path, where: str) -> dict[str, StoredTensor]:
     return stored
 
 
+def scan_model(*, path: Path, where: str, num_layers: int, tied: bool) -> dict[str, StoredTensor]:
+    """Lists the tensors of a folder as `scan_safetensors` does, the matrix of tied embeddings once.
+
+    Args:
+        num_layers: that config.json says; far too many are refused before specifications are made of each.
+        tied: whether the embeddings are.
+
+    Raises:
+        UserError: there are fewer tensors than layers, the files cannot be read, or matrices that are tied differ.
+    """
+    tensors = scan_safetensors(path, where)
+    if num_layers > len(tensors):
+        raise UserError(
+            where=where,
+            got=f"{path / 'config.json'}: num_hidden_layers = {num_layers}",
+            expected=f"at most {len(tensors)}, as many as the safetensors have tensors",
+        )
+
+    return without_tied_head(path=path, where=where, tensors=tensors, tied=tied)
+
+
 def check_tensors(
     *,
     path: Path,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from megatron_mea.checkpoint.folder import GENERATION, TOKENIZER, CheckpointMetadata, checkpoint_folder, find_corruption
@@ -17,9 +18,10 @@ from megatron_mea.data.tokenizer import load_tokenizer
 from megatron_mea.errors import UserError
 from megatron_mea.exported.modeling_mea import MEAForCausalLM
 from megatron_mea.exported.modeling_mea_vllm import MEAServedForCausalLM
-from megatron_mea.huggingface.hf_config import check_generation_config, read_config_json, to_hf_config
+from megatron_mea.huggingface.config_keys import read_config_json
+from megatron_mea.huggingface.hf_config import check_generation_config, to_hf_config, transformers_config
 from megatron_mea.huggingface.locate import is_hf_folder
-from megatron_mea.huggingface.safetensors_reader import scan_safetensors
+from megatron_mea.huggingface.safetensors_reader import check_tensors, scan_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,16 +72,19 @@ def load_model(path: str | Path) -> tuple[PreTrainedModel, Path, Config | None]:
         return build_causal_lm(source), source.tokenizer, source.config
 
     folder, where = Path(path), str(path)
-    model_type = read_config_json(folder, where)["model_type"]
+    config_json = read_config_json(folder, where)
     check_generation_config(folder, where)
-    scan_safetensors(folder, where)
+    config = transformers_config(config_json, path=folder, where=where)
+    model_class = {"mea": MEAForCausalLM, "mea_vllm": MEAServedForCausalLM}.get(config_json.model_type)
+    _check_stored_shapes(folder=folder, where=where, config=config, model_class=model_class)
+    for warning in config_json.warnings:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
 
     logging.disable_progress_bar()
     try:
-        own_classes = {"mea": MEAForCausalLM, "mea_vllm": MEAServedForCausalLM}
-        model_class = own_classes.get(model_type, AutoModelForCausalLM)
-        model, info = model_class.from_pretrained(
+        model, info = (model_class or AutoModelForCausalLM).from_pretrained(
             where,
+            config=config,
             dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=False,
@@ -95,11 +100,7 @@ def load_model(path: str | Path) -> tuple[PreTrainedModel, Path, Config | None]:
 
         model.set_attn_implementation("sdpa")
     except Exception as error:
-        # transformers checks types and values, each with an exception of its own.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            where=where, got=f"not loadable ({reason})", expected="a Hugging Face causal language model"
-        ) from None
+        raise _not_loadable(where, error) from None
 
     for name, parameter in model.named_parameters():
         # Without the copy that `isfinite` makes.
@@ -109,6 +110,43 @@ def load_model(path: str | Path) -> tuple[PreTrainedModel, Path, Config | None]:
             )
 
     return model.eval(), folder, None
+
+
+def _not_loadable(where: str, error: Exception) -> UserError:
+    """transformers checks types and values, each with an exception of its own."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return UserError(where=where, got=f"not loadable ({reason})", expected="a Hugging Face causal language model")
+
+
+def _check_stored_shapes(
+    *, folder: Path, where: str, config: PreTrainedConfig, model_class: type[PreTrainedModel] | None
+) -> None:
+    """Compares the tensors of a folder with its config.json, before memory is taken by the sizes that stand there.
+
+    Raises:
+        UserError: they differ, or the files cannot be read.
+    """
+    tensors = scan_model(path=folder, where=where, num_layers=config.num_hidden_layers, tied=config.tie_word_embeddings)
+    # A model that was saved without its head has names without the prefix.
+    shapes = {
+        name if name.startswith(("model.", "lm_head.")) else f"model.{name}": tensor.shape
+        for name, tensor in tensors.items()
+    }
+
+    try:
+        with torch.device("meta"):
+            model = model_class(config) if model_class else AutoModelForCausalLM.from_config(config)
+    except Exception as error:
+        raise _not_loadable(where, error) from None
+
+    if problems := check_tensors(
+        path=folder,
+        where=where,
+        shapes=shapes,
+        expected={name: tuple(parameter.shape) for name, parameter in model.named_parameters()},
+        expected_by="config.json",
+    ):
+        raise UserError.from_problems(problems)
 
 
 def special_token_ids(tokenizer: Path, vocab_size: int) -> dict[str, int | None]:

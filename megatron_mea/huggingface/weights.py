@@ -19,8 +19,7 @@ from megatron_mea.huggingface.locate import INIT_FROM, is_hf_folder, named_check
 from megatron_mea.huggingface.safetensors_reader import (
     check_tensors,
     fill_fragments,
-    scan_safetensors,
-    without_tied_head,
+    scan_model,
 )
 from megatron_mea.model.decoder import parameter_shapes
 
@@ -56,12 +55,14 @@ class StoredModel:
         shapes: of its tensors, by exported name.
         read: fills fragments of its tensors; no collective.
         folder: the checkpoint (the newest one of a run folder), or the Hugging Face folder.
+        warnings: lines to print: what of a config.json was left out and may matter.
     """
 
     model: Model
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[Iterable[Fragment]], None]
     folder: Path
+    warnings: tuple[str, ...] = ()
 
 
 def open_stored_model(path: Path, key: str, *, rank: int = 0, world_size: int = 1) -> StoredModel:
@@ -77,12 +78,17 @@ def open_stored_model(path: Path, key: str, *, rank: int = 0, world_size: int = 
         UserError: nothing of the kind stands there, or it is damaged.
     """
     if is_hf_folder(path):
-        model = read_model_settings(path, key)
-        tensors = without_tied_head(
-            path=path, where=key, tensors=scan_safetensors(path, key), tied=model.tie_word_embeddings
-        )
+        hf_config = read_hf_config(path, key)
+        model = hf_config.model
+        tensors = scan_model(path=path, where=key, num_layers=model.num_hidden_layers, tied=model.tie_word_embeddings)
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        return StoredModel(model=model, shapes=shapes, read=partial(fill_fragments, tensors), folder=path)
+        return StoredModel(
+            model=model,
+            shapes=shapes,
+            read=partial(fill_fragments, tensors),
+            folder=path,
+            warnings=hf_config.warnings,
+        )
 
     folder = named_checkpoint(path, key)
     if problem := find_corruption(folder=folder, rank=rank, world_size=world_size):
@@ -134,7 +140,7 @@ def open_weights(path: Path, model: Model, *, rank: int = 0, world_size: int = 1
     if problems:
         raise UserError.from_problems(problems)
 
-    warnings = [
+    warnings = [*stored.warnings] + [
         f"model.{key} is {settings[key]}, and {stored_settings[key]} in {path}"
         for key in differing
         if key in _WARN_IF_CHANGED

@@ -189,7 +189,7 @@ def open_run_inputs(
         raise UserError(where="model.vocab_size", got=vocab_size, expected=expected)
 
     if teacher is not None:
-        warnings += tokenizer_warnings(config, teacher)
+        warnings += [*teacher.warnings, *tokenizer_warnings(config, teacher)]
 
     warnings += check_disk_space(config, num_checkpoints=len(state.checkpoints))
     return RunInputs(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,14 +14,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from support.hf_folders import save_export
+from support.hf_folders import LLAMA3, save_export
 from support.source_models import save_source_model
+from transformers import CONFIG_MAPPING
 
 from megatron_mea.cli import main
+from megatron_mea.config.load import parse_model
+from megatron_mea.config.schema import MAX_LAYERS, MAX_SIZE
 from megatron_mea.errors import UserError
-from megatron_mea.huggingface.hf_config import read_config_json, read_hf_config
+from megatron_mea.huggingface.config_keys import KNOWN_KEYS, STOCK_MODEL_TYPES, read_config_json
+from megatron_mea.huggingface.hf_config import read_hf_config, to_hf_config, transformers_config
+from megatron_mea.huggingface.importing import import_model
 from megatron_mea.huggingface.source import load_model
+from megatron_mea.huggingface.targets import make_export_target
+from megatron_mea.huggingface.weights import StoredModel, open_stored_model
 
+OLD_YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+WINDOW = {"use_sliding_window": True, "sliding_window": 512}
 VERBS = ["generate {} --prompt a --max-new-tokens 1", "evaluate {} --data {}", "import {} made"]
 
 
@@ -137,20 +148,164 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=150)
+@pytest.fixture(scope="module")
+def descriptions(tmp_path_factory) -> dict[str, dict]:
+    """A sound config.json of every architecture."""
+    folder = tmp_path_factory.mktemp("descriptions")
+    model = parse_model({"num_component_heads": 2, "num_hidden_layers": 2})
+    configs = {"mea": to_hf_config(model), "mea_vllm": make_export_target("vllm", model).config}
+    configs |= {name: CONFIG_MAPPING[name](num_hidden_layers=2) for name in STOCK_MODEL_TYPES}
+    contents = {}
+    for name, config in configs.items():
+        config.save_pretrained(folder / name)
+        contents[name] = json.loads((folder / name / "config.json").read_text())
+
+    return contents
+
+
+NESTED = {
+    "rope_parameters": st.fixed_dictionaries(
+        {}, optional=dict.fromkeys(("rope_type", "rope_theta", "factor", "long_factor", "truncate", "x"), JSON)
+    ),
+    "per_layer_config": st.dictionaries(st.sampled_from(["0", "1", "7", "a"]), st.dictionaries(st.text(), JSON)),
+}
+NESTED["rope_scaling"] = NESTED["rope_parameters"]
+
+
+@settings(max_examples=300, deadline=None)
 @given(data=st.data())
-def test_any_description_is_understood_or_refused(data, source_folder, tmp_path_factory):
-    """One key of a sound config.json, or a new one, has any value of JSON."""
-    sound = json.loads((source_folder / "config.json").read_text())
-    key = data.draw(st.sampled_from([*sorted(sound), "num_labels", "rope_parameters", "quantization_config", "x"]))
+def test_any_description_is_understood_or_refused(data, descriptions, tmp_path_factory):
+    """One or two keys of a sound config.json, or new ones, have any value of JSON."""
+    contents = dict(data.draw(st.sampled_from(list(descriptions.values()))))
+    keys = [*sorted(contents), *KNOWN_KEYS, "x", "", "a.b\n\ud800", "attribute_map", "__class__"]
+    for key in data.draw(st.lists(st.sampled_from(keys), min_size=1, max_size=2)):
+        contents[key] = data.draw(JSON | NESTED.get(key, st.nothing()))
+
     folder = tmp_path_factory.getbasetemp() / "any"
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(sound | {key: data.draw(JSON)}))
+    (folder / "config.json").write_text(json.dumps(contents))
     for read in (read_config_json, read_hf_config):
+        problems = []
         try:
             read(folder, "--from")
+        except UserError as error:
+            problems = error.problems
+
+        assert all(problem.where == "--from" for problem in problems)
+        assert all(str(folder / "config.json") in str(problem.got) for problem in problems)
+
+
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+
+
+@pytest.mark.parametrize("key", [*SIZES, "num_hidden_layers"])
+def test_no_memory_is_taken_by_the_sizes_of_a_description(key, folder):
+    """They are compared with the tensors of the folder first, by the run's start too."""
+    largest = MAX_LAYERS if key == "num_hidden_layers" else MAX_SIZE
+    edit_json(folder / "config.json", **{key: largest})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for read in (load_model, partial(import_model, out="made"), partial(open_stored_model, key="run.init_from")):
+        try:
+            stored = read(folder)
         except UserError:
             continue
+
+        # What reads no weights compares with the run's own shapes.
+        assert isinstance(stored, StoredModel)
+
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000
+
+
+PUBLISHED = {
+    "llama-2": {"pad_token_id": 0, "pretraining_tp": 1, "rope_scaling": None, "rope_theta": 10000.0},
+    "llama-3.1": {"rope_scaling": LLAMA3, "rope_theta": 500000, "eos_token_id": [1, 8, 9], "mlp_bias": False},
+    "llama-yarn": {"rope_scaling": OLD_YARN | {"finetuned": True}},
+    "mistral": {"sliding_window": 4096, "attention_dropout": 0.0, "_flash_attn_2_enabled": True},
+    "qwen2": {"use_sliding_window": False, "max_window_layers": 28, "sliding_window": 131072, "tie_word_embeddings": 0},
+    "qwen2-windows": WINDOW | {"layer_types": ["full_attention", "sliding_attention"]},
+    "qwen3": {"head_dim": 128, "attention_bias": False, "layer_types": ["full_attention"] * 2, "sliding_window": None},
+    "mea": {
+        "dtype": "float32",
+        "auto_map": {"AutoConfig": "configuration_mea.MEAConfig"},
+        "num_component_heads": [3, 1],
+    },
+    "mea_vllm": {"per_layer_config": {"1": {"num_key_value_heads": 4, "head_dim": 64}}},
+}
+"""Keys of config.json files that transformers 4 and 5 wrote for published models."""
+OF_TRANSFORMERS_4 = {
+    "_name_or_path": "a/b",
+    "architectures": ["A"],
+    "_attn_implementation_autoset": True,
+    "id2label": {"0": "a"},
+    "label2id": {"a": 0},
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.40.0",
+    "use_cache": True,
+    "return_dict": True,
+    "pruned_heads": {},
+    "is_encoder_decoder": False,
+    "max_length": 20,
+    "top_k": 50,
+    "is_decoder": False,
+    "chunk_size_feed_forward": 0,
+    "quantization_config": None,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_transformers_writes_is_understood(name, descriptions, tmp_path):
+    contents = descriptions[name.partition("-")[0]] | OF_TRANSFORMERS_4 | PUBLISHED[name]
+    contents["tie_word_embeddings"] = bool(contents["tie_word_embeddings"])
+    (tmp_path / "config.json").write_text(json.dumps(contents))
+    config_json = read_config_json(tmp_path, "--from")
+    assert config_json.warnings == ()
+    assert config_json.settings.keys() <= contents.keys()
+    assert not config_json.settings.keys() & OF_TRANSFORMERS_4.keys()
+
+    config = transformers_config(config_json, path=tmp_path, where="--from")
+    for key in ("eos_token_id", "layer_types", "head_dim", "num_component_heads"):
+        if key in PUBLISHED[name]:
+            assert getattr(config, key) == contents[key]
+
+
+@pytest.mark.parametrize("kind", STOCK_MODEL_TYPES)
+def test_what_is_left_out_is_said_once(kind, descriptions, tmp_path):
+    changes = {
+        "sliding_window": None,
+        "x": 1,
+        "hlc_form": "latent",
+        "pad_token_id": -1,
+        "eos_token_id": [2, 10**9],
+        "attention_dropout": 0.1,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(descriptions[kind] | changes))
+    warnings = read_hf_config(tmp_path, "--from").warnings
+    assert [warning.split("config.json: ")[1].split(" is ")[0] for warning in warnings] == [
+        f"eos_token_id = {[2, 10**9]}",
+        "pad_token_id = -1",
+        f"keys that a {kind} does not have are ignored: x, hlc_form",
+        "attention_dropout = 0.1",
+    ]
+    assert read_config_json(tmp_path, "--from").settings["eos_token_id"] == [2]
+
+
+@pytest.mark.parametrize("changes", [{"hlc_form": "latent"}, {"hlc_form": "latent", "x": 1}])
+def test_an_export_of_another_version_is_refused_by_its_keys(changes, descriptions, tmp_path):
+    """They may stand for another computation, which shapes need not show."""
+    (tmp_path / "config.json").write_text(json.dumps(descriptions["mea"] | changes))
+    with pytest.raises(UserError) as refused:
+        read_config_json(tmp_path, "--from")
+
+    assert [str(problem.got).split("config.json: ")[1].split(" = ")[0] for problem in refused.value.problems] == [
+        *changes
+    ]
+
+
+def test_a_key_that_is_left_out_reaches_no_library(folder, capsys):
+    """Not by way of the tokenizer either, whose class transformers would choose by all of config.json."""
+    edit_json(folder / "config.json", id2label=5, x={"y": 1}, num_labels=3, return_dict=[])
+    assert main(["generate", "llama", "--prompt", "a", "--max-new-tokens", "1"]) == 0
+    assert capsys.readouterr().err.count("keys that a llama does not have are ignored: x") == 1
 
 
 def test_an_export_of_ours_passes(tmp_path):

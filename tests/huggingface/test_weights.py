@@ -145,7 +145,7 @@ def test_a_value_that_a_description_leaves_out_is_the_one_of_its_model_type(tmp_
     [
         ({"hidden_act": "gelu"}, "hidden_act = gelu"),
         ({"sliding_window": 8}, "sliding_window = 8"),
-        ({"num_attention_heads": "four"}, "unreadable"),
+        ({"num_attention_heads": "four"}, "num_attention_heads = 'four'"),
         ({"model_type": "gpt2"}, "model_type = gpt2"),
     ],
 )
