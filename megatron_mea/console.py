@@ -109,10 +109,10 @@ def _open_closed_descriptors() -> None:
         try:
             os.fstat(descriptor)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDONLY), True)
+            os.set_inheritable(os.open(os.devnull, os.O_RDONLY), True)  # noqa: FBT003
 
 
 def _text_stream(raw: _StandardStream, *, like: io.TextIOWrapper | None) -> io.TextIOWrapper:
-    """A text stream that writes every line at once in the encoding of `like`; characters which that lacks are escaped."""
+    """A text stream that writes every line at once, in the encoding of `like`; escapes what that encoding lacks."""
     encoding = like.encoding if like else "utf-8"
     return io.TextIOWrapper(io.BufferedWriter(raw), encoding=encoding, errors="backslashreplace", line_buffering=True)

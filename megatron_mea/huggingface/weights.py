@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,19 +33,6 @@ _WARN_IF_CHANGED = ("rope_parameters", "max_position_embeddings", "rms_norm_eps"
 """Settings that a user may change on purpose: a difference is a warning."""
 
 
-@dataclass(frozen=True)
-class WeightSource:
-    """Weights that a run begins with.
-
-    Args:
-        warnings: lines to print: settings that differ from those that the weights were trained with.
-        read: fills fragments of the master weights; no collective.
-    """
-
-    warnings: list[str]
-    read: Callable[[Iterable[Fragment]], None]
-
-
 @dataclass(frozen=True, kw_only=True)
 class StoredModel:
     """A model that lies in a folder.
@@ -55,6 +42,7 @@ class StoredModel:
         shapes: of its tensors, by exported name.
         read: fills fragments of its tensors; no collective.
         folder: the checkpoint (the newest one of a run folder), or the Hugging Face folder.
+        files: the file of each tensor, where each has one.
         warnings: lines to print: what of a config.json was left out and may matter.
     """
 
@@ -62,7 +50,21 @@ class StoredModel:
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[Iterable[Fragment]], None]
     folder: Path
+    files: Mapping[str, Path] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """Weights that a run begins with.
+
+    Args:
+        warnings: lines to print: settings that differ from those that the weights were trained with.
+        stored: the model with these weights.
+    """
+
+    warnings: list[str]
+    stored: StoredModel
 
 
 def open_stored_model(path: Path, key: str, *, rank: int = 0, world_size: int = 1) -> StoredModel:
@@ -87,6 +89,7 @@ def open_stored_model(path: Path, key: str, *, rank: int = 0, world_size: int = 
             shapes=shapes,
             read=partial(fill_fragments, tensors),
             folder=path,
+            files={name: tensor.file for name, tensor in tensors.items()},
             warnings=hf_config.warnings,
         )
 
@@ -145,7 +148,7 @@ def open_weights(path: Path, model: Model, *, rank: int = 0, world_size: int = 1
         for key in differing
         if key in _WARN_IF_CHANGED
     ]
-    return WeightSource(warnings, stored.read)
+    return WeightSource(warnings, stored)
 
 
 def _effective_settings(model: Model) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from megatron_mea.checkpoint.saver import Saver
 from megatron_mea.checkpoint.tensors import read_fragments
 from megatron_mea.config import Config
 from megatron_mea.errors import RunError, UserError
+from megatron_mea.huggingface.locate import INIT_FROM
 from megatron_mea.huggingface.weights import open_weights
 from megatron_mea.outputs import disk_errors
 from megatron_mea.parallel.parameter import parameters_by_name
@@ -26,6 +27,7 @@ from megatron_mea.training import distributed, metrics
 from megatron_mea.training.build import build_engine
 from megatron_mea.training.engine import NonFiniteError
 from megatron_mea.training.head_stats import HeadOutputs, head_tensors, hlc_statistics
+from megatron_mea.training.initial_weights import read_weights
 from megatron_mea.training.loader import DataStallTimer, Prefetcher, StepData, training_steps, validation_batches
 from megatron_mea.training.profile import Profiler
 from megatron_mea.training.replicas import check_replicas
@@ -403,7 +405,7 @@ class _Trainer:
             self.validation_loss = self.metadata.validation_loss
             read_fragments(source, self.engine.fragments())
         elif self.weights is not None:
-            self.weights.read(self.engine.fragments(moments=False))
+            read_weights(self.weights.stored, self.engine.fragments(moments=False), INIT_FROM)
         else:
             return
 

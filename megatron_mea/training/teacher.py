@@ -18,6 +18,7 @@ from megatron_mea.huggingface.weights import StoredModel, open_stored_model
 from megatron_mea.model.decoder import Decoder, parameter_shapes
 from megatron_mea.model.stages import pipeline_stages
 from megatron_mea.parallel.grid import Grid
+from megatron_mea.training.initial_weights import read_weights
 
 
 def open_teacher(config: Config, *, rank: int = 0, world_size: int = 1) -> StoredModel | None:
@@ -91,7 +92,7 @@ def make_teacher(*, stored: StoredModel, config: Config, grid: Grid, device: tor
     """Builds this rank's part of the teacher and reads its weights; collective.
 
     Raises:
-        UserError: on all ranks, where they have opened different checkpoints.
+        UserError: on all ranks, where they have opened different checkpoints, or where weights are not finite.
     """
     settings = config.training.distillation
     assert settings is not None
@@ -110,7 +111,7 @@ def make_teacher(*, stored: StoredModel, config: Config, grid: Grid, device: tor
     stage = pipeline_stages(stored.model, grid.dims.pp)[grid.pipeline_rank]
     decoder = Decoder(config=stored.model, tp=grid.tp, stage=stage, document_mask=config.data.document_mask)
     specs_and_values = [(parameter.spec, parameter.data.view(-1)) for parameter in decoder.parameters()]
-    stored.read(
+    fragments = [
         Fragment(
             name=spec.name,
             global_shape=spec.global_shape,
@@ -120,5 +121,6 @@ def make_teacher(*, stored: StoredModel, config: Config, grid: Grid, device: tor
             values=values,
         )
         for spec, values in specs_and_values
-    )
+    ]
+    read_weights(stored, fragments, TEACHER_KEY)
     return Teacher(decoder.to(device, torch.bfloat16 if config.training.precision == "bf16" else None), settings)

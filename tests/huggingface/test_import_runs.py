@@ -7,6 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from support.hf_folders import save_stock_model
 from support.runs import command, environment, rows, train
 
@@ -72,3 +74,21 @@ def test_a_run_does_not_go_on_from_it(config, imported):
     assert done.returncode == 2
     assert "error: run.dir" in done.stderr
     assert "run.init_from" in done.stderr
+
+
+def test_weights_that_are_not_finite_are_refused_before_the_first_step(config, imported, tmp_path):
+    """On all ranks, whichever holds them: here the second stage."""
+    source = tmp_path / "llama"
+    shutil.copytree(imported.parent / "llama", source)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 2] = torch.inf
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    overrides = ["model.attention_variant=plain", "parallel.pipeline_model_parallel_size=2", f"run.init_from={source}"]
+    done = subprocess.run(
+        command(config, "infinite", *overrides, processes=2), env=environment(), capture_output=True, text=True
+    )
+
+    assert done.returncode == 2
+    assert done.stderr.count("error: run.init_from") == 1
+    assert f"model.layers.1.mlp.up_proj.weight in {source}/model.safetensors" in done.stderr
+    assert not (config.parent / "infinite/metrics.jsonl").exists()
