@@ -53,7 +53,7 @@ def test_a_result_that_nobody_reads_ends_the_command(broken_pipe):
 
 def test_a_result_on_a_full_disk_is_one_message(full_disk):
     stream = open_stream(full_disk, is_result=True)
-    with pytest.raises(RunError, match="^standard output cannot be written: No space left on device$"):
+    with pytest.raises(RunError, match=r"^standard output cannot be written: No space left on device$"):
         print("a line", file=stream)
     stream.flush()
 

@@ -241,7 +241,7 @@ def test_contents_that_are_none_are_refused_and_not_read(old_run, capsys):
 
 
 def test_a_run_folder_that_cannot_be_read_has_no_checkpoint_for_a_plan(old_run):
-    config, lines = load_run_config("run.yaml", [f"run.dir={'x' * 300}"])
+    config, lines = load_run_config("run.yaml", ["run.dir=run.yaml/below"])
     assert (config.model.attention_variant, lines) == ("mea", [])
 
 

@@ -266,7 +266,7 @@ COMMANDS = [  # command, where, got, expected, hint; tiny.yaml is a file, `token
     ("export run tokenizer", "tokenizer", "a folder that is not empty", "a folder that is empty or does not exist"),
     ("export run tiny.yaml", "tiny.yaml", "a file", "a folder that is empty or does not exist"),
     ("export run tiny.yaml/new", "tiny.yaml/new", "...", "a place that can be written"),
-    ("export dict new", "HF_DIR", "dict/config.json, unreadable (no key 'model_type')", "a Hugging Face folder"),
+    ("export dict new", "dict", "dict/config.json, unreadable (no key 'model_type')", "a Hugging Face folder"),
     ("evaluate run --data no", "no.idx", "no such file", "the files that `megatron-mea prepare` wrote"),
     ("evaluate run --data none", "none.bin", "0 tokens", "at least 2"),
     ("evaluate run --data beyond", "beyond.bin", "token id 384", "...the model's vocab_size = 384"),

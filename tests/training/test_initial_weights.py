@@ -69,6 +69,7 @@ def test_of_a_hugging_face_folder(broken, kind, tmp_path):
         assert name in load_file(stored.files[name])
 
 
+@pytest.mark.slow
 def test_of_a_checkpoint(tmp_path):
     """That of a run that had diverged."""
     source = save_stock_model("llama", tmp_path / "llama")
