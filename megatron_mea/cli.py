@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from megatron_mea.arguments import parse_arguments
 from megatron_mea.console import guard_console, outlive_console
-from megatron_mea.errors import UserError
+from megatron_mea.errors import UserError, shorten
 from megatron_mea.failures import exit_status
 from megatron_mea.printing import note, show
 from megatron_mea.training.signals import hangup_signals
@@ -308,6 +308,12 @@ def _generate(arguments: argparse.Namespace) -> None:
         raise UserError(
             where="--temperature", got=arguments.temperature, expected="0 (the likeliest token), or 0.001 and more"
         )
+
+    try:
+        arguments.prompt.encode()
+    except UnicodeEncodeError:
+        # Bytes of the command line that are no UTF-8 arrive as halves of surrogate pairs.
+        raise UserError(where="--prompt", got=shorten(arguments.prompt), expected="text in UTF-8") from None
 
     from megatron_mea.huggingface.locate import check_paths
 

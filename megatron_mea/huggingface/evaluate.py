@@ -17,8 +17,8 @@ from megatron_mea.config import Config
 from megatron_mea.data.corpora import IGNORE_INDEX
 from megatron_mea.data.windows import MAX_WINDOW, open_windows
 from megatron_mea.errors import UserError
-from megatron_mea.huggingface.lm_eval_tasks import accuracy_table, open_tasks, run_tasks
-from megatron_mea.huggingface.source import load_model
+from megatron_mea.huggingface.lm_eval_tasks import accuracy_table, check_lengths, open_tasks, run_tasks
+from megatron_mea.huggingface.source import context_length, load_model
 from megatron_mea.outputs import reserve_output
 from megatron_mea.progress import progress_bar
 
@@ -38,6 +38,9 @@ def evaluate(
         The JSON text, and a table of the tasks for people; None without tasks.
     """
     tasks_by_name = open_tasks(tasks) if tasks else None
+    if tasks_by_name:
+        check_lengths(tasks_by_name, context_length(model))
+
     with contextlib.nullcontext() if out is None else reserve_output(out, folder=False) as result_file:
         loaded_model, tokenizer, config = load_model(model)
         loaded_model.to("cuda" if torch.cuda.is_available() else "cpu")

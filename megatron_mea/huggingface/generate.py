@@ -12,7 +12,11 @@ from megatron_mea.huggingface.source import load_model
 
 
 def generate(*, model: str | Path, prompt: str, max_new_tokens: int, temperature: float) -> str:
-    """Returns the prompt with its continuation; temperature 0 takes the likeliest token each time."""
+    """Returns the prompt with its continuation; temperature 0 takes the likeliest token each time.
+
+    Raises:
+        UserError: MODEL cannot be loaded, or does not take the prompt or so many tokens.
+    """
     loaded, tokenizer_folder, _ = load_model(model)
     tokenizer = load_tokenizer(tokenizer_folder, str(tokenizer_folder))
 

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from megatron_mea.data.tokenizer import load_tokenizer
-from megatron_mea.errors import UserError
+from megatron_mea.errors import Problem, UserError
 
 PAPER_TASKS = ("piqa", "openbookqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge")
 """Table 1 of the paper, in its order, by lm-eval's names."""
@@ -82,6 +82,38 @@ def open_tasks(names: Sequence[str]) -> dict[str, Any]:
         tasks |= loaded
 
     return tasks
+
+
+def check_lengths(tasks: dict[str, Any], context: int) -> None:
+    """Refuses tasks for whose answers a model has no room.
+
+    Args:
+        context: tokens that the model takes, `max_position_embeddings`.
+
+    Raises:
+        UserError: a task generates as many tokens, or more.
+    """
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    problems = []
+    for name, task in tasks.items():
+        if task.OUTPUT_TYPE != "generate_until":
+            continue
+
+        try:
+            num_tokens = normalize_gen_kwargs(task.config.generation_kwargs)["max_gen_toks"]
+        except (ValueError, TypeError) as error:
+            problems.append(Problem(where="--tasks", got=f"{name}: generation_kwargs: {error}", expected="numbers"))
+            continue
+
+        if not 0 < num_tokens < context:
+            got = f"{name}, which generates {num_tokens} tokens"
+            expected = f"1 to {context - 1}: the context of the model is {context}, with a token of the question"
+            hint = "a YAML task sets them: generation_kwargs: {max_gen_toks: 32}"
+            problems.append(Problem(where="--tasks", got=got, expected=expected, hint=hint))
+
+    if problems:
+        raise UserError.from_problems(problems)
 
 
 def run_tasks(*, model: PreTrainedModel, tokenizer: Path, tasks: dict[str, Any]) -> dict[str, dict[str, float]]:

@@ -59,6 +59,21 @@ def open_checkpoint(path: str | Path) -> CheckpointSource:
     return CheckpointSource(folder=folder, meta=meta, config=parse_config(meta.config, needs_data=False))
 
 
+def context_length(path: str | Path) -> int:
+    """`max_position_embeddings` of any MODEL, whose weights are not read.
+
+    Raises:
+        UserError: MODEL is none of the three kinds, or its settings cannot be read.
+    """
+    if not is_hf_folder(path):
+        settings = CheckpointMetadata.read(checkpoint_folder(path)).config
+        return parse_config(settings, needs_data=False).model.max_position_embeddings
+
+    folder, where = Path(path), str(path)
+    config = transformers_config(read_config_json(folder, where), path=folder, where=where)
+    return config.max_position_embeddings
+
+
 def load_model(path: str | Path) -> tuple[PreTrainedModel, Path, Config | None]:
     """Loads any MODEL as a transformers model in float32, with its tokenizer folder and a checkpoint's configuration.
 

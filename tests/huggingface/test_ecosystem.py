@@ -204,6 +204,39 @@ def test_tasks_of_local_files(exported, whole, tiny, tmp_path, capsys, monkeypat
     assert both["cross_entropy"] > 0
 
 
+@pytest.mark.slow
+def test_tasks_that_generate_more_than_the_context(exported, whole, tmp_path, capsys, monkeypatch):
+    """Refused before the model is loaded, all of them; one token less is generated."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    context = json.loads((exported / "config.json").read_text())["max_position_embeddings"]
+    (tmp_path / "a.jsonl").write_text('{"goal": "the king", "answer": "said"}\n')
+    files = {}
+    for name, num_tokens in (("fits", context - 1), ("long", context), ("none", 0), ("odd", '"many"')):
+        files[name] = tmp_path / f"{name}.yaml"
+        files[name].write_text(
+            f"task: {name}\n"
+            "dataset_path: json\n"
+            "dataset_kwargs: {data_files: {validation: a.jsonl}}\n"
+            "output_type: generate_until\n"
+            "validation_split: validation\n"
+            'doc_to_text: "{{goal}}"\n'
+            'doc_to_target: "{{answer}}"\n'
+            f"generation_kwargs: {{max_gen_toks: {num_tokens}, until: ['.']}}\n"
+            "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
+        )
+
+    assert main(["evaluate", str(whole), "--tasks", str(files["fits"])]) == 0
+    monkeypatch.setattr("megatron_mea.huggingface.evaluate.load_model", None)
+    for model in (whole, exported):
+        for names in (["long"], ["fits", "long", "none", "odd"]):
+            capsys.readouterr()
+            assert main(["evaluate", str(model), "--tasks", *(str(files[name]) for name in names)]) == 2
+            error = capsys.readouterr().err
+            assert f"long, which generates {context} tokens" in error
+            assert f"1 to {context - 1}: the context" in error
+            assert error.count("error: --tasks") == len(names) - ("fits" in names)
+
+
 @torch.no_grad()
 def accuracy(folder: Path, rows: list[dict]) -> float:
     model, tokenizer = load(folder).eval(), AutoTokenizer.from_pretrained(folder, trust_remote_code=True)

@@ -308,6 +308,15 @@ def test_a_key_that_is_left_out_reaches_no_library(folder, capsys):
     assert capsys.readouterr().err.count("keys that a llama does not have are ignored: x") == 1
 
 
+@pytest.mark.parametrize("prompt", ["\udcff", "caf\udce9 au lait", "a" * 300 + "\udcff\udcfe"])
+def test_a_prompt_that_is_no_text(prompt, folder, capsys):
+    """Bytes of the command line that are no UTF-8, before the model is looked at."""
+    assert main(["generate", "llama", "--prompt", prompt]) == 2
+    error = capsys.readouterr().err
+    assert "error: --prompt" in error
+    assert "\\udc" in error or len(prompt) > 200
+
+
 def test_an_export_of_ours_passes(tmp_path):
     model, _, _ = load_model(save_export(tmp_path / "export"))
     assert model.config.model_type == "mea"
