@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -199,7 +200,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
     from megatron_mea.experiments.report import report
 
-    show(report(runs=runs, out=arguments.out, tokens=arguments.tokens))
+    report(runs=runs, out=arguments.out, tokens=arguments.tokens)
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -276,14 +277,12 @@ def _sensitivity(arguments: argparse.Namespace) -> None:
 
     from megatron_mea.compression.sensitivity import sensitivity
 
-    show(
-        sensitivity(
-            model=arguments.model,
-            heads=arguments.component_heads,
-            data=arguments.data,
-            out=arguments.out,
-            aligned=arguments.align,
-        )
+    sensitivity(
+        model=arguments.model,
+        heads=arguments.component_heads,
+        data=arguments.data,
+        out=arguments.out,
+        aligned=arguments.align,
     )
 
 
@@ -292,13 +291,19 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     check_paths(arguments.model, data={"--data": arguments.data})
 
-    from megatron_mea.huggingface.evaluate import evaluate
+    from megatron_mea.outputs import print_and_write, reserve_output
 
-    text, table = evaluate(model=arguments.model, data=arguments.data, tasks=arguments.tasks, out=arguments.out)
-    show(text)
-    if table:
-        # stdout stays JSON.
-        note(table)
+    with reserve_output(arguments.out, folder=False) if arguments.out else nullcontext() as file:
+        from megatron_mea.huggingface.evaluate import evaluate
+
+        result, table = evaluate(model=arguments.model, data=arguments.data, tasks=arguments.tasks)
+        text = json.dumps(result, indent=1)
+        try:
+            print_and_write(text, {file: f"{text}\n"} if file else {})
+        finally:
+            if table:
+                # stdout stays JSON.
+                note(table)
 
 
 def _generate(arguments: argparse.Namespace) -> None:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -29,6 +28,8 @@ from typing import Any, Literal
 from megatron_mea import __version__
 from megatron_mea.errors import UserError
 from megatron_mea.inputs import read_json_object
+from megatron_mea.outputs import flush
+from megatron_mea.outputs import publish as publish
 
 _NAME = re.compile(r"step_(\d{8,})")
 COMPLETE, META, TOKENIZER, INDEX = "COMPLETE", "meta.json", "tokenizer", ".metadata"
@@ -196,12 +197,6 @@ def _check_format(contents: dict[str, Any], file: Path) -> None:
         )
 
 
-def publish(folder: Path, final: Path) -> None:
-    """Renames a sealed folder to `final`, which makes it a checkpoint."""
-    folder.rename(final)
-    flush(final.parent)
-
-
 def quarantine(folder: Path, reason: Literal["damaged", "later"]) -> Path:
     """Renames a checkpoint to `damaged-step_...` or `later-step_...`, which nothing reads; returns the new path."""
     target = folder.with_name(f"{reason}-{folder.name}")
@@ -299,12 +294,3 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def flush(path: Path) -> None:
-    """fsync of a file or folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

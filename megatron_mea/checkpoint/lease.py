@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mea.inputs import read_json_object
+from megatron_mea.outputs import write_file
 
 LEASE = ".lease"
 _CACHE_SECONDS = 1.0
@@ -84,9 +85,7 @@ class Lease:
             "job": os.environ.get("SLURM_JOB_ID"),
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
-        scratch = self._path.with_name(f"{LEASE}-{self.token}")
-        scratch.write_text(json.dumps(state | status) + "\n")
-        scratch.replace(self._path)
+        write_file(self._path, json.dumps(state | status) + "\n")
 
 
 def _is_dead(holder: dict[str, Any]) -> bool:

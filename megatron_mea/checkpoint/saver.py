@@ -19,6 +19,7 @@ from megatron_mea.checkpoint.tensors import Fragment, copy_fragment, write_fragm
 from megatron_mea.config.schema import Checkpoint
 from megatron_mea.data.tokenizer import copy_tokenizer
 from megatron_mea.errors import RunError
+from megatron_mea.outputs import make_folder
 
 T = TypeVar("T")
 _CPU = torch.device("cpu")
@@ -143,7 +144,8 @@ class Saver:
     def _create_scratch(self, scratch: Path, size: int) -> None:
         """Creates the scratch folder, if the disk has room for `size` bytes of tensors."""
         self._check_lease()
-        scratch.mkdir(parents=True)
+        make_folder(scratch.parent)
+        scratch.mkdir()
         free, needed = shutil.disk_usage(scratch).free, size + folder.OVERHEAD_BYTES
         if free < needed:
             raise OSError(f"{scratch.parent} has {free / 1e9:,.3f} GB free, and it needs {needed / 1e9:,.3f} GB")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,7 +25,13 @@ from megatron_mea.huggingface.importing import init_from_instructions
 from megatron_mea.huggingface.locate import is_hf_folder
 from megatron_mea.huggingface.safetensors_reader import scan_safetensors
 from megatron_mea.model.decoder import parameter_shapes
-from megatron_mea.outputs import check_free_folder, disk_errors, require_space, reserve_output
+from megatron_mea.outputs import (
+    check_free_folder,
+    disk_errors,
+    require_space,
+    reserve_output,
+    scratch_folder,
+)
 from megatron_mea.printing import note
 from megatron_mea.progress import progress_bar
 from megatron_mea.versions import versions
@@ -100,8 +105,8 @@ def compress(
             )
 
         compressed = CompressedModel(source_model=source_model, heads=counts, factoriser=factoriser)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
-            checkpoint = Path(scratch) / "compressed"
+        with scratch_folder(out) as scratch:
+            checkpoint = scratch / "compressed"
             _write_checkpoint(compressed, checkpoint)
             if is_hf_folder(model):
                 _, *notes = export(model=checkpoint, out=out, dtype=_stored_dtype(Path(model))).splitlines()

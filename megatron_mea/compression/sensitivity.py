@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from megatron_mea.data.windows import Windows
 from megatron_mea.errors import UserError
 from megatron_mea.model.decoder import Decoder, StageLayers, single_layers
 from megatron_mea.model.layerwise import load_layer
-from megatron_mea.outputs import disk_errors, reserve_output
+from megatron_mea.outputs import disk_errors, print_and_write, reserve_output, write_file
 from megatron_mea.progress import progress_bar
 
 Change = tuple[int, int]
@@ -26,8 +27,8 @@ Change = tuple[int, int]
 _MAX_LOGITS, _MAX_HIDDEN_BYTES, _MAX_BATCH_SIZE = 1 << 26, 1 << 31, 8
 
 
-def sensitivity(*, model: str | Path, heads: int, data: str, out: str | Path, aligned: bool) -> str:
-    """Compresses one layer at a time, and writes the cross-entropy of each as JSON, with a plot beside it.
+def sensitivity(*, model: str | Path, heads: int, data: str, out: str | Path, aligned: bool) -> None:
+    """Compresses one layer at a time; prints a table, and writes the cross-entropy of each as JSON and as a plot.
 
     Progress is saved in `OUT.part`, from which the same command resumes.
 
@@ -37,45 +38,42 @@ def sensitivity(*, model: str | Path, heads: int, data: str, out: str | Path, al
         out: FILE.json; the plot is FILE.png.
         aligned: as in `compress`.
 
-    Returns:
-        A table for the user.
-
     Raises:
         UserError: the model or the data cannot be used, or `out` cannot be written.
+        RunError: the disk fails.
     """
     out = Path(out)
     plot, progress_file = out.with_suffix(".png"), Path(f"{out}.part")
     outputs = reserve_output(out, folder=False), reserve_output(plot, folder=False)
     layers = compressible_layers(model=read_model(model), name=str(model), heads=heads, where="--component-heads")
     open_readers([data], "--data")
-    with outputs[0], outputs[1], disk_errors(out), open_source_model(model, out) as source_model:
-        batch_size, groups = plan_passes(source_model, [(layer, heads) for layer in layers])
-        windows = calibration_windows(source_model=source_model, path=data, where="--data", batch=batch_size)
-        request = {
-            "model": str(model),
-            "data": data,
-            "component_heads": heads,
-            "aligned": aligned,
-            "weights": source_model.fingerprint,
-            "tokens_digest": corpus_digest(windows.readers[0], borders=windows.document_mask),
-            "window": window_length(source_model),
-            "passes": len(windows),
-        }
-        measured = _measure_layers(
-            source_model=source_model,
-            factoriser=Factoriser(source_model=source_model, moments=None, aligned=aligned),
-            groups=groups,
-            windows=windows,
-            progress_file=progress_file,
-            request=request,
-        )
+    with outputs[0], outputs[1]:
+        with disk_errors(out), open_source_model(model, out) as source_model:
+            batch_size, groups = plan_passes(source_model, [(layer, heads) for layer in layers])
+            windows = calibration_windows(source_model=source_model, path=data, where="--data", batch=batch_size)
+            request = {
+                "model": str(model),
+                "data": data,
+                "component_heads": heads,
+                "aligned": aligned,
+                "weights": source_model.fingerprint,
+                "tokens_digest": corpus_digest(windows.readers[0], borders=windows.document_mask),
+                "window": window_length(source_model),
+                "passes": len(windows),
+            }
+            measured = _measure_layers(
+                source_model=source_model,
+                factoriser=Factoriser(source_model=source_model, moments=None, aligned=aligned),
+                groups=groups,
+                windows=windows,
+                progress_file=progress_file,
+                request=request,
+            )
 
-        result = request | _result(source_model=source_model, heads=heads, layers=layers, measured=measured)
-        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        draw_plot(result, plot)
-        progress_file.unlink(missing_ok=True)
-
-    return _table(result, plot)
+            result = request | _result(source_model=source_model, heads=heads, layers=layers, measured=measured)
+        print_and_write(_table(result, plot), {plot: draw_plot(result), out: json.dumps(result, indent=1) + "\n"})
+        with disk_errors(progress_file):
+            progress_file.unlink(missing_ok=True)
 
 
 def _measure_layers(
@@ -122,9 +120,7 @@ def _measure_layers(
             measured["targets"] += int((batch.targets != IGNORE_INDEX).sum())
             measured["done"] = index + 1
 
-            temporary = progress_file.with_suffix(".new")
-            temporary.write_text(json.dumps({"asked": request} | measured), encoding="utf-8")
-            temporary.replace(progress_file)
+            write_file(progress_file, json.dumps({"asked": request} | measured))
 
     return measured
 
@@ -154,8 +150,8 @@ def _table(result: dict[str, Any], plot: Path) -> str:
     return "\n".join([*lines, f"plot: {plot}"])
 
 
-def draw_plot(result: dict[str, Any], file: Path) -> None:
-    """Writes a PNG with the rise of the cross-entropy by layer."""
+def draw_plot(result: dict[str, Any]) -> bytes:
+    """A PNG with the rise of the cross-entropy by layer."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4), layout="constrained")
@@ -166,7 +162,9 @@ def draw_plot(result: dict[str, Any], file: Path) -> None:
     axes.set_ylabel("rise of the cross-entropy (nats a token)")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_title(f"{result['component_heads']} component heads, {result['tokens']:,} tokens")
-    figure.savefig(file, dpi=120)
+    png = io.BytesIO()
+    figure.savefig(png, dpi=120)
+    return png.getvalue()
 
 
 def plan_passes(source_model: SourceModel, changes: Sequence[Change]) -> tuple[int, list[Sequence[Change]]]:

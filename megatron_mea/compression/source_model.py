@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from megatron_mea.errors import UserError
 from megatron_mea.huggingface.importing import import_model, read_settings
 from megatron_mea.huggingface.locate import is_hf_folder
 from megatron_mea.huggingface.source import CheckpointSource, open_checkpoint
+from megatron_mea.outputs import scratch_folder
 
 SIDES = ("k", "v")
 
@@ -117,10 +117,10 @@ def open_source_model(path: str | Path, out: Path) -> Iterator[SourceModel]:
     Raises:
         UserError: it cannot be read or imported.
     """
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
+    with scratch_folder(out) as scratch:
         folder = path
         if is_hf_folder(path):
-            folder = Path(scratch) / "imported"
+            folder = scratch / "imported"
             import_model(path, folder)
 
         checkpoint = open_checkpoint(folder)

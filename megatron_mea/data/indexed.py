@@ -11,7 +11,6 @@ begins (a leading 0 and the total included). Ours has one sequence a document. F
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import glob
 import hashlib
 import mmap
@@ -27,6 +26,7 @@ import numpy as np
 from megatron_mea.data.index_entries import SAMPLE_ENTRIES, IndexEntries, spread_blocks
 from megatron_mea.data.metadata import DataMetadata, Recipe, package_versions
 from megatron_mea.errors import RunError, UserError
+from megatron_mea.outputs import flush, restored_on_failure, try_lock
 
 MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -74,7 +74,7 @@ class IndexedWriter:
             self._idx_stream: BinaryIO = self._idx_path.open("w+b")
 
         for stream in (self._bin_stream, self._idx_stream):
-            _try_lock(stream)
+            try_lock(stream)
 
         # The lengths follow the header, so they can be written as they come.
         self._idx_stream.write(bytes(_HEADER.size))
@@ -119,15 +119,20 @@ class IndexedWriter:
             if recipe is not None:
                 self._write_metadata(recipe, {"bin": self._bin_digest.hexdigest(), "idx": idx_sha256})
 
-            # An old .idx must never describe a new .bin, so it goes first and the new one comes last. The metadata
-            # says of a .bin alone that its writer was killed.
-            Path(f"{self.prefix}.idx").unlink(missing_ok=True)
-            if recipe is None:
-                meta_path.unlink(missing_ok=True)
-            else:
-                self._meta_path.replace(meta_path)
-            self._bin_path.replace(f"{self.prefix}.bin")
-            self._idx_path.replace(f"{self.prefix}.idx")
+            # An old .idx must never describe a new .bin, so it goes first and the new one comes last, also on disk. The
+            # metadata says of a .bin alone that its writer was killed.
+            final_bin, final_idx = Path(f"{self.prefix}.bin"), Path(f"{self.prefix}.idx")
+            with restored_on_failure([final_bin, final_idx, meta_path]):
+                final_idx.unlink(missing_ok=True)
+                flush(final_idx.parent)
+                if recipe is None:
+                    meta_path.unlink(missing_ok=True)
+                else:
+                    self._meta_path.replace(meta_path)
+                self._bin_path.replace(final_bin)
+                flush(final_idx.parent)
+                self._idx_path.replace(final_idx)
+                flush(final_idx.parent)
 
         return self.documents, self.tokens
 
@@ -142,7 +147,7 @@ class IndexedWriter:
             versions=package_versions(),
         )
         with self._meta_path.open("wb") as stream:
-            _try_lock(stream)
+            try_lock(stream)
             stream.write(metadata.as_json().encode())
             _flush_to_disk(stream)
 
@@ -210,17 +215,8 @@ def _remove_leftovers(prefix: Path) -> None:
     for kind in _FILE_KINDS:
         for path in prefix.parent.glob(f"{glob.escape(prefix.name)}.{kind}.tmp-*"):
             with contextlib.suppress(OSError), path.open("r+b") as stream:
-                if _try_lock(stream):
+                if try_lock(stream):
                     path.unlink()
-
-
-def _try_lock(stream: BinaryIO) -> bool:
-    """Locks the file and returns whether that worked; False as well where the file system has no locks."""
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
 
 
 class IndexedReader:

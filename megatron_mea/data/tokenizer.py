@@ -7,7 +7,6 @@ import io
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,15 @@ from typing import TYPE_CHECKING
 from megatron_mea.data.sources import check_sources, read_documents
 from megatron_mea.errors import RunError, UserError
 from megatron_mea.inputs import read_json_object
-from megatron_mea.outputs import reserve_output
+from megatron_mea.outputs import (
+    flush,
+    flush_tree,
+    publish,
+    remove_leftovers,
+    reserve_output,
+    restored_on_failure,
+    scratch_folder,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -181,8 +188,10 @@ def train_tokenizer(*, sources: Sequence[str], vocab_size: int, out: str | Path,
     with (
         reserve_output(out, folder=True) as out,
         _disk_errors(out),
-        tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch,
+        # An existing folder may be another file system, and only its files are replaced.
+        scratch_folder(out / "tokenizer" if out.exists() else out) as scratch,
     ):
+        remove_leftovers(out)
         sentences, model_bytes = _SentenceIterator(sources, text_key), io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
@@ -218,17 +227,22 @@ def train_tokenizer(*, sources: Sequence[str], vocab_size: int, out: str | Path,
                 where="--vocab-size", got=vocab_size, expected="a size that fits the text", hint=reason
             ) from None
 
-        staging = Path(scratch) / "tokenizer"
+        staging = scratch / "tokenizer"
         staging.mkdir()
         model = staging / "tokenizer.model"
         model.write_bytes(model_bytes.getvalue())
         _write_hugging_face_files(model, staging)
 
-        if out.exists():
-            for file in sorted(staging.iterdir()):
-                shutil.move(file, out / file.name)
-        else:
-            staging.rename(out)
+        flush_tree(staging)
+        if not out.exists():
+            publish(staging, out)
+            return
+
+        names = sorted(file.name for file in staging.iterdir())
+        with restored_on_failure([out / name for name in names]):
+            for name in names:
+                (staging / name).replace(out / name)
+            flush(out)
 
 
 @contextmanager

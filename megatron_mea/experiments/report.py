@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 from megatron_mea.experiments import figures
@@ -13,13 +12,13 @@ from megatron_mea.experiments.page import render
 from megatron_mea.experiments.read_head_stats import read_head_stats
 from megatron_mea.experiments.results import Result, differences, evaluate_runs
 from megatron_mea.experiments.runs import RunRecord
-from megatron_mea.outputs import disk_errors, reserve_output
+from megatron_mea.outputs import print_and_write, reserve_output
 
 COLUMNS = ("variant", "lr", "seed", "L0", "L0_low", "L0_high", "alpha", "stable", "best")
 
 
-def report(runs: Sequence[RunRecord], out: str, *, tokens: Sequence[float] = ()) -> str:
-    """Writes the page `out`, and beside it OUT.csv, OUT-curves.csv and a PNG a figure; returns what to print.
+def report(runs: Sequence[RunRecord], out: str, *, tokens: Sequence[float] = ()) -> None:
+    """Prints a summary, and writes the page `out`, and beside it OUT.csv, OUT-curves.csv and a PNG a figure.
 
     Args:
         out: FILE.html
@@ -27,36 +26,25 @@ def report(runs: Sequence[RunRecord], out: str, *, tokens: Sequence[float] = ())
 
     Raises:
         UserError: `out` cannot be written; nothing was written.
+        RunError: the disk fails; nothing was written.
     """
-    page = Path(out)
-    results = evaluate_runs(runs)
-    figures_by_name, notes = _draw_figures(results)
-    files: dict[Path, bytes] = {
-        page.with_name(f"{page.stem}-{name}.png"): png for name, (_, png) in figures_by_name.items()
-    }
-    files[page.with_name(f"{page.stem}-curves.csv")] = _curves_csv(results).encode()
-    files[page.with_suffix(".csv")] = _results_csv(results).encode()
-    files[page] = render(
-        results=results, differences=differences(results), tokens=tokens, figures=figures_by_name, notes=notes
-    ).encode()
+    with reserve_output(out, folder=False) as page:
+        results = evaluate_runs(runs)
+        figures_by_name, notes = _draw_figures(results)
+        files: dict[Path, str | bytes] = {
+            page.with_name(f"{page.stem}-{name}.png"): png for name, (_, png) in figures_by_name.items()
+        }
+        files[page.with_name(f"{page.stem}-curves.csv")] = _curves_csv(results)
+        files[page.with_suffix(".csv")] = _results_csv(results)
+        files[page] = render(
+            results=results, differences=differences(results), tokens=tokens, figures=figures_by_name, notes=notes
+        )
 
-    with ExitStack() as outputs:
-        # The page first: it is what the user named.
-        for path in reversed(files):
-            outputs.enter_context(reserve_output(path, folder=False))
+        stable = sum(result.verdict.stable for result in results)
+        fitted = sum(result.fit is not None for result in results)
+        print_and_write(f"{len(results)} runs, {stable} stable, {fitted} with an identified fit", files)
 
-        for path, content in files.items():
-            with disk_errors(path):
-                temporary = path.with_name(f".{path.name}.tmp")
-                temporary.write_bytes(content)
-                temporary.replace(path)
-
-    stable = sum(result.verdict.stable for result in results)
-    fitted = sum(result.fit is not None for result in results)
-    return (
-        f"wrote {page} and {len(files) - 1} files beside it: {len(results)} runs, {stable} stable, {fitted} with an "
-        "identified fit"
-    )
+    print(f"wrote {page} and {len(files) - 1} files beside it")
 
 
 def _draw_figures(results: Sequence[Result]) -> tuple[dict[str, tuple[str, bytes]], list[str]]:

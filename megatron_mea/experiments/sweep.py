@@ -19,7 +19,7 @@ from megatron_mea.config import Config, dump_config
 from megatron_mea.config.load import complete_config, load_config, read_tree
 from megatron_mea.config.variants import VARIANTS
 from megatron_mea.errors import RunError, UserError
-from megatron_mea.outputs import disk_errors, reserve_output
+from megatron_mea.outputs import disk_errors, make_folder, reserve_output, write_file
 from megatron_mea.printing import show
 from megatron_mea.slurm import scheduler
 from megatron_mea.slurm.job_files import job_config_path, job_files, record_jobs
@@ -131,8 +131,8 @@ class _SweepRun:
         self._note, self._failed = self.dir / "slurm" / "failed-sweep", self.dir / metrics.FAILED
         path = job_config_path(config)
         with disk_errors(self.dir):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(dump_config(config), encoding="utf-8")
+            make_folder(path.parent)
+            write_file(path, dump_config(config))
             for marker in (self._note, self._failed):
                 marker.unlink(missing_ok=True)
 
@@ -152,7 +152,11 @@ class _SweepRun:
 
         note = self._note.read_text() if self._note.exists() else ""
         reason = note.partition("\n")[2].strip() or f"status {self.process.returncode}; see {self.dir}/train.log"
-        metrics.write_atomically(self._failed, json.dumps({"status": self.process.returncode, "reason": reason}) + "\n")
+        try:
+            write_file(self._failed, json.dumps({"status": self.process.returncode, "reason": reason}) + "\n")
+        except OSError as error:
+            # The other runs go on, and the reason is told at the end.
+            reason += f" ({self._failed} cannot be written: {error.strerror})"
         return reason
 
     def result(self) -> str:

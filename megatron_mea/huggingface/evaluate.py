@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,45 +17,37 @@ from megatron_mea.data.windows import MAX_WINDOW, open_windows
 from megatron_mea.errors import UserError
 from megatron_mea.huggingface.lm_eval_tasks import accuracy_table, check_lengths, open_tasks, run_tasks
 from megatron_mea.huggingface.source import context_length, load_model
-from megatron_mea.outputs import reserve_output
 from megatron_mea.progress import progress_bar
 
 _BATCH = 8
 
 
-def evaluate(
-    *, model: str | Path, data: str | None, tasks: Sequence[str] | None, out: str | None
-) -> tuple[str, str | None]:
-    """Measures cross-entropy and perplexity on data, lm-eval's tasks, or both, and writes the JSON to `out` if named.
+def evaluate(*, model: str | Path, data: str | None, tasks: Sequence[str] | None) -> tuple[dict[str, Any], str | None]:
+    """Measures cross-entropy and perplexity on data, lm-eval's tasks, or both.
 
     Args:
         data: PREFIX; None takes the validation corpora of a checkpoint, unless there are tasks.
         tasks: names and YAML files, as `lm_eval_tasks.open_tasks` takes them.
 
     Returns:
-        The JSON text, and a table of the tasks for people; None without tasks.
+        The result, and a table of the tasks for people; None without tasks.
     """
     tasks_by_name = open_tasks(tasks) if tasks else None
     if tasks_by_name:
         check_lengths(tasks_by_name, context_length(model))
 
-    with contextlib.nullcontext() if out is None else reserve_output(out, folder=False) as result_file:
-        loaded_model, tokenizer, config = load_model(model)
-        loaded_model.to("cuda" if torch.cuda.is_available() else "cpu")
+    loaded_model, tokenizer, config = load_model(model)
+    loaded_model.to("cuda" if torch.cuda.is_available() else "cpu")
 
-        result: dict[str, Any] = {"model": str(model)}
-        if data is not None or not tasks_by_name:
-            result |= cross_entropy(model=loaded_model, config=config, data=data)
-        table = None
-        if tasks_by_name:
-            result["tasks"] = run_tasks(model=loaded_model, tokenizer=tokenizer, tasks=tasks_by_name)
-            table = accuracy_table(result["tasks"])
+    result: dict[str, Any] = {"model": str(model)}
+    if data is not None or not tasks_by_name:
+        result |= cross_entropy(model=loaded_model, config=config, data=data)
+    table = None
+    if tasks_by_name:
+        result["tasks"] = run_tasks(model=loaded_model, tokenizer=tokenizer, tasks=tasks_by_name)
+        table = accuracy_table(result["tasks"])
 
-        text = json.dumps(result, indent=1)
-        if result_file is not None:
-            result_file.write_text(text + "\n")
-
-    return text, table
+    return result, table
 
 
 def cross_entropy(*, model: PreTrainedModel, config: Config | None, data: str | None) -> dict[str, Any]:

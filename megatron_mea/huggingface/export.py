@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import os
 import shutil
-import tempfile
 from math import prod
 from pathlib import Path
 
@@ -25,7 +24,15 @@ from megatron_mea.huggingface.parity_check import check_parity
 from megatron_mea.huggingface.safetensors_writer import SHARD_BYTES, write_safetensors
 from megatron_mea.huggingface.source import CheckpointSource, open_checkpoint, special_token_ids
 from megatron_mea.huggingface.targets import ExportTarget, make_export_target
-from megatron_mea.outputs import check_free_folder, disk_errors, require_space, reserve_output
+from megatron_mea.outputs import (
+    check_free_folder,
+    disk_errors,
+    flush_tree,
+    publish,
+    require_space,
+    reserve_output,
+    scratch_folder,
+)
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _MAX_TOKENS, _MAX_LOGITS = 256, 1 << 26
@@ -66,9 +73,10 @@ def export(
         make_export_target(kind, read_settings(Path(model))[1])
         with (
             reserve_output(out, folder=True),
-            tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch,
+            disk_errors(out),
+            scratch_folder(out) as scratch,
         ):
-            checkpoint = Path(scratch) / "checkpoint"
+            checkpoint = scratch / "checkpoint"
             import_model(model, checkpoint)
             return export(model=checkpoint, out=out, dtype=dtype, kind=kind, shard_bytes=shard_bytes)
 
@@ -80,14 +88,13 @@ def export(
         num_elements = sum(prod(recipe.shape) for recipe in target.tensors.values())
         require_space(out, num_elements * _DTYPES[dtype].itemsize + OVERHEAD_BYTES)
 
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
-            folder = Path(scratch) / "export"
+        with scratch_folder(out) as scratch:
+            folder = scratch / "export"
             parity = _write_and_compare(
                 source=source, target=target, folder=folder, dtype=dtype, shard_bytes=shard_bytes
             )
-            if out.exists():
-                out.rmdir()
-            shutil.move(folder, out)
+            flush_tree(folder)
+            publish(folder, out)
 
     return "\n".join([f"wrote {out}: step {source.meta.step}, {dtype}", *target.notes, parity])
 

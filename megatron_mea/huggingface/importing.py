@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -29,7 +28,13 @@ from megatron_mea.huggingface.safetensors_reader import (
 )
 from megatron_mea.inputs import read_json_object
 from megatron_mea.model.decoder import parameter_shapes, parameter_specs
-from megatron_mea.outputs import check_free_folder, require_space, reserve_output
+from megatron_mea.outputs import (
+    check_free_folder,
+    disk_errors,
+    require_space,
+    reserve_output,
+    scratch_folder,
+)
 from megatron_mea.printing import note
 from megatron_mea.progress import progress_bar
 from megatron_mea.versions import versions
@@ -77,23 +82,21 @@ def import_model(source: str | Path, out: str | Path, *, variant: str | None = N
     dtypes = ", ".join(sorted({tensor.dtype for tensor in tensors.values()}))
     # The name alone: an export of the checkpoint shows it.
     origin = f"imported from {source.resolve().name} ({hf_config.model_type}, {dtypes}); no moments"
-    with (
-        reserve_output(out, folder=True),
-        tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch,
-    ):
+    with reserve_output(out, folder=True), disk_errors(out), scratch_folder(out) as scratch:
         count = sum(map(math.prod, parameter_shapes(model).values()))
         require_space(out, 4 * count + _SPARE_BYTES)
         for warning in warnings:
             note(f"warning: {warning}")
 
-        folder = Path(scratch) / "checkpoint"
+        folder = scratch / "checkpoint"
         try:
             _write_checkpoint(source=source, folder=folder, out=out, model=model, tensors=tensors, origin=origin)
-            publish(folder, out)
-        except (OSError, RuntimeError) as error:
+        except RuntimeError as error:
             # A full disk reaches torch as a RuntimeError, whose first line is the reason.
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).partition("\n")[0]
+            reason = str(error).partition("\n")[0]
             raise RunError(f"{out} cannot be written: {reason}") from error
+
+        publish(folder, out)
 
     return (
         f"wrote {out}: step 0, {count:,} parameters in float32, variant {model.attention_variant}\n"

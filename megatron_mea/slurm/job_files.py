@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_mea.config import Config, dump_config
 from megatron_mea.errors import RunError, UserError
-from megatron_mea.outputs import disk_errors, reserve_output
+from megatron_mea.outputs import disk_errors, reserve_output, restored_on_failure, write_file, write_files
 from megatron_mea.slurm import scheduler
 
 
@@ -29,7 +29,7 @@ def record_jobs(config: Config, job_ids: Sequence[str]) -> None:
     """Writes the ids of the jobs that were submitted for a run into its folder, for the next `submit` to read."""
     path = _job_ids_path(config)
     with disk_errors(path):
-        path.write_text("\n".join(job_ids) + "\n")
+        write_file(path, "\n".join(job_ids) + "\n")
 
 
 @contextmanager
@@ -43,28 +43,27 @@ def job_files(*, configs: Sequence[Config], path: Path, script: str) -> Iterator
         RunError: a file cannot be written; or the block raised it, with the jobs that were submitted before.
     """
     texts = {job_config_path(config): dump_config(config) for config in configs} | {path: script}
-    earlier_contents = {file: file.read_bytes() if file.is_file() else None for file in texts}
     job_ids: list[str] = []
-    with ExitStack() as reservations:
+    failure: BaseException | None = None
+    with ExitStack() as outputs:
         for file in texts:
-            reservations.enter_context(reserve_output(file, folder=False))
+            outputs.enter_context(reserve_output(file, folder=False))
 
+        outputs.enter_context(disk_errors(path))
+        outputs.enter_context(restored_on_failure(texts))
+        write_files(texts)
         try:
-            for file, text in texts.items():
-                with disk_errors(file):
-                    file.write_text(text, encoding="utf-8")
-
             yield job_ids
         except BaseException as error:
-            if job_ids and isinstance(error, RunError):
-                raise RunError(f"{error}; submitted before: job {', '.join(job_ids)}") from None
+            # The jobs that were submitted need their files.
+            if not job_ids:
+                raise
+            failure = error
 
-            for file, content in [] if job_ids else earlier_contents.items():
-                if content is None:
-                    file.unlink(missing_ok=True)
-                else:
-                    file.write_bytes(content)
-            raise
+    if isinstance(failure, RunError):
+        raise RunError(f"{failure}; submitted before: job {', '.join(job_ids)}") from None
+    if failure is not None:
+        raise failure
 
 
 def job_config_path(config: Config) -> Path:

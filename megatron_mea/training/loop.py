@@ -21,7 +21,7 @@ from megatron_mea.config import Config
 from megatron_mea.errors import RunError, UserError
 from megatron_mea.huggingface.locate import INIT_FROM
 from megatron_mea.huggingface.weights import open_weights
-from megatron_mea.outputs import disk_errors
+from megatron_mea.outputs import disk_errors, make_folder
 from megatron_mea.parallel.parameter import parameters_by_name
 from megatron_mea.training import distributed, metrics
 from megatron_mea.training.build import build_engine
@@ -266,7 +266,7 @@ class _Trainer:
 
     def _take_lease(self) -> list[str]:
         """Takes the lease of the run folder; returns lines to print."""
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(self.run_dir)
         self.lease = Lease(self.run_dir)
         other_job = self.lease.take()
         return [f"{other_job} may still be writing {self.run_dir}: it is made to stop"] if other_job else []

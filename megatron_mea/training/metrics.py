@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_mea.checkpoint.folder import flush
 from megatron_mea.config import Config, dump_config
+from megatron_mea.outputs import replace_file, write_file
 
 if TYPE_CHECKING:
     import torch
@@ -90,11 +90,9 @@ class Heartbeat:
         job = {"job": os.environ["SLURM_JOB_ID"]} if "SLURM_JOB_ID" in os.environ else {}
         content = {"step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **self._facts, **job}
 
-        scratch = self._path.with_name(f".{self._path.name}.tmp")
         # A heartbeat does not end a run: on a full disk metrics and checkpoints raise.
         with contextlib.suppress(OSError):
-            scratch.write_text(json.dumps(content) + "\n")
-            scratch.replace(self._path)
+            replace_file(self._path, json.dumps(content) + "\n")
 
 
 def _truncate_rows(path: Path, step: int) -> None:
@@ -105,7 +103,7 @@ def _truncate_rows(path: Path, step: int) -> None:
     content = path.read_bytes()
     remaining = b"".join(line for line in content.splitlines(keepends=True) if _is_row(line, step))
     if remaining != content:
-        write_atomically(path, remaining.decode())
+        write_file(path, remaining)
 
 
 def _is_row(line: bytes, last_step: int) -> bool:
@@ -173,23 +171,14 @@ class Progress:
 def write_config(*, config: Config, run_dir: Path, versions: Mapping[str, str]) -> None:
     """Writes config.yaml: the resolved configuration, after a comment with the versions of packages."""
     comment = " ".join(f"{name}={value}" for name, value in versions.items())
-    write_atomically(run_dir / "config.yaml", f"# {comment}\n{dump_config(config)}")
+    write_file(run_dir / "config.yaml", f"# {comment}\n{dump_config(config)}")
 
 
 def write_finished(run_dir: Path, step: int) -> None:
     """Writes FINISHED, with the last step of the run."""
-    write_atomically(run_dir / FINISHED, json.dumps({"step": step}) + "\n")
+    write_file(run_dir / FINISHED, json.dumps({"step": step}) + "\n")
 
 
 def write_diverged(*, run_dir: Path, step: int, reason: str) -> None:
     """Writes DIVERGED for sweeps and reports, to which a learning rate that diverges is a result."""
-    write_atomically(run_dir / DIVERGED, json.dumps({"step": step, "reason": reason}) + "\n")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file by a rename, so that readers see either content in full; flushed to disk."""
-    scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(text, encoding="utf-8")
-    flush(scratch)
-    scratch.replace(path)
-    flush(path.parent)
+    write_file(run_dir / DIVERGED, json.dumps({"step": step, "reason": reason}) + "\n")
