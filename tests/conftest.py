@@ -23,6 +23,8 @@ pytest_plugins = ["support.fast"]
 
 # On a busy machine the time of an example says nothing.
 settings.register_profile("untimed", deadline=None)
+# `--full`: for properties that leave the number of examples to the profile.
+settings.register_profile("full", deadline=None, max_examples=3000)
 settings.load_profile("untimed")
 
 

@@ -197,8 +197,9 @@ def _validation_problems(error: ValidationError) -> Iterator[Problem]:
         if item["type"] == "extra_forbidden":
             # A key of the user's may look like a union member.
             path = [*_key_path(item["loc"][:-1]), str(item["loc"][-1])]
-        where = ".".join(path)
-        is_other_member = item["type"] == "int_type" and isinstance(item["input"], list)
+        where = ".".join(part or "''" for part in path)
+        is_member = len(item["loc"]) > len(path)
+        is_other_member = is_member and item["type"] == "int_type" and isinstance(item["input"], list)
         if where in seen or is_other_member:
             continue
         seen.add(where)

@@ -1,0 +1,33 @@
+"""Bounds on what reading something foreign may take: a second of this thread, and 500 MB beyond what is there."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+SECONDS = 1.0
+MEGABYTES = 500
+
+
+@contextmanager
+def within_limits() -> Iterator[None]:
+    """Runs a block with 500 MB of address space beyond today's, and fails where it takes more than a second.
+
+    An allocation beyond that raises MemoryError, also one that would never be touched. Import what the block needs
+    before: libraries do not count.
+    """
+    old = resource.getrlimit(resource.RLIMIT_AS)
+    with open("/proc/self/statm") as stream:
+        in_use = int(stream.read().split()[0]) * resource.getpagesize()
+
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + (MEGABYTES << 20), old[1]))
+    begin = time.thread_time()
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, old)
+
+    seconds = time.thread_time() - begin
+    assert seconds < SECONDS, f"{seconds:.2f} s"
