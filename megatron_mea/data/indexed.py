@@ -25,6 +25,7 @@ import numpy as np
 
 from megatron_mea.data.index_entries import SAMPLE_ENTRIES, IndexEntries, spread_blocks
 from megatron_mea.data.metadata import DataMetadata, Recipe, package_versions
+from megatron_mea.data.token_file import TokenFile
 from megatron_mea.errors import RunError, UserError
 from megatron_mea.outputs import flush, restored_on_failure, try_lock
 
@@ -220,10 +221,10 @@ def _remove_leftovers(prefix: Path) -> None:
 
 
 class IndexedReader:
-    """Memory-mapped view of PREFIX.bin and PREFIX.idx.
+    """PREFIX.idx, mapped into memory, and PREFIX.bin, whose tokens are read as they are asked for.
 
     Attributes:
-        tokens: (tokens,), the corpus as one flat read-only array.
+        tokens: (tokens,), the corpus as one flat read-only array, of which slices can be taken.
         lengths: (sequences,) tokens of each sequence.
         offsets: (sequences,) where each sequence begins in PREFIX.bin, in bytes.
         document_indices: (documents + 1,) index of the sequence at which each document begins.
@@ -289,7 +290,7 @@ class IndexedReader:
                 hint="copy the file again, or run `megatron-mea prepare` again",
             )
 
-        self.tokens = _memory_map(data, self.dtype) if data_size else np.empty(0, self.dtype)
+        self.tokens = TokenFile(data, dtype=self.dtype, size=data_size // self.dtype.itemsize)
 
     def check_ids(self, vocab_size: int, expected: str, *, hint: str = "", sample: int = SAMPLE_ENTRIES) -> None:
         """Checks up to `sample` tokens, in 64 blocks spread evenly.

@@ -85,7 +85,7 @@ def test_equal_to_an_independent_encoding(tokenizer: Path, texts: list[str], tmp
     assert reader.dtype == np.uint16
     assert reader.document_indices.tolist() == list(range(len(expected) + 1))
     # The end-of-document id stands after each document, and nowhere else.
-    assert np.flatnonzero(reader.tokens == EOS).tolist() == (np.cumsum(reader.lengths) - 1).tolist()
+    assert np.flatnonzero(reader.tokens[:] == EOS).tolist() == (np.cumsum(reader.lengths) - 1).tolist()
     assert file_names(tmp_path) == ["corpus.jsonl", "out.bin", "out.idx", "out.meta.json"]
 
 
