@@ -46,7 +46,7 @@ class TokenFile:
         self._read_into(values.view(np.uint8), start * self.dtype.itemsize)
         return values
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:  # noqa: FBT001 - numpy's
         """All tokens, for small files."""
         values = self[:]
         return values if dtype is None else values.astype(dtype)
@@ -65,7 +65,7 @@ class TokenFile:
                 raise UserError(
                     where=str(self.path),
                     got=f"{os.fstat(self._file.fileno()).st_size} bytes, fewer than when it was opened",
-                    expected=f"the {self.size * self.dtype.itemsize} that its .idx announces, for as long as it is read",
+                    expected=f"the {self.size * self.dtype.itemsize} that its .idx announces, while it is read",
                     hint="copy the file again, or run `megatron-mea prepare` again",
                 )
             done += count

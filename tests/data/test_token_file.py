@@ -51,7 +51,11 @@ def test_a_file_that_is_cut_short_while_it_is_open_is_named(tmp_path, size):
         writer.commit()
 
     corpora = Corpora(
-        corpora=[TrainCorpus(path=tmp_path / "corpus")], seq_length=100, vocab_size=30_000, seed=None, key="data.train"
+        corpora=[TrainCorpus(path=str(tmp_path / "corpus"))],
+        seq_length=100,
+        vocab_size=30_000,
+        seed=None,
+        key="data.train",
     )
     os.truncate(tmp_path / "corpus.bin", size)
     if size:
