@@ -24,7 +24,7 @@ import torch.distributed as dist
 from megatron_mea.errors import MachineError, UserError
 from megatron_mea.failures import exit_status
 from megatron_mea.printing import note
-from megatron_mea.training.distributed import choose_device
+from megatron_mea.training.distributed import choose_device, port_errors
 from megatron_mea.training.rank_env import RankEnv
 from megatron_mea.versions import versions
 
@@ -73,14 +73,15 @@ def preflight(run_dir: Path, rank_env: RankEnv, *, timeout: float = TIMEOUT) -> 
     begin, is_rank_0 = time.monotonic(), rank_env.rank == 0
     device, machine_problem = _check_device(rank_env)
     wait = timedelta(seconds=timeout)
-    store = dist.TCPStore(
-        host_name=rank_env.master_address,
-        port=rank_env.master_port,
-        world_size=rank_env.world_size,
-        is_master=is_rank_0,
-        timeout=wait,
-        wait_for_workers=False,
-    )
+    with port_errors(rank_env):
+        store = dist.TCPStore(
+            host_name=rank_env.master_address,
+            port=rank_env.master_port,
+            world_size=rank_env.world_size,
+            is_master=is_rank_0,
+            timeout=wait,
+            wait_for_workers=False,
+        )
 
     try:
         reports = _exchange_reports(

@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 import warnings
+from collections.abc import Iterator
 from datetime import timedelta
 from importlib import import_module
 from typing import Any
@@ -17,7 +18,7 @@ import torch.distributed as dist
 
 from megatron_mea.config.parallel_dims import ParallelDims
 from megatron_mea.config.schema import Config
-from megatron_mea.errors import UserError
+from megatron_mea.errors import MachineError, UserError
 from megatron_mea.parallel.grid import Grid, TensorGroup
 from megatron_mea.training.rank_env import RankEnv
 
@@ -84,14 +85,40 @@ def start_distributed(rank_env: RankEnv) -> torch.device:
 
     # On a CPU DeepSpeed would compile a shared-memory all-reduce for minutes, and hang on another job's lock.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend="nccl" if on_gpu else "gloo",
-        auto_mpi_discovery=False,
-        verbose=False,
-        timeout=timedelta(minutes=START_MINUTES),
-        distributed_port=rank_env.master_port,
-    )
+    with port_errors(rank_env):
+        deepspeed.init_distributed(
+            dist_backend="nccl" if on_gpu else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timedelta(minutes=START_MINUTES),
+            distributed_port=rank_env.master_port,
+        )
     return device
+
+
+@contextlib.contextmanager
+def port_errors(rank_env: RankEnv) -> Iterator[None]:
+    """Turns torch's error about a port that rank 0 cannot listen on into one that names MASTER_PORT.
+
+    Raises:
+        UserError: whoever started the ranks has chosen that port.
+        MachineError: a SLURM job has, and may find it free the next time.
+    """
+    try:
+        yield
+    except dist.DistNetworkError as error:
+        if "failed to listen" not in str(error):
+            raise
+
+        reason = "already in use" if "EADDRINUSE" in str(error) else str(error).partition("\n")[0]
+        problem = UserError(
+            where="MASTER_PORT",
+            got=f"{rank_env.master_port} on {socket.gethostname()}: {reason}",
+            expected="a port that nobody listens on",
+            hint="choose another one, or unset MASTER_PORT: launch/local.sh finds a free one. "
+            f"`ss -ltnp sport = {rank_env.master_port}` shows who has it",
+        )
+        raise (MachineError(str(problem)) if "SLURM_JOB_ID" in os.environ else problem) from None
 
 
 def _import_muon() -> None:

@@ -76,8 +76,8 @@ def measure(*, stages: list[int], slow: list[bool], training: list[bool]) -> tup
     now, clock = [0.0], SimpleNamespace(stops=0)
     straggler.time = SimpleNamespace(perf_counter=lambda: now[0])
 
-    def forward_hidden(seconds, *, suspended):
-        if suspended:
+    def forward_hidden(seconds):
+        if model.suspended:
             now[0] += 1000
             clock.stops += 1
 
@@ -97,8 +97,8 @@ def measure(*, stages: list[int], slow: list[bool], training: list[bool]) -> tup
     reports = []
     for is_slow, model.training in zip(slow, training, strict=True):
         seconds = 0.1 if is_slow and rank == 1 else 0.02
-        for suspended in (False, rank == 1, False):
-            assert model.forward_hidden(seconds, suspended=suspended) == seconds
+        for model.suspended in (False, rank == 1, False):
+            assert model.forward_hidden(seconds) == seconds
         reports.append(detector.report())
 
     return [scalars for scalars, _ in reports], [lines for _, lines in reports]
