@@ -9,6 +9,7 @@ step_00001000/
     tokenizer/                 the tokenizer folder of the run
     generation_config.json     of an imported checkpoint, where its source has one
     COMPLETE                   written last: format version, and the SHA-256 of every other file
+    PINNED                     empty; `checkpoint.keep` does not remove a checkpoint that has it
 
 A folder gets its name by a rename when everything in it is on disk, so it is complete or absent.
 `.metadata` is a pickle, which `index.read_index` reads without running what a stranger may have put there.
@@ -34,6 +35,7 @@ from megatron_mea.outputs import publish as publish
 _NAME = re.compile(r"step_(\d{8,})")
 COMPLETE, META, TOKENIZER, INDEX = "COMPLETE", "meta.json", "tokenizer", ".metadata"
 GENERATION = "generation_config.json"
+PINNED = "PINNED"
 FORMAT_VERSION = 1
 """Of meta.json and COMPLETE; files without the number are of version 1. It rises where an older program would misread
 them."""
@@ -210,10 +212,15 @@ def quarantine(folder: Path, reason: Literal["damaged", "later"]) -> Path:
 
 
 def retain(*, run_dir: str | Path, keep: int, keep_every: int | None) -> None:
-    """Removes all but the newest `keep` checkpoints and those whose step is a multiple of `keep_every`."""
+    """Removes all but the newest `keep` checkpoints, multiples of `keep_every` steps, and pinned ones."""
     for step, folder in complete_checkpoints(run_dir)[:-keep]:
-        if not (keep_every and step % keep_every == 0):
+        if not ((keep_every and step % keep_every == 0) or (folder / PINNED).exists()):
             remove(folder)
+
+
+def pin(folder: Path) -> None:
+    """Has `retain` keep a checkpoint, until somebody removes the file PINNED in it."""
+    (folder / PINNED).touch()
 
 
 def remove(folder: Path) -> None:

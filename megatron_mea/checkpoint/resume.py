@@ -130,11 +130,12 @@ def check_resume(
     if problems:
         raise UserError.from_problems(problems)
 
-    if fingerprint is not None and config.steps < metadata.step:
+    if config.steps < metadata.step:
         raise UserError(
             where="training.steps",
             got=config.steps,
             expected=f"at least {metadata.step}, which the run has reached already",
+            hint="run.resume_from = the step of an earlier checkpoint goes back",
         )
 
     return changes

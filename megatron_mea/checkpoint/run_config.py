@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_mea.checkpoint.folder import CheckpointMetadata, intact_checkpoints
+from megatron_mea.checkpoint.folder import CheckpointMetadata, complete_checkpoints, intact_checkpoints
+from megatron_mea.config.checks import start_checks
 from megatron_mea.config.load import parse_config, read_tree
 from megatron_mea.config.schema import Config
 from megatron_mea.errors import UserError
@@ -32,9 +33,42 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Co
         The configuration, and lines to print: the keys that the checkpoint decided otherwise than the program would.
 
     Raises:
-        UserError: as `load_config`, or a newer program wrote the checkpoint.
+        UserError: as `load_config`; or the run must not start so, is another one than the file's own folder holds, or a
+            newer program wrote its checkpoint.
     """
     tree = read_tree(path, overrides)
+    if not any(override.startswith("run.dir=") for override in overrides):
+        _check_own_folder(Path(path), tree["run"])
+
+    config, lines = _parse_with_stored_values(tree)
+    if problems := list(start_checks(config)):
+        raise UserError.from_problems(problems)
+
+    return config, lines
+
+
+def _check_own_folder(path: Path, run: Any) -> None:
+    """Raises UserError where a run folder's own configuration names another folder, as after a move or a copy.
+
+    The run there would begin anew, or go on in the place of this one.
+    """
+    if path.name != "config.yaml" or not isinstance(run, dict) or not isinstance(run["dir"], str):
+        return
+
+    here = path.resolve().parent
+    # `submit` keeps one in slurm/.
+    for folder in (here, *([here.parent] if here.name == "slurm" else [])):
+        if complete_checkpoints(folder) and Path(run["dir"]).resolve() != folder:
+            raise UserError(
+                where="run.dir",
+                got=f"{run['dir']}, in the {path.name} of the run folder {folder}",
+                expected="that folder, or run.dir=FOLDER on the command line",
+                hint=f"run.dir={folder} goes on with the run that lies there",
+            )
+
+
+def _parse_with_stored_values(tree: dict[str, Any]) -> tuple[Config, list[str]]:
+    """Parses `tree` with the values of the run's checkpoint for the `FIXED_KEYS` that it does not name; with lines."""
     inherited = {key: value for key, value in _stored_values(tree).items() if not _names(tree, key)}
     if not inherited:
         return parse_config(tree), []

@@ -26,6 +26,17 @@ def cross_checks(config: Config, *, needs_data: bool = True) -> Iterator[Problem
         yield Problem(where="training.compile", got=True, expected=f"false where parallel.zero_stage is 3: {reason}")
 
 
+def start_checks(config: Config) -> Iterator[Problem]:
+    """Contradictions that a run must not start with; one that an older program began with them is read all the same."""
+    settings = config.checkpoint
+    if settings.keep_every is not None and settings.keep_every % settings.interval:
+        yield Problem(
+            where="checkpoint.keep_every",
+            got=settings.keep_every,
+            expected=f"a multiple of checkpoint.interval = {settings.interval}: there is no other checkpoint to keep",
+        )
+
+
 def config_warnings(config: Config, dims: ParallelDims) -> list[str]:
     """Warnings about allowed settings that are known to train badly or slowly."""
     return [*_embedding_warnings(config), *_pipeline_warnings(dims)]

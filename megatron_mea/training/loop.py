@@ -30,17 +30,16 @@ from megatron_mea.training.head_stats import HeadOutputs, head_tensors, hlc_stat
 from megatron_mea.training.initial_weights import read_weights
 from megatron_mea.training.loader import DataStallTimer, Prefetcher, StepData, training_steps, validation_batches
 from megatron_mea.training.profile import Profiler
+from megatron_mea.training.rate_jump import keep_checkpoint_before_jump
 from megatron_mea.training.replicas import check_replicas
 from megatron_mea.training.schedule import learning_rate
 from megatron_mea.training.signals import StopSignal
-from megatron_mea.training.startup import RunInputs
+from megatron_mea.training.startup import RunInputs, describe_start
 from megatron_mea.training.straggler import StragglerDetector
 from megatron_mea.training.watchdog import Watchdog
 from megatron_mea.versions import versions
 
 T = TypeVar("T")
-_MAX_CHANGES_SHOWN = 20
-"""Changed keys that are printed at most: every path of thousands of corpora may have changed."""
 
 
 def run(*, config: Config, inputs: RunInputs, stop: StopSignal) -> None:
@@ -74,7 +73,10 @@ class _Trainer:
         self.metadata = folder.CheckpointMetadata.read(resume_point.source) if resume_point.source else None
         self.step = self.metadata.step if self.metadata else 0
         self.progress = metrics.Progress(config=config, rank=self.rank, step=self.step, clock=watchdog.clock)
-        self._log_start(device=device, resume_point=resume_point, notes=notes)
+        if self.rank == 0 and self.metadata is not None:
+            notes += keep_checkpoint_before_jump(run_dir=self.run_dir, metadata=self.metadata, config=config)
+        for line in describe_start(config=config, inputs=inputs, device=device, resume_point=resume_point, notes=notes):
+            self.progress.log(line)
         self._check_lease()
         if self.rank == 0:
             folder.remove_leftovers(self.run_dir)
@@ -312,26 +314,6 @@ class _Trainer:
                 f"{self.run_dir} was taken over by {new_holder[0]}: "
                 f"this one stops at step {self.step} and saves nothing"
             )
-
-    def _log_start(self, *, device: torch.device, resume_point: ResumePoint, notes: list[str]) -> None:
-        """Prints the kind of run, its data, warnings, and the checkpoint to resume from."""
-        config, log = self.config, self.progress.log
-        log(
-            f"{self.inputs.rank_env.world_size} process(es) on {device.type}, {config.training.precision}, "
-            f"variant {config.model.attention_variant}, {config.steps} steps of {config.tokens_per_step:,} tokens"
-        )
-        for line in self.inputs.train.shares():
-            log(f"train {line}")
-
-        for line in [*self.inputs.warnings, *notes, *resume_point.notes]:
-            log(f"warning: {line}")
-
-        if resume_point.source is not None:
-            log(f"resuming from {resume_point.source}")
-            changes = self.inputs.changes[:_MAX_CHANGES_SHOWN]
-            num_hidden = len(self.inputs.changes) - _MAX_CHANGES_SHOWN
-            for line in [*changes, *([f"{num_hidden} more keys"] if num_hidden > 0 else [])]:
-                log(f"changed since then: {line}")
 
     def _record(self, row: dict) -> None:
         """Prints and writes a row of the metrics; with a validation loss also head statistics. Collective."""

@@ -25,6 +25,14 @@ def learning_rate(config: Config, step: int) -> float:
         progress = (step - schedule.warmup_steps) / (last - schedule.warmup_steps)
         return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
-    assert schedule.decay_steps is not None
-    progress = max(step - (last - schedule.decay_steps), 0) / schedule.decay_steps
+    progress = max(step - decay_start(config), 0) / schedule.decay_steps
     return peak * (1 - (1 - floor) * progress)
+
+
+def decay_start(config: Config) -> int:
+    """The last step before the rate falls; the last one of all where it does not."""
+    schedule = config.schedule
+    if schedule.kind == "cosine":
+        return schedule.warmup_steps
+
+    return config.steps - (schedule.decay_steps or 0)

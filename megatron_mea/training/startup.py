@@ -29,7 +29,13 @@ from megatron_mea.inputs import read_json_object
 from megatron_mea.training.rank_env import RankEnv
 
 if TYPE_CHECKING:
+    import torch
+
+    from megatron_mea.checkpoint.resume import ResumePoint
     from megatron_mea.huggingface.weights import StoredModel, WeightSource
+
+_MAX_CHANGES_SHOWN = 20
+"""Changed keys that are printed at most: every path of thousands of corpora may have changed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +209,30 @@ def open_run_inputs(
         warnings=warnings,
         changes=data.changes,
     )
+
+
+def describe_start(
+    *, config: Config, inputs: RunInputs, device: torch.device, resume_point: ResumePoint, notes: list[str]
+) -> list[str]:
+    """Lines with the kind of run, its data, warnings, and the checkpoint to resume from.
+
+    Args:
+        notes: more warnings.
+    """
+    lines = [
+        f"{inputs.rank_env.world_size} process(es) on {device.type}, {config.training.precision}, "
+        f"variant {config.model.attention_variant}, {config.steps} steps of {config.tokens_per_step:,} tokens"
+    ]
+    lines += [f"train {line}" for line in inputs.train.shares()]
+    lines += [f"warning: {line}" for line in [*inputs.warnings, *notes, *resume_point.notes]]
+
+    if resume_point.source is not None:
+        lines.append(f"resuming from {resume_point.source}")
+        num_hidden = len(inputs.changes) - _MAX_CHANGES_SHOWN
+        more = [f"{num_hidden} more keys"] if num_hidden > 0 else []
+        lines += [f"changed since then: {line}" for line in [*inputs.changes[:_MAX_CHANGES_SHOWN], *more]]
+
+    return lines
 
 
 def check_compilers() -> None:

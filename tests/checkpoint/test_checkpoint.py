@@ -46,14 +46,18 @@ def make_checkpoint(run: Path, step: int) -> Path:
     steps=st.lists(st.integers(1, 60), unique=True, min_size=1, max_size=8),
     keep=st.integers(1, 4),
     keep_every=st.one_of(st.none(), st.integers(1, 20)),
+    pinned=st.sets(st.integers(1, 60)),
 )
-def test_retention(tmp_path_factory, steps, keep, keep_every):
-    run = tmp_path_factory.mktemp("run")
+def test_retention(tmp_path_factory, steps, keep, keep_every, pinned):
+    run, pinned = tmp_path_factory.mktemp("run"), pinned & set(steps)
     for step in steps:
-        make_checkpoint(run, step)
+        path = make_checkpoint(run, step)
+        if step in pinned:
+            folder.pin(path)
+            assert folder.find_corruption(path) is None
 
     folder.retain(run_dir=run, keep=keep, keep_every=keep_every)
-    expected = set(sorted(steps)[-keep:]) | {step for step in steps if keep_every and step % keep_every == 0}
+    expected = set(sorted(steps)[-keep:]) | {step for step in steps if keep_every and step % keep_every == 0} | pinned
     assert {step for step, _ in folder.complete_checkpoints(run)} == expected
     assert {path.name for path in (run / "checkpoints").iterdir()} == {folder.folder_name(step) for step in expected}
 

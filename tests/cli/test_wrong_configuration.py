@@ -83,6 +83,7 @@ VALUES = [  # override, got, expected, hint: the message names the key of the ov
     ("training.steps=1e308", "'1e308'", "less than or equal to 1000000000000"),
     ("parallel.timeout_minutes=1e300", "'1e300'", "less than or equal to 525600"),
     ("run.dir=''", "...", "..."),
+    ("checkpoint.keep_every=3", "3", "a multiple of checkpoint.interval = 2: ..."),
     ("model.num_component_heads=[]", "...", "..."),
 ]
 DISTILLATION = "training.distillation"

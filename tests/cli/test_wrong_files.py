@@ -207,6 +207,76 @@ def test_a_finished_run_with_another_model(run_folder, run_refused):
 
 
 @pytest.mark.slow
+def test_fewer_steps_than_a_run_has_done(run_folder, run_refused):
+    """Whether it is finished or not."""
+    for _ in range(2):
+        problems = run_refused("train", "tiny.yaml", "training.steps=1", "schedule.warmup_steps=0")
+        hint = "run.resume_from = the step of an earlier checkpoint goes back"
+        check_problems(problems, ("training.steps", "1", "at least 2, which the run has reached already", hint))
+        (run_folder / "FINISHED").write_text('{"step": 2}\n')
+
+    assert main(["train", "tiny.yaml", "training.steps=2"]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("action", ["move", "copy", "visit", "submitted"])
+def test_a_run_that_its_own_configuration_does_not_name(run_folder, run_refused, monkeypatch, action):
+    """It was moved, copied, or is started from another working directory than its relative path is for."""
+    shutil.copy("tiny.yaml", run_folder / "config.yaml")
+    place, command = run_folder.with_name("second"), "second/config.yaml"
+    if action == "visit":
+        place, command = run_folder, "config.yaml"
+        monkeypatch.chdir(run_folder)
+    elif action == "copy":
+        shutil.copytree(run_folder, place)
+    else:
+        run_folder.rename(place)
+
+    if action == "submitted":
+        (place / "slurm").mkdir()
+        (place / "config.yaml").rename(place / "slurm/config.yaml")
+        command = "second/slurm/config.yaml"
+
+    for verb in ("train", "plan"):
+        problems = run_refused(verb, command, "training.steps=4")
+        check_problems(
+            problems,
+            (
+                "run.dir",
+                f"run, in the config.yaml of the run folder {place}",
+                "that folder, or run.dir=FOLDER...",
+                f"run.dir={place} goes on with the run that lies there",
+            ),
+        )
+
+    with pytest.raises(TrainingStarted) as started:
+        main(["train", command, "training.steps=4", f"run.dir={place}", *absolute_data(run_folder.parent)])
+    # It goes on from the checkpoint there.
+    assert any(line.startswith("run.dir: ") for line in started.value.args[0]["inputs"].changes)
+
+
+def absolute_data(folder: Path) -> list[str]:
+    """Overrides that name the data of `workdir` from anywhere."""
+    corpora = [f"data.{name}=[{{path: {folder / name}}}]" for name in ("train", "validation")]
+    return [*corpora, f"data.tokenizer={folder / 'tokenizer'}"]
+
+
+@pytest.mark.slow
+def test_a_run_that_its_own_configuration_names(run_folder):
+    """Through a link, too; and a configuration beside checkpoints of others is one like any other."""
+    shutil.copy("tiny.yaml", run_folder / "config.yaml")
+    Path("link").symlink_to(run_folder)
+    for path in ("run/config.yaml", "link/config.yaml", str(run_folder / "config.yaml")):
+        with pytest.raises(TrainingStarted):
+            main(["train", path, "training.steps=4"])
+
+    Path("checkpoints/step_7").mkdir(parents=True)
+    shutil.copy("tiny.yaml", "config.yaml")
+    with pytest.raises(TrainingStarted):
+        main(["train", "config.yaml"])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("corpora", "where", "got", "old"),
     [

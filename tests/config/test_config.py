@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_mea.config import dump_config, load_config
-from megatron_mea.config.checks import config_warnings
+from megatron_mea.config.checks import config_warnings, start_checks
 from megatron_mea.config.load import known_keys, parse_config
 from megatron_mea.config.parallel_dims import ParallelDims
 from megatron_mea.config.schema import Config
@@ -178,3 +178,12 @@ def test_an_error_travels_between_ranks():
 
     assert str(unpickled) == str(error)
     assert unpickled.problems == error.problems
+
+
+@given(st.integers(1, 50), st.one_of(st.none(), st.integers(1, 50)))
+def test_checkpoints_to_keep_are_checkpoints(interval, keep_every):
+    """Checked where a run starts; what an older program began otherwise is read by reports and exports."""
+    config = parse(checkpoint={"interval": interval, "keep_every": keep_every})
+    problems = [(problem.where, problem.got) for problem in start_checks(config)]
+    saved = {interval * count for count in range(1, 51)}
+    assert problems == ([] if keep_every is None or keep_every in saved else [("checkpoint.keep_every", keep_every)])
