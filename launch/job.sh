@@ -45,7 +45,7 @@ patiently() { # command...: for some minutes, since a controller may be restarti
 }
 
 # The ranks end the step in hand and save; a second signal would end them at once, so they get one. USR1: and the job
-# ends; USR2, TERM (the limit is near, the nodes are wanted elsewhere): and it goes on later.
+# ends; USR2, TERM, HUP (the limit is near, the nodes are wanted elsewhere): and it goes on later.
 forward() { if [ -n "$child" ] && [ -z "$forwarded" ]; then forwarded=1; kill -USR2 "$child" 2>/dev/null; fi; }
 on_signal() { say "got $1"; [ "$stop" = USR1 ] || stop=$1; forward; }
 for signal in USR1 USR2 TERM HUP; do trap "on_signal $signal" "$signal"; done

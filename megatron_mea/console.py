@@ -1,10 +1,11 @@
-"""Standard output and standard error of a command, where a pipe is closed, a terminal is gone or a disk is full.
+"""Standard output and error of a command, where a pipe is closed or not read, a terminal is gone, or a disk is full.
 
 A training goes on, and what it prints goes to a file of its run folder. Another verb ends, since its result goes there.
 """
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import select
@@ -21,6 +22,8 @@ CONSOLE_LOG = "console.log"
 READER_GONE = 128 + signal.SIGPIPE
 """Exit status where the reader of standard output has closed its pipe: what a shell reports of a program that SIGPIPE
 ends."""
+_PATIENCE_SECONDS = 60.0
+"""For which a training waits for a console that takes nothing, such as a pager that nobody scrolls."""
 
 
 def guard_console() -> None:
@@ -82,11 +85,14 @@ class _StandardStream(io.FileIO):
         return len(data)
 
     def _write(self, data: bytes) -> int:
-        while (written := super().write(data)) is None:
-            # Another program has made the terminal non-blocking, for all who share it.
-            select.select([], [self], [])
+        """Writes what the descriptor takes; raises OSError where a training would have to wait for it for long."""
+        patience = None if self.run_dir is None else _PATIENCE_SECONDS
+        while select.select([], [self], [], patience)[1]:
+            # None: another program has made the terminal non-blocking, for all who share it.
+            if (written := super().write(data)) is not None:
+                return written
 
-        return written
+        raise TimeoutError(errno.ETIMEDOUT, f"nobody has read it for {patience:g} s")
 
     def _move_to_log(self, path: Path, error: OSError) -> None:
         """Points the descriptor to `path`, unless it does already; raises OSError where that cannot be opened."""

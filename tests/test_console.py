@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import io
 import json
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from support.runs import environment
 
+from megatron_mea import console
 from megatron_mea.console import READER_GONE, _StandardStream, _text_stream
 from megatron_mea.errors import RunError
 
@@ -86,6 +88,24 @@ def test_a_log_that_cannot_be_written_either_is_tried_again(full_disk, tmp_path)
     (tmp_path / "console.log").unlink()
     print("a line", file=stream)
     assert (tmp_path / "console.log").read_text().splitlines()[1:] == ["a line"]
+
+
+def test_a_training_does_not_wait_for_a_pager(tmp_path, monkeypatch):
+    """A pipe that is full, with a reader that does not read; other verbs wait for it."""
+    monkeypatch.setattr(console, "_PATIENCE_SECONDS", 0.1)
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(write_end, b"x" * 1024)
+    os.set_blocking(write_end, True)
+
+    print("a line", file=open_stream(write_end, is_result=True, run_dir=tmp_path))
+    first, *rest = (tmp_path / "console.log").read_text().splitlines()
+    assert first.endswith("cannot be written (nobody has read it for 0.1 s): it goes on here")
+    assert rest == ["a line"]
+    for descriptor in (read_end, write_end):
+        os.close(descriptor)
 
 
 def test_a_console_that_does_not_block_is_waited_for():

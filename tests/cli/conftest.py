@@ -44,7 +44,8 @@ def workdir(tiny, tmp_path, monkeypatch):
     loop.run = run
     monkeypatch.setitem(sys.modules, loop.__name__, loop)
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)}
+    numbers = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in numbers}
     yield folder
     for number, handler in handlers.items():
         signal.signal(number, handler)
