@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_mea import __version__
-from megatron_mea.errors import UserError
+from megatron_mea.errors import UserError, shorten
 from megatron_mea.inputs import read_json_object
 from megatron_mea.outputs import flush
 from megatron_mea.outputs import publish as publish
@@ -39,6 +39,7 @@ PINNED = "PINNED"
 FORMAT_VERSION = 1
 """Of meta.json and COMPLETE; files without the number are of version 1. It rises where an older program would misread
 them."""
+_MAX_NAME = 255
 OVERHEAD_BYTES = 1 << 20
 """Bytes a checkpoint may need beyond its tensors: metadata, tokenizer."""
 
@@ -107,10 +108,9 @@ def find_corruption(folder: Path, *, rank: int = 0, world_size: int = 1) -> str 
     others = [name for name in checksums if name not in read_by_all]
     for name in [*read_by_all, *others[rank::world_size]]:
         path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-
         try:
+            if not path.is_file():
+                return f"{name} is missing"
             digest = sha256(path)
         except OSError as error:
             return f"{name} is unreadable: {error.strerror}"
@@ -183,7 +183,14 @@ def read_checksums(folder: Path) -> dict[str, str]:
     """
     complete = read_json_object(folder / COMPLETE)
     _check_format(complete, folder / COMPLETE)
-    return dict(complete["sha256"])
+    checksums = complete["sha256"]
+    if not isinstance(checksums, dict) or not all(isinstance(digest, str) for digest in checksums.values()):
+        raise ValueError("checksums that are none")
+    # They are printed.
+    if strange := [name for name in checksums if not name.isprintable() or not 0 < len(name) <= _MAX_NAME]:
+        raise ValueError(f"a file named {shorten(strange[0])}")
+
+    return checksums
 
 
 def _check_format(contents: dict[str, Any], file: Path) -> None:

@@ -10,10 +10,12 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from megatron_mea.errors import shorten
 from megatron_mea.inputs import read_json_object
 from megatron_mea.outputs import write_file
 
 LEASE = ".lease"
+_MAX_BYTES, _MAX_WORD = 1 << 16, 100
 _CACHE_SECONDS = 1.0
 """Seconds for which `Lease.new_holder` may reuse what it read."""
 
@@ -70,11 +72,11 @@ class Lease:
     def read(self) -> dict[str, Any] | None:
         """The content of the file, whichever job has written it; None where it is missing or unreadable."""
         try:
-            state = read_json_object(self._path)
+            state = read_json_object(self._path, max_bytes=_MAX_BYTES)
         except (OSError, ValueError):
             return None
 
-        return state if "token" in state else None
+        return state if isinstance(state.get("token"), str) else None
 
     def _write(self, status: dict[str, Any]) -> None:
         """Replaces the file with the facts of this job, and whether it has ended."""
@@ -105,5 +107,12 @@ def _is_dead(holder: dict[str, Any]) -> bool:
 
 def _describe(holder: dict[str, Any]) -> str:
     """The job, process, host and start of a lease, for messages."""
-    job = f"job {holder['job']}, " if holder.get("job") else ""
-    return f"{job}process {holder.get('pid')} on {holder.get('host')} (since {holder.get('since')})"
+    facts = {key: _as_word(holder.get(key)) for key in ("job", "pid", "host", "since")}
+    job = f"job {facts['job']}, " if holder.get("job") else ""
+    return f"{job}process {facts['pid']} on {facts['host']} (since {facts['since']})"
+
+
+def _as_word(value: object) -> str:
+    """A fact of a lease for a message: another program may have written anything there."""
+    text = str(value)
+    return text if text.isascii() and text.isprintable() and len(text) <= _MAX_WORD else shorten(ascii(text), _MAX_WORD)

@@ -17,6 +17,7 @@ from megatron_mea.data.corpora import IGNORE_INDEX, Batch, corpus_digest
 from megatron_mea.data.indexed import open_readers
 from megatron_mea.data.windows import Windows
 from megatron_mea.errors import UserError
+from megatron_mea.inputs import read_json_object
 from megatron_mea.model.decoder import Decoder, StageLayers, single_layers
 from megatron_mea.model.layerwise import load_layer
 from megatron_mea.outputs import disk_errors, print_and_write, reserve_output, write_file
@@ -90,14 +91,8 @@ def _measure_layers(
     Returns:
         {"done": passes, "targets": number of tokens, "sums": {layer, or "none" for the source model: nats}}
     """
-    measured: dict[str, Any] = {"done": 0, "targets": 0, "sums": {}}
-    try:
-        saved = json.loads(progress_file.read_text(encoding="utf-8"))
-        if saved.pop("asked") == request:
-            measured = saved
-    except (OSError, ValueError, KeyError, AttributeError):
-        pass
-
+    names = {"none", *(str(layer) for changes in groups for layer, _ in changes)}
+    measured = _read_progress(progress_file, request=request, names=names, passes=len(windows))
     steps = len(groups) * (source_model.model.num_hidden_layers + 1)
     with progress_bar(total=len(windows) * steps, desc="sensitivity", unit="layer") as bar:
         bar.update(measured["done"] * steps)
@@ -123,6 +118,21 @@ def _measure_layers(
             write_file(progress_file, json.dumps({"asked": request} | measured))
 
     return measured
+
+
+def _read_progress(file: Path, *, request: dict[str, Any], names: set[str], passes: int) -> dict[str, Any]:
+    """What an interrupted call has measured; nothing where the file is none of this request."""
+    nothing: dict[str, Any] = {"done": 0, "targets": 0, "sums": {}}
+    try:
+        saved = read_json_object(file)
+        if saved.pop("asked") != request or saved.keys() != nothing.keys():
+            return nothing
+
+        done, targets, sums = saved["done"], saved["targets"], saved["sums"]
+        is_sound = type(done) is type(targets) is int and 0 < done <= passes and targets >= 0 and sums.keys() == names
+        return saved if is_sound and all(type(total) is float for total in sums.values()) else nothing
+    except (OSError, ValueError, KeyError, AttributeError):
+        return nothing
 
 
 def _result(*, source_model: SourceModel, heads: int, layers: list[int], measured: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from megatron_mea.experiments.results import Result
 _MARKERS = {"stable": "o", "spiked": "^", "collapsed": "v", "diverged": "X"}
 MARKER_LEGEND = "Circle: stable, triangle up: spiked, triangle down: collapsed, cross: diverged."
 _MAX_LAYERS = 4
+_MAX_POINTS = 10_000
+"""Of a curve: matplotlib refuses to draw a noisy one of a million."""
 
 
 def draw_curves(results: Sequence[Result], variant: str) -> bytes:
@@ -35,6 +37,7 @@ def draw_curves(results: Sequence[Result], variant: str) -> bytes:
         lower.plot(*_smooth(run.tokens, run.grad_norm), color=color, lw=1)
         if result.fit is not None:
             after = run.tokens[run.steps > run.config.schedule.warmup_steps]
+            after = after[:: max(1, len(after) // _MAX_POINTS)]
             upper.plot(after, result.fit.predict(after), color=color, lw=1, ls=":")
         if len(run.validation):
             upper.plot(*run.validation[-1], marker=_MARKERS[result.verdict.kind], color=color, ms=6, mec="white")
@@ -122,7 +125,12 @@ def _final_loss(result: Result) -> float:
 
 
 def _smooth(tokens: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Moving averages (rows - width + 1,) of both, over a window of a fortieth of the rows."""
+    """Moving averages (rows - width + 1,) of both, over a window of a fortieth of the rows; many are averaged first."""
+    size = -(-len(values) // _MAX_POINTS)
+    if size > 1:
+        # As in a fit, the first rows that fill no group are left out.
+        tokens, values = (column[len(column) % size :].reshape(-1, size).mean(1) for column in (tokens, values))
+
     width = max(1, len(values) // 40)
     kernel = np.ones(width) / width
     return np.convolve(tokens, kernel, "valid"), np.convolve(values, kernel, "valid")

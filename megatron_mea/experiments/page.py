@@ -177,7 +177,8 @@ def _runs_table(results: Sequence[Result], tokens: Sequence[float]) -> str:
         run, fit = result.run, result.fit
         done = int(run.steps[-1]) if len(run.steps) else 0
         no_fit = result.no_fit_reason and f"no fit: {result.no_fit_reason}"
-        remarks = (result.verdict.detail, no_fit, result.caution, run.failed)
+        averaged = f"each row is the mean of {run.averaged} logged ones" if run.averaged > 1 else ""
+        remarks = (result.verdict.detail, no_fit, result.caution, averaged, run.failed)
         rows.append(
             [
                 escape(run.variant),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import math
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +13,22 @@ import numpy as np
 from megatron_mea.config import Config
 from megatron_mea.config.load import load_config
 from megatron_mea.errors import UserError
-from megatron_mea.inputs import read_json_object
+from megatron_mea.inputs import parse_json_object, read_json_object, read_lines
+from megatron_mea.progress import progress_bar
 
 CONFIG, METRICS = "config.yaml", "metrics.jsonl"
 SUBMITTED = "slurm/config.yaml"
 """Where a sweep or `submit` leaves the configuration of a run that has not begun."""
 _METRIC_KEYS = ("loss", "grad_norm", "validation_loss")
+MAX_ROWS = 1 << 18
+"""Of a run with twice as many, neighbours are averaged as they are read: a run may log millions of steps."""
+_BLOCK = 1 << 12
+"""Rows that are added to them at a time."""
+_MAX_NUMBER = float(1 << 63)
+_SHOWN_BYTES = 50_000_000
+"""Of metrics, which take seconds to read."""
+_MAX_REASON = 10_000
+"""Characters of what a job noted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +38,7 @@ class RunRecord:
     Args:
         steps, tokens, loss, grad_norm: (rows,) of the rows with a loss.
         validation: (rows, 2) tokens and validation loss.
+        averaged: logged rows of which a row is the mean, with the step and the tokens of the last one.
         diverged, failed: why; empty where it did not.
     """
 
@@ -39,6 +51,7 @@ class RunRecord:
     validation: np.ndarray
     diverged: str
     failed: str
+    averaged: int = 1
 
     @property
     def variant(self) -> str:
@@ -84,31 +97,38 @@ def find_runs(paths: Sequence[str]) -> list[RunRecord]:
             )
         folders |= dict.fromkeys(folder.resolve() for folder in run_folders)
 
-    return sorted(map(read_run, folders), key=lambda run: (run.variant, run.lr, run.seed))
+    metrics = [folder / METRICS for folder in folders]
+    size = sum(path.stat().st_size for path in metrics if path.exists())
+    with progress_bar(desc="report", total=size, unit="B", unit_scale=True, disable=size < _SHOWN_BYTES) as progress:
+        runs = [read_run(folder, progress.update) for folder in folders]
+
+    return sorted(runs, key=lambda run: (run.variant, run.lr, run.seed))
 
 
 def _is_run(path: Path) -> bool:
     return any((path / name).is_file() for name in (CONFIG, SUBMITTED))
 
 
-def read_run(path: Path) -> RunRecord:
-    """One folder; a last line that is being written is left out, and a run that has not begun has no rows."""
-    rows, problem = _read_rows(path / METRICS) if (path / METRICS).exists() else ([], "")
-    trained = [row for row in rows if row.get("loss") is not None]
+def read_run(path: Path, show_progress: Callable[[int], object] = lambda _: None) -> RunRecord:
+    """One folder; a last line that is being written is left out, and a run that has not begun has no rows.
 
-    def column(name: str) -> np.ndarray:
-        return np.array([row.get(name, np.nan) for row in trained], dtype=float)
-
-    validation = [(row["tokens"], row["validation_loss"]) for row in rows if row.get("validation_loss") is not None]
-    config = _read_config(path / (CONFIG if (path / CONFIG).is_file() else SUBMITTED))
+    Args:
+        show_progress: is called with the bytes of every line of metrics that was read.
+    """
+    trained, validation = _AveragedRows(("step", "tokens"), "loss", "grad_norm"), _AveragedRows(("tokens",), "loss")
+    problem = ""
+    if (path / METRICS).exists():
+        problem = _read_rows(path=path / METRICS, trained=trained, validation=validation, show_progress=show_progress)
+    steps, tokens, loss, grad_norm = np.ascontiguousarray(trained.values().T)
     return RunRecord(
         dir=path,
-        config=config,
-        steps=column("step"),
-        tokens=column("tokens"),
-        loss=column("loss"),
-        grad_norm=column("grad_norm"),
-        validation=np.array(validation, dtype=float).reshape(-1, 2),
+        config=_read_config(path / (CONFIG if (path / CONFIG).is_file() else SUBMITTED)),
+        steps=steps,
+        tokens=tokens,
+        loss=loss,
+        grad_norm=grad_norm,
+        validation=validation.values(),
+        averaged=trained.group_size,
         diverged=_read_reason(path / "DIVERGED"),
         failed=problem or _failure_reason(path),
     )
@@ -122,25 +142,76 @@ def _read_config(path: Path) -> Config:
         raise UserError.from_problems(error.problems, f"in {path}") from None
 
 
-def _read_rows(path: Path) -> tuple[list[dict], str]:
-    """The rows of metrics up to a number that no run has, and what is wrong there; empty where nothing is."""
-    rows: list[dict] = []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            sum(float(value) for value in (row["step"], row["tokens"], *(row.get(name) or 0 for name in _METRIC_KEYS)))
-        except OverflowError:
-            return rows, f"{path}:{number} has a number beyond what 64 bits hold"
-        except (ValueError, KeyError, TypeError):
-            if number == len(lines):
-                break
-            raise UserError(
-                where=f"{path}:{number}", got="no row of metrics", expected="a JSON object of numbers: step, tokens"
-            ) from None
-        rows.append(row)
+class _AveragedRows:
+    """Rows of numbers in bounded memory: `MAX_ROWS` at least where there are so many, and less than twice as many.
 
-    return rows, ""
+    Args:
+        progress: columns that rise, of which an average has the last value.
+        others: the other columns.
+
+    Attributes:
+        group_size: rows of which one that is kept is the average.
+    """
+
+    def __init__(self, progress: tuple[str, ...], *others: str) -> None:
+        self._progress, self._columns, self.group_size = len(progress), len(progress) + len(others), 1
+        # Rows as they were added, and averages of `group_size` of them.
+        self._pending, self._averages = array("d"), np.empty((0, self._columns))
+
+    def add(self, *row: float) -> None:
+        self._pending.extend(row)
+        if len(self._pending) == _BLOCK * self.group_size * self._columns:
+            self._averages, self._pending = self.values(), array("d")
+            if len(self._averages) >= 2 * MAX_ROWS:
+                self._averages = self._average(self._averages, 2)
+                self.group_size *= 2
+
+    def values(self) -> np.ndarray:
+        """(rows, columns); the last row may be the average of fewer."""
+        pending = np.array(self._pending).reshape(-1, self._columns)
+        whole = len(pending) // self.group_size * self.group_size
+        averages = [self._averages, self._average(pending[:whole], self.group_size)]
+        if whole < len(pending):
+            averages.append(self._average(pending[whole:], len(pending) - whole))
+
+        return np.concatenate(averages)
+
+    def _average(self, rows: np.ndarray, size: int) -> np.ndarray:
+        """The averages of `size` neighbours each, (groups, columns)."""
+        groups = rows.reshape(-1, size, self._columns)
+        return np.concatenate([groups[:, -1, : self._progress], groups[:, :, self._progress :].mean(1)], axis=1)
+
+
+def _read_rows(
+    *, path: Path, trained: _AveragedRows, validation: _AveragedRows, show_progress: Callable[[int], object]
+) -> str:
+    """Adds the rows of metrics up to a number that no run has; returns what is wrong there, empty where nothing is."""
+    broken = 0
+    for number, line in enumerate(read_lines(path), 1):
+        show_progress(len(line))
+        if broken:
+            expected = "a JSON object of numbers: step, tokens"
+            raise UserError(where=f"{path}:{broken}", got="no row of metrics", expected=expected)
+
+        try:
+            row = parse_json_object(line)
+            step, tokens = float(row["step"]), float(row["tokens"])
+            losses = {name: float(row[name]) for name in _METRIC_KEYS if row.get(name) is not None}
+            if not all(0 <= number < _MAX_NUMBER for number in (step, tokens)):
+                raise OverflowError
+        except OverflowError:
+            return f"{path}:{number} has a number that no run has"
+        except (ValueError, KeyError, TypeError):
+            # The last line may be half-written.
+            broken = number
+            continue
+
+        if "loss" in losses:
+            trained.add(step, tokens, losses["loss"], losses.get("grad_norm", math.nan))
+        if "validation_loss" in losses:
+            validation.add(tokens, losses["validation_loss"])
+
+    return ""
 
 
 def _read_reason(path: Path) -> str:
@@ -160,5 +231,6 @@ def _failure_reason(path: Path) -> str:
         return ""
 
     # The first line is the exit status, the rest the reason.
-    status, _, reason = ended[-1].read_text(encoding="utf-8").partition("\n")
+    with ended[-1].open(encoding="utf-8", errors="replace") as stream:
+        status, _, reason = stream.read(_MAX_REASON).partition("\n")
     return "" if status.strip() == "0" else reason.strip()

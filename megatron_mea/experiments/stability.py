@@ -15,6 +15,8 @@ WINDOW, MIN_ROWS_BEFORE = 50, 20
 MIN_DEVIATIONS, MIN_NATS = 10.0, 0.1
 MAX_RISE = 0.5
 MIN_GAIN_SHARE = 2 / 3
+_CHUNK = 1 << 12
+"""Rows whose windows are in memory at a time."""
 RULES = (
     f"A loss spikes where it lies above the median of the {WINDOW} rows before it ({MIN_ROWS_BEFORE} at least) by "
     f"{MIN_DEVIATIONS:g} of their robust standard deviations (1.4826 x the median of the absolute differences of "
@@ -62,17 +64,25 @@ def judge(runs: Sequence[RunRecord]) -> list[Verdict]:
 
 def find_spikes(loss: np.ndarray) -> list[int]:
     """The row at which each spike of the loss (rows,) begins."""
+    high = [row for row in range(MIN_ROWS_BEFORE, min(WINDOW, len(loss))) if loss[row] > _spike_threshold(loss[:row])]
+    for first in range(WINDOW, len(loss), _CHUNK):
+        rows = loss[first : first + _CHUNK]
+        before = np.lib.stride_tricks.sliding_window_view(loss[first - WINDOW :][: len(rows) + WINDOW - 1], WINDOW)
+        high += (first + np.flatnonzero(rows > _spike_threshold(before))).tolist()
+
     spikes: list[int] = []
-    for row in range(MIN_ROWS_BEFORE, len(loss)):
-        before = loss[max(0, row - WINDOW) : row]
-        median = np.median(before)
-        # A falling loss is no noise: differences of neighbours, which are sqrt(2) times as wide.
-        deviation = 1.4826 * np.median(np.abs(np.diff(before))) / np.sqrt(2)
-        threshold = median + max(MIN_DEVIATIONS * deviation, MIN_NATS)
-        if loss[row] > threshold and not (spikes and row - spikes[-1] < WINDOW):
+    for row in high:
+        if not (spikes and row - spikes[-1] < WINDOW):
             spikes.append(row)
 
     return spikes
+
+
+def _spike_threshold(before: np.ndarray) -> np.ndarray:
+    """The loss above which a row spikes, from those before it (..., rows)."""
+    # A falling loss is no noise: differences of neighbours, which are sqrt(2) times as wide.
+    deviation = 1.4826 * np.median(np.abs(np.diff(before)), axis=-1) / np.sqrt(2)
+    return np.median(before, axis=-1) + np.maximum(MIN_DEVIATIONS * deviation, MIN_NATS)
 
 
 def _judge_run(run: RunRecord) -> Verdict:
@@ -84,7 +94,8 @@ def _judge_run(run: RunRecord) -> Verdict:
         return Verdict("diverged", "a loss that is not finite")
 
     tenth = max(1, len(run.loss) // 10)
-    smoothed = np.convolve(run.loss, np.ones(tenth) / tenth, "valid")
+    sums = np.cumsum(np.concatenate([[0.0], run.loss]))
+    smoothed = (sums[tenth:] - sums[:-tenth]) / tenth
     rise = smoothed[-1] - smoothed.min()
     if rise > MAX_RISE:
         step = int(run.steps[smoothed.argmin() + tenth - 1])

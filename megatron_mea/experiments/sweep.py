@@ -19,6 +19,7 @@ from megatron_mea.config import Config, dump_config
 from megatron_mea.config.load import complete_config, load_config, read_tree
 from megatron_mea.config.variants import VARIANTS
 from megatron_mea.errors import RunError, UserError
+from megatron_mea.inputs import read_last_json_line
 from megatron_mea.outputs import disk_errors, make_folder, reserve_output, write_file
 from megatron_mea.printing import show
 from megatron_mea.slurm import scheduler
@@ -166,12 +167,11 @@ class _SweepRun:
                 return marker.lower()
 
         try:
-            row = json.loads((self.dir / "metrics.jsonl").read_text().splitlines()[-1])
-        except (OSError, ValueError, IndexError):
+            row = read_last_json_line(self.dir / "metrics.jsonl")
+            losses = [f"{key.replace('_', ' ')} {row[key]:.4f}" for key in ("loss", "validation_loss") if key in row]
+            return ", ".join([f"at step {row['step']:d}", *losses])
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
             return "ended"
-
-        losses = [f"{key.replace('_', ' ')} {row[key]:.4f}" for key in ("loss", "validation_loss") if key in row]
-        return ", ".join([f"at step {row['step']}", *losses])
 
 
 def _has_ended(config: Config) -> bool:

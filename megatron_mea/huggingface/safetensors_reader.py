@@ -17,6 +17,8 @@ _DTYPES = ("F32", "BF16", "F16", "F64")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 _DOWNLOAD_HINT = "a download may have stopped: `hf download NAME --local-dir HF_DIR` goes on with it"
 _MAX_NAMED = 16
+_MAX_INDEX_BYTES = 64 << 20
+"""That of a model with 91,000 tensors has 9 million."""
 """Most names in a message: a folder of something else may have thousands that do not fit."""
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -197,7 +199,7 @@ def _safetensors_files(path: Path, where: str) -> list[Path]:
         )
 
     try:
-        names = sorted(set(read_json_object(index)["weight_map"].values()))
+        names = sorted(set(read_json_object(index, max_bytes=_MAX_INDEX_BYTES)["weight_map"].values()))
         # Nothing outside of the folder is read, whatever the index says.
         if outside := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
             raise ValueError(f"{outside[0]!r} is no name of safetensors in the folder")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 from megatron_mea.config import Config
 from megatron_mea.errors import Problem, UserError
+from megatron_mea.inputs import read_json_object
 from megatron_mea.slurm import scheduler
 from megatron_mea.slurm.job_files import check_jobs
 from megatron_mea.slurm.script import Site
@@ -168,11 +168,11 @@ def signal_lead(config: Config, resources: Resources) -> int:
     from megatron_mea.plan.plan import make_plan
 
     heartbeat = read_heartbeat(Path(config.run.dir)) or {}
-    save_seconds = heartbeat.get("save_seconds") or checkpoint_bytes(config.model) / (
+    save_seconds = _measured(heartbeat, "save_seconds") or checkpoint_bytes(config.model) / (
         _ASSUMED_DISK_BYTES_PER_SECOND * resources.nodes
     )
-    if heartbeat.get("tokens_per_second"):
-        step_seconds = config.tokens_per_step / heartbeat["tokens_per_second"]
+    if rate := _measured(heartbeat, "tokens_per_second"):
+        step_seconds = config.tokens_per_step / rate
     else:
         flops = make_plan(config, world_size=resources.world_size).flops.total * config.tokens_per_step
         step_seconds = flops / (_ASSUMED_FLOPS_PER_SECOND * resources.world_size)
@@ -185,9 +185,15 @@ def signal_lead(config: Config, resources: Resources) -> int:
 def read_heartbeat(run_dir: Path) -> dict[str, Any] | None:
     """Contents of the run's heartbeat.json, None where it cannot be read."""
     try:
-        return json.loads((run_dir / "heartbeat.json").read_text())
+        return read_json_object(run_dir / "heartbeat.json")
     except (OSError, ValueError):
         return None
+
+
+def _measured(heartbeat: dict[str, Any], key: str) -> float | None:
+    """A number of a heartbeat; None where it is missing, or no run would measure it."""
+    value = heartbeat.get(key)
+    return value if type(value) in (int, float) and 1e-6 <= value <= 1e12 else None
 
 
 def longest_signal_lead(configs: Sequence[Config], resources: Resources) -> int:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_mea.config import Config, dump_config
-from megatron_mea.outputs import replace_file, write_file
+from megatron_mea.inputs import parse_json_object, read_lines
+from megatron_mea.outputs import flush, replace_file, restored_on_failure
 
 if TYPE_CHECKING:
     import torch
@@ -96,20 +97,23 @@ class Heartbeat:
 
 
 def _truncate_rows(path: Path, step: int) -> None:
-    """Removes the rows of steps after `step` from metrics.jsonl; the others stay, byte for byte."""
-    if not path.exists():
+    """Removes the rows of steps after `step` from metrics.jsonl, and what is no row; the others stay, byte for byte."""
+    if not path.exists() or all(_is_row(line, step) for line in read_lines(path)):
         return
 
-    content = path.read_bytes()
-    remaining = b"".join(line for line in content.splitlines(keepends=True) if _is_row(line, step))
-    if remaining != content:
-        write_file(path, remaining)
+    with restored_on_failure([path]) as staging:
+        with staging[path].open("wb") as stream:
+            stream.writelines(line for line in read_lines(path) if _is_row(line, step))
+
+        flush(staging[path])
+        staging[path].replace(path)
+        flush(path.parent)
 
 
 def _is_row(line: bytes, last_step: int) -> bool:
     """Whether a line is complete, and its step is not after `last_step`."""
     try:
-        return line.endswith(b"\n") and json.loads(line)["step"] <= last_step
+        return line.endswith(b"\n") and parse_json_object(line)["step"] <= last_step
     except (ValueError, KeyError, TypeError):
         return False
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+from hypothesis import given, settings
+from support.foreign import edited_json
 from support.source_models import LAYERS, save_source_model
 
 from megatron_mea.cli import main
@@ -12,6 +14,7 @@ from megatron_mea.compression import compress, compressed_model
 from megatron_mea.compression import sensitivity as module
 from megatron_mea.compression.compress import measure_costs
 from megatron_mea.compression.compressed_model import Factoriser
+from megatron_mea.compression.sensitivity import _read_progress
 from megatron_mea.compression.source_model import open_source_model
 
 pytestmark = pytest.mark.slow
@@ -136,3 +139,29 @@ def test_costs_are_never_negative_and_never_fall_with_fewer_heads(original, tiny
         assert values == sorted(values)
 
     assert len(costs) == LAYERS
+
+
+REQUEST = {"model": "m", "window": 64}
+PROGRESS = {"asked": REQUEST, "done": 2, "targets": 100, "sums": {"none": 1.5, "0": 2.5}}
+
+
+@given(raw=edited_json(PROGRESS))
+@settings(max_examples=200, deadline=None)
+def test_progress_that_is_none_of_this_request_is_absent(tmp_path_factory, raw):
+    file = tmp_path_factory.getbasetemp() / "result.json.part"
+    file.write_bytes(raw)
+    measured = _read_progress(file, request=REQUEST, names={"none", "0"}, passes=3)
+    assert measured.keys() == {"done", "targets", "sums"}
+    assert type(measured["done"]) is type(measured["targets"]) is int
+    assert 0 <= measured["done"] <= 3
+    assert all(type(total) is float for total in measured["sums"].values())
+    assert measured["sums"].keys() == (PROGRESS["sums"].keys() if measured["done"] else set())
+
+
+def test_progress_of_this_request_is_taken_up(tmp_path):
+    (tmp_path / "part").write_text(json.dumps(PROGRESS))
+    measured = {key: value for key, value in PROGRESS.items() if key != "asked"}
+    assert _read_progress(tmp_path / "part", request=REQUEST, names={"none", "0"}, passes=3) == measured
+    for changes in ({"names": {"none", "1"}}, {"passes": 1}, {"request": REQUEST | {"window": 32}}):
+        settings = {"request": REQUEST, "names": {"none", "0"}, "passes": 3} | changes
+        assert _read_progress(tmp_path / "part", **settings)["done"] == 0

@@ -9,13 +9,16 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_mea.checkpoint.lease import Lease
+from megatron_mea.config.load import load_config
 from megatron_mea.slurm import scheduler
+from megatron_mea.slurm.resources import Resources, signal_lead
 
 DRY = "--dry-run"
 
@@ -342,3 +345,21 @@ def test_site_env_sets_values_in_lines(text, got, submit, desk):
     assert (status, out) == (2, "")
     assert "launch/site.env" in err
     assert f"got:      {got}" in err
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [b"", b"[]", b"[" * 100_000, b"\xff", b'{"save_seconds": "long", "tokens_per_second": []}']
+    + [
+        f'{{"save_seconds": {n}, "tokens_per_second": {n}}}'.encode() for n in ("-1", "NaN", "1e400", "9" * 400, "true")
+    ],
+    ids=range(10),
+)
+def test_a_heartbeat_that_is_none_leaves_the_estimate(contents, desk):
+    """Of the seconds before the limit at which a run is told to save."""
+    resources = Resources(nodes=1, gpus_per_node=1, time="1:00:00")
+    config = load_config("tiny.yaml")
+    estimate = signal_lead(config, resources)
+    Path("run").mkdir()
+    Path("run/heartbeat.json").write_bytes(contents)
+    assert signal_lead(config, resources) == estimate
