@@ -63,27 +63,35 @@ def _build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--time", required=required, metavar="T", help=time_help)
         sub.add_argument("--dry-run", action="store_true", help="print the script instead")
 
-    sources_help = "text: .txt, .jsonl(.gz, .zst), .parquet, a folder of those or of `datasets`, or a hub NAME[:CONFIG]"
+    def add_source_arguments(sub: argparse.ArgumentParser) -> None:
+        sources_help = (
+            "text: .txt, .jsonl, .ndjson, .json.gz (.gz or .zst behind each), .parquet, a folder of those or of "
+            "`datasets`, or a hub NAME[:CONFIG]"
+        )
+        sub.add_argument("--input", nargs="+", action="extend", required=True, metavar="SOURCE", help=sources_help)
+        sub.add_argument("--text-key", default="text", help="field of a document's text (default: text)")
+        split_at_help = "a .txt is one document (file, the default), or is cut into documents at its blank lines"
+        sub.add_argument("--split-at", choices=("file", "blank-lines"), default="file", help=split_at_help)
+        max_document_help = "a longer document is refused, in bytes of UTF-8 (default: 67108864, 64 MiB)"
+        sub.add_argument("--max-document", type=int, default=64 << 20, metavar="BYTES", help=max_document_help)
 
     sub = add_verb(
         name="tokenizer",
         summary="train a sentencepiece BPE with byte fallback",
         example="--input corpus.jsonl.gz --vocab-size 32000 --out tokenizer",
     )
-    sub.add_argument("--input", nargs="+", action="extend", required=True, metavar="SOURCE", help=sources_help)
+    add_source_arguments(sub)
     sub.add_argument("--vocab-size", type=int, required=True, metavar="N", help="counts every id, special ones too")
     sub.add_argument("--out", required=True, metavar="DIR", help="the tokenizer folder to write")
-    sub.add_argument("--text-key", default="text", help="field of a document's text (default: text)")
 
     sub = add_verb(
         name="prepare",
         summary="tokenise documents into PREFIX.bin and PREFIX.idx, Megatron's indexed format",
         example="--input corpus.jsonl.gz --tokenizer tokenizer --out data/corpus",
     )
-    sub.add_argument("--input", nargs="+", action="extend", required=True, metavar="SOURCE", help=sources_help)
+    add_source_arguments(sub)
     sub.add_argument("--tokenizer", required=True, metavar="DIR", help="a Hugging Face tokenizer folder")
     sub.add_argument("--out", required=True, metavar="PREFIX", help="PREFIX.bin and PREFIX.idx are written")
-    sub.add_argument("--text-key", default="text", help="field of a document's text (default: text)")
     sub.add_argument("--split", default="train", help="split of a `datasets` source (default: train)")
     sub.add_argument("--workers", type=int, default=None, help="processes (default: the cores of this machine)")
     max_broken_help = "part of the lines and rows that may be broken and left out (default: 0.01)"

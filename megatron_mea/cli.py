@@ -51,8 +51,14 @@ def _exit_on_signal(number: int, frame: object) -> None:
 def _tokenizer(arguments: argparse.Namespace) -> None:
     from megatron_mea.data.tokenizer import train_tokenizer
 
+    _check_max_document(arguments)
     train_tokenizer(
-        sources=arguments.input, vocab_size=arguments.vocab_size, out=arguments.out, text_key=arguments.text_key
+        sources=arguments.input,
+        vocab_size=arguments.vocab_size,
+        out=arguments.out,
+        text_key=arguments.text_key,
+        split_at=arguments.split_at,
+        max_document=arguments.max_document,
     )
     show(f"wrote {arguments.out}: {arguments.vocab_size} ids")
 
@@ -67,6 +73,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
         raise UserError(where="--workers", got=workers, expected="at least 1")
     if not 0 <= arguments.max_broken <= 1:
         raise UserError(where="--max-broken", got=arguments.max_broken, expected="0 to 1")
+    _check_max_document(arguments)
 
     done = prepare(
         sources=arguments.input,
@@ -74,6 +81,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
         prefix=arguments.out,
         text_key=arguments.text_key,
         split=arguments.split,
+        split_at=arguments.split_at,
+        max_document=arguments.max_document,
         workers=workers,
         max_broken=arguments.max_broken,
         force=arguments.force,
@@ -83,6 +92,12 @@ def _prepare(arguments: argparse.Namespace) -> None:
         show(f"wrote {files}: {counts}")
     else:
         show(f"left {files} as they are, made of the same input with the same options: {counts}")
+
+
+def _check_max_document(arguments: argparse.Namespace) -> None:
+    # The index counts the tokens of a document with 32 bits, and a record of a file may be six times as large.
+    if not 1 <= arguments.max_document <= 1 << 30:
+        raise UserError(where="--max-document", got=arguments.max_document, expected="1 to 1,073,741,824 bytes")
 
 
 def _train(arguments: argparse.Namespace) -> None:

@@ -14,21 +14,32 @@ from dataclasses import dataclass
 from functools import cached_property
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
 from megatron_mea.data.indexed import IndexedWriter, token_dtype
 from megatron_mea.data.metadata import Recipe, find_prepared
 from megatron_mea.data.sources import check_sources, record_batches
-from megatron_mea.data.text_records import MAX_BROKEN, BrokenRecords, RecordBatch
+from megatron_mea.data.text_records import (
+    BATCH_BYTES,
+    MAX_BROKEN,
+    MAX_DOCUMENT,
+    BrokenRecords,
+    ReadOptions,
+    RecordBatch,
+)
 from megatron_mea.data.tokenizer import check_tokenizer_folder, load_tokenizer
 from megatron_mea.errors import Problem, RunError, UserError
 from megatron_mea.outputs import reserve_output
+from megatron_mea.printing import note
 from megatron_mea.progress import progress_bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_TINY_DOCUMENT = 16
+"""Tokens of an average document below which `prepare` warns."""
 
 _DEAD_WORKER_SECONDS = 2.0
 """After so long without a result `prepare` looks whether a worker has died; the pool itself mostly sees it at once."""
@@ -41,6 +52,8 @@ def prepare(
     prefix: str | Path,
     text_key: str = "text",
     split: str = "train",
+    split_at: Literal["file", "blank-lines"] = "file",
+    max_document: int = MAX_DOCUMENT,
     workers: int = 1,
     max_broken: float = MAX_BROKEN,
     force: bool = False,
@@ -51,13 +64,14 @@ def prepare(
     input, tokenizer and options have made is left as it is.
 
     Args:
+        text_key, split, split_at, max_document: as in `ReadOptions`.
         workers: processes that parse and tokenise, each with one thread; 1 works in this process.
         max_broken: share of lines and rows that may be broken; these are left out and reported on stderr.
         force: replaces what is at PREFIX, whatever has made it.
 
     Raises:
-        UserError: PREFIX is no name or holds other data, sources or tokenizer are not usable, there is no text, or too
-            many lines are broken.
+        UserError: PREFIX is no name or holds other data, sources or tokenizer are not usable, there is no text, a
+            document is too long, or too many lines are broken.
         RunError: a worker died, a dataset broke off, or the disk is full.
     """
     if os.path.basename(prefix) in ("", ".", ".."):
@@ -65,13 +79,14 @@ def prepare(
 
     check_sources(sources)
     check_tokenizer_folder(tokenizer_folder, "--tokenizer")
-    # Workers are none of them: the files are the same for every number.
-    options = {"text_key": text_key, "split": split, "max_broken": max_broken}
-    recipe = Recipe.read(sources=sources, tokenizer_folder=tokenizer_folder, options=options)
+    # Workers are none of these, the files being the same for every number, nor is a limit that ends the command.
+    decisive = {"text_key": text_key, "split": split, "split_at": split_at, "max_broken": max_broken}
+    recipe = Recipe.read(sources=sources, tokenizer_folder=tokenizer_folder, options=decisive)
     if not force and (found := find_prepared(prefix, recipe)) is not None:
         return Prepared(documents=found.documents, tokens=found.tokens, is_new=False)
 
     encoder = Encoder.from_tokenizer(load_tokenizer(tokenizer_folder, "--tokenizer"), tokenizer_folder)
+    options = ReadOptions(text_key=text_key, split=split, split_at=split_at, max_document=max_document)
     broken = BrokenRecords(max_broken)
 
     with (
@@ -81,7 +96,7 @@ def prepare(
         progress_bar(desc="prepare", unit="tok", unit_scale=True) as progress,
     ):
         for encoded in _encode_batches(
-            batches=record_batches(sources=sources, text_key=text_key, split=split),
+            batches=record_batches(sources, options),
             encoder=encoder,
             text_key=text_key,
             workers=workers,
@@ -97,7 +112,9 @@ def prepare(
             )
 
         documents, tokens = writer.commit(recipe)
-        return Prepared(documents=documents, tokens=tokens, is_new=True)
+
+    _warn_of_tiny_documents(documents, tokens)
+    return Prepared(documents=documents, tokens=tokens, is_new=True)
 
 
 class Prepared(NamedTuple):
@@ -106,6 +123,16 @@ class Prepared(NamedTuple):
     documents: int
     tokens: int
     is_new: bool
+
+
+def _warn_of_tiny_documents(documents: int, tokens: int) -> None:
+    """Says on stderr that documents of a few tokens each have probably been cut at the wrong places."""
+    average = tokens / documents - 1
+    if documents > 1 and average < _TINY_DOCUMENT:
+        note(
+            f"warning: a document has {average:.1f} tokens on average. Is every line or row a whole document? "
+            "Of a .txt, --split-at file makes one."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,20 +242,22 @@ def _encode_batches(
     with ProcessPoolExecutor(
         max_workers=workers, mp_context=context, initializer=_init_worker, initargs=(encoder,)
     ) as pool:
-        pending: deque[Future] = deque()
+        pending: deque[tuple[Future, int]] = deque()
         try:
             for batch in batches:
                 # A worker that is started here inherits the mask, so that this process alone handles Ctrl-C.
                 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-                pending.append(pool.submit(_encode_in_worker, batch, text_key))
+                pending.append((pool.submit(_encode_in_worker, batch, text_key), batch.size))
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
-                # Bounded, so that fast reading does not fill the memory.
-                if len(pending) >= 4 * workers:
-                    yield _result(pending.popleft(), pool)
+                # Bounded, so that fast reading does not fill the memory; long documents wait one a worker.
+                while len(pending) >= 4 * workers or (
+                    len(pending) >= workers and sum(size for _, size in pending) > 8 * workers * BATCH_BYTES
+                ):
+                    yield _result(pending.popleft()[0], pool)
 
             while pending:
-                yield _result(pending.popleft(), pool)
+                yield _result(pending.popleft()[0], pool)
         except BrokenProcessPool:
             raise RunError("prepare: a worker died; if memory ran out, take fewer --workers") from None
         except BaseException:

@@ -1,19 +1,65 @@
-"""Batches of raw records, parsed into texts later, and the count of broken records."""
+"""How sources are read, batches of raw records that are parsed into texts later, and the count of broken records."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from megatron_mea.errors import Problem, UserError
 from megatron_mea.printing import note
 
-_BATCH_BYTES = 1 << 18
+BATCH_BYTES = 1 << 18
 """Bytes of text at which a batch ends: some 0.1 s of work for a tokenizer."""
 
 MAX_BROKEN = 0.01
 """Default share of records that may be broken and left out."""
+
+MAX_DOCUMENT = 64 << 20
+"""Default size in bytes of UTF-8 that a document may have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+    """How sources are read.
+
+    Attributes:
+        text_key: the field or column that holds a document's text.
+        split: which split of a `datasets` folder or hub name.
+        split_at: `file`, each `.txt` is one document, or `blank-lines`, each of its blocks between blank lines is one.
+        max_document: size in bytes of UTF-8 that a document may have.
+    """
+
+    text_key: str = "text"
+    split: str = "train"
+    split_at: Literal["file", "blank-lines"] = "file"
+    max_document: int = MAX_DOCUMENT
+
+    @property
+    def max_record(self) -> int:
+        """Bytes of a file that are read for one record: any document fits that is no longer than is allowed.
+
+        JSON can write a byte of UTF-8 as six (`\\u0000`), and may have other fields beside the text.
+        """
+        return 6 * self.max_document + (16 << 20)
+
+
+def too_long(*, where: str, got: str, max_document: int, hint: str = "") -> UserError:
+    """The error about a document that is longer than `max_document` bytes."""
+    return UserError(
+        where=where,
+        got=got,
+        expected=f"a document of at most {max_document:,} bytes of UTF-8",
+        hint=hint or "cut it into documents, or allow more with --max-document",
+    )
+
+
+class TooLongDocument(Exception):
+    """A document of `size` bytes of UTF-8, more than are allowed."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.size = size
 
 
 class UnreadableRecord(Exception):
@@ -38,7 +84,9 @@ class RecordBatch:
         unit: `line` (counted from 1) or `row` (from 0).
         numbers: line or row at which each record begins.
         records: bytes of a file, or values of a column.
-        parse: (record, text key) -> texts of the record; raises `UnreadableRecord`.
+        parse: (record, text key) -> texts of the record; raises `UnreadableRecord` or `TooLongDocument`.
+        max_document: size in bytes of UTF-8 that a document may have.
+        size: bytes or characters of all records.
     """
 
     source: str
@@ -46,19 +94,39 @@ class RecordBatch:
     numbers: list[int]
     records: list[Any]
     parse: Callable[[Any, str], list[str]]
+    max_document: int
+    size: int
 
     def texts(self, text_key: str) -> tuple[list[str], list[Problem]]:
-        """The documents, without empty ones, and one problem for each broken record."""
+        """The documents, without empty ones, and one problem for each broken record.
+
+        Raises:
+            UserError: a document is too long.
+        """
         texts: list[str] = []
         broken = []
         for number, record in zip(self.numbers, self.records, strict=True):
             try:
-                texts += [text for text in self.parse(record, text_key) if not text.isspace() and text]
+                documents = [text for text in self.parse(record, text_key) if not text.isspace() and text]
+                for text in documents:
+                    self._check_size(text)
+                texts += documents
             except UnreadableRecord as error:
                 where = f"{self.source}, {self.unit} {number + error.line}"
                 broken.append(Problem(where=where, got=error.got, expected=error.expected, hint=error.hint))
+            except TooLongDocument as error:
+                raise too_long(
+                    where=f"{self.source}, {self.unit} {number}",
+                    got=f"a document of {error.size:,} bytes",
+                    max_document=self.max_document,
+                ) from None
 
         return texts, broken
+
+    def _check_size(self, text: str) -> None:
+        # A character has four bytes at most: few texts need to be encoded for this.
+        if 4 * len(text) > self.max_document and (size := len(text.encode())) > self.max_document:
+            raise TooLongDocument(size)
 
 
 class BrokenRecords:
@@ -114,21 +182,37 @@ class BrokenRecords:
 
 
 def batch_records(
-    *, source: str, unit: str, records: Iterator[tuple[int, Any]], parse: Callable[[Any, str], list[str]]
+    *,
+    source: str,
+    unit: str,
+    records: Iterator[tuple[int, Any]],
+    parse: Callable[[Any, str], list[str]],
+    max_document: int,
 ) -> Iterator[RecordBatch]:
-    """Groups numbered records of one source into batches of about `_BATCH_BYTES`."""
+    """Groups numbered records of one source into batches of about `BATCH_BYTES`."""
     numbers: list[int] = []
     pending: list[Any] = []
     size = 0
+
+    def batch() -> RecordBatch:
+        return RecordBatch(
+            source=source,
+            unit=unit,
+            numbers=numbers,
+            records=pending,
+            parse=parse,
+            max_document=max_document,
+            size=size,
+        )
 
     for number, record in records:
         numbers.append(number)
         pending.append(record)
         size += len(record) if isinstance(record, (bytes, str)) else 1
 
-        if size >= _BATCH_BYTES:
-            yield RecordBatch(source=source, unit=unit, numbers=numbers, records=pending, parse=parse)
+        if size >= BATCH_BYTES:
+            yield batch()
             numbers, pending, size = [], [], 0
 
     if pending:
-        yield RecordBatch(source=source, unit=unit, numbers=numbers, records=pending, parse=parse)
+        yield batch()

@@ -10,9 +10,10 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from megatron_mea.data.sources import check_sources, read_documents
+from megatron_mea.data.text_records import MAX_DOCUMENT, ReadOptions
 from megatron_mea.errors import RunError, UserError
 from megatron_mea.inputs import read_json_object
 from megatron_mea.outputs import (
@@ -166,15 +167,25 @@ def check_tokenizer_folder(folder: str | Path, where: str) -> None:
         )
 
 
-def train_tokenizer(*, sources: Sequence[str], vocab_size: int, out: str | Path, text_key: str = "text") -> None:
+def train_tokenizer(
+    *,
+    sources: Sequence[str],
+    vocab_size: int,
+    out: str | Path,
+    text_key: str = "text",
+    split_at: Literal["file", "blank-lines"] = "file",
+    max_document: int = MAX_DOCUMENT,
+) -> None:
     """Trains a sentencepiece BPE with byte fallback and writes it as a Hugging Face tokenizer folder.
 
     Args:
+        text_key, split_at, max_document: as in `ReadOptions`.
         vocab_size: number of all ids (`len(tokenizer)`), 4 special ones and 256 bytes included.
         out: folder for `tokenizer.model`, `tokenizer.json` and `tokenizer_config.json`.
 
     Raises:
-        UserError: there is no text, it cannot fill the vocabulary, or the vocabulary cannot hold its characters.
+        UserError: there is no text or too long a document, it cannot fill the vocabulary, or the vocabulary cannot
+            hold its characters.
         RunError: the disk is full; `out` is as it was.
     """
     if not 261 <= vocab_size <= 10_000_000:
@@ -183,6 +194,7 @@ def train_tokenizer(*, sources: Sequence[str], vocab_size: int, out: str | Path,
         )
 
     check_sources(sources)
+    options = ReadOptions(text_key=text_key, split_at=split_at, max_document=max_document)
     import sentencepiece
 
     with (
@@ -192,7 +204,7 @@ def train_tokenizer(*, sources: Sequence[str], vocab_size: int, out: str | Path,
         scratch_folder(out / "tokenizer" if out.exists() else out) as scratch,
     ):
         remove_leftovers(out)
-        sentences, model_bytes = _SentenceIterator(sources, text_key), io.BytesIO()
+        sentences, model_bytes = _SentenceIterator(sources, options), io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=sentences,
@@ -265,9 +277,9 @@ class _SentenceIterator:
     sentencepiece replaces every exception of this iterator by one of its own; `error` keeps the original.
     """
 
-    def __init__(self, sources: Sequence[str], text_key: str) -> None:
+    def __init__(self, sources: Sequence[str], options: ReadOptions) -> None:
         self.error: UserError | RunError | None = None
-        self._lines = self._read(sources, text_key)
+        self._lines = self._read(sources, options)
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -279,9 +291,9 @@ class _SentenceIterator:
             self.error = error
             raise
 
-    def _read(self, sources: Sequence[str], text_key: str) -> Iterator[str]:
+    def _read(self, sources: Sequence[str], options: ReadOptions) -> Iterator[str]:
         is_empty = True
-        for text in read_documents(sources, text_key=text_key):
+        for text in read_documents(sources, options=options):
             for line in text.splitlines():
                 if line.strip():
                     is_empty = False

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_mea.config import Config, dump_config
 from megatron_mea.inputs import parse_json_object, read_lines
-from megatron_mea.outputs import flush, replace_file, restored_on_failure
+from megatron_mea.outputs import flush, replace_file, restored_on_failure, write_file
 
 if TYPE_CHECKING:
     import torch

@@ -98,7 +98,7 @@ def test_workers_do_not_change_a_byte(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     # More batches than wait at once, each file more than one, and broken lines in two of them.
-    monkeypatch.setattr(text_records, "_BATCH_BYTES", 1 << 12)
+    monkeypatch.setattr(text_records, "BATCH_BYTES", 1 << 12)
     # Long documents first, so that the first batch is the last one to be ready.
     ordered = sorted(texts, key=len, reverse=True)
     inputs = [write(tmp_path / f"{name}.jsonl", ordered[part::3]) for part, name in enumerate("abc")]
@@ -115,7 +115,12 @@ def test_workers_do_not_change_a_byte(
 
     reports = []
     for workers in (1, 2, 3):
-        prepare(sources=inputs, tokenizer_folder=tokenizer, prefix=tmp_path / f"out-{workers}", workers=workers)
+        prepare(
+            sources=inputs,
+            tokenizer_folder=tokenizer,
+            prefix=tmp_path / f"out-{workers}",
+            workers=workers,
+        )
         reports.append(capfd.readouterr().err)
 
     assert "left out 6 of " in reports[0]
@@ -376,7 +381,7 @@ def list_of_one(text_key: str) -> tuple[list[str], list]:
 @pytest.mark.slow
 def test_a_worker_that_dies_while_it_sends_ends_the_work_too() -> None:
     """The pool would wait for the rest of its message for ever."""
-    batches = [SimpleNamespace(texts=list_of_one, records=["text"]) for _ in range(3)]
+    batches = [SimpleNamespace(texts=list_of_one, records=["text"], size=4) for _ in range(3)]
     encoded = _encode_batches(batches=batches, encoder=DyingEncoder(), text_key="text", workers=2)
     with pytest.raises(RunError, match="a worker died"):
         list(encoded)

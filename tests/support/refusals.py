@@ -55,7 +55,7 @@ def check_problems(problems: Sequence[Problem], *expected: Sequence[str]) -> Non
             assert re.fullmatch(pattern, getattr(problem, name), re.DOTALL), (name, text, problem)
 
 
-KINDS = ".txt, .jsonl, .jsonl.gz, .jsonl.zst or .parquet"
+KINDS = ".txt, .parquet or JSON lines (.jsonl, .ndjson; .jsonl, .ndjson or .json with .gz or .zst)"
 GOOD = b'{"text": "In the beginning"}\n'
 TOKENIZER = "tokenizer --vocab-size 384 --out made/new --input"
 PREPARE = "prepare --tokenizer tokenizer --workers 1 --out made/new --input"
