@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
@@ -21,6 +20,7 @@ import numpy as np
 from megatron_mea.data.indexed import IndexedWriter, token_dtype
 from megatron_mea.data.metadata import Recipe, find_prepared
 from megatron_mea.data.sources import check_sources, record_batches
+from megatron_mea.data.text_encoder import TextEncoder
 from megatron_mea.data.text_records import (
     BATCH_BYTES,
     MAX_BROKEN,
@@ -169,29 +169,19 @@ class Encoder:
         tokens = np.full(lengths.sum(dtype=np.int64), self.eos, self.dtype)
 
         for ids, end in zip(documents, np.cumsum(lengths, dtype=np.int64).tolist(), strict=True):
-            # numpy converts an array.array more than three times as fast as a list.
-            tokens[end - 1 - len(ids) : end - 1] = array("I", ids)
+            tokens[end - 1 - len(ids) : end - 1] = ids
 
         return tokens, lengths
 
     @cached_property
-    def _tokenize(self) -> Callable[[list[str]], list[list[int]]]:
+    def _tokenize(self) -> Callable[[list[str]], Sequence[Sequence[int]]]:
         """The function from texts to the ids of each, without an end-of-document token."""
         if not self.backend:
             tokenizer = load_tokenizer(self.folder, "--tokenizer")
             settings = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
             return lambda texts: tokenizer(texts, **settings)["input_ids"] if texts else []
 
-        from tokenizers import Tokenizer
-
-        # One thread a worker: the parallelism is over workers.
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        backend = Tokenizer.from_str(self.backend)
-        backend.encode_special_tokens = True
-        # A tokenizer.json may enable both; transformers disables them, too.
-        backend.no_truncation()
-        backend.no_padding()
-        return lambda texts: [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        return TextEncoder(self.backend)
 
 
 def _backend_json(tokenizer: PreTrainedTokenizerBase) -> str:

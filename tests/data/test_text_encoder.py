@@ -1,0 +1,77 @@
+"""Long texts are encoded in parts, with exactly the ids of the whole."""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.tokenizers import ENCODED_WHOLE, LINES, SPLIT_SAFELY
+
+from megatron_mea.data.text_encoder import TextEncoder
+
+FRAGMENTS = [
+    *{word for line in LINES for word in line.split()},
+    *(" ", " ", " ", "  ", "\n", "\n\n", "\r\n", "\t", "\u00a0", "\u3000", "\u2028", "\x00", "\u200d"),
+    *("\u3002", "\u3001", "\uff0c", ".", ",", "'", "'s", "'S", "\u2019", "_", "-", "``", "''", "(", "~", "\u2581", "x"),
+    *("\u0301", "\u0345", "\u3099", "\u1112", "\u1161", "\u11ab", "\u0600", "\u0e33", "\u017f", "\u0130", "\u03a3"),
+    "\xdf",
+    *("\ufb01", "\ufdfa", "\u2167", "\u00b2", "7", "\u0661", "\U0001f600", "\U0001d400", "\u4e00", "\u30ab", "\ufe0f"),
+    *("<s>", "</s>", "<tok>", " <tok> ", "king", " king", "beginning of", "end", " end", "the end ", "<0x41>", "[UNK]"),
+]
+TEXTS = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=3), max_size=40).map("".join)
+"""Words, separators, and what normalizers and patterns treat in its own way, in any order."""
+
+
+@cache
+def encoders(kind: str, part_characters: int) -> tuple[TextEncoder, TextEncoder]:
+    """One that cuts texts, and one that does not."""
+    backend = (SPLIT_SAFELY | ENCODED_WHOLE)[kind]().to_str()
+    return TextEncoder(backend, part_characters), TextEncoder(backend)
+
+
+@pytest.mark.parametrize("kind", SPLIT_SAFELY)
+@settings(max_examples=60, deadline=None)
+@given(text=TEXTS, part_characters=st.sampled_from([1, 2, 5, 13]))
+def test_parts_have_the_ids_of_the_whole(kind: str, text: str, part_characters: int) -> None:
+    in_parts, whole = encoders(kind, part_characters)
+    assert in_parts([text, "a", text]) == whole([text, "a", text])
+
+
+@pytest.mark.parametrize("kind", SPLIT_SAFELY)
+def test_texts_are_cut_often(kind: str) -> None:
+    """So that the property is about something: of a text of common words no part is long."""
+    in_parts, whole = encoders(kind, 20)
+    text = " ".join(random.Random(0).choices(LINES[0].replace(" .", "").replace(" ,", "").split(), k=400))
+    starts = [0]
+    while starts[-1] < len(text):
+        starts.append(in_parts.borders.find(text, starts[-1] + 20))
+
+    assert max(after - before for before, after in pairwise(starts)) < 60
+    assert in_parts([text]) == whole([text])
+
+
+@pytest.mark.parametrize("kind", SPLIT_SAFELY)
+def test_every_separator_between_words_of_every_script(kind: str) -> None:
+    in_parts, whole = encoders(kind, 3)
+    words = [word for line in LINES for word in line.split() if word.isalpha()]
+    chance = random.Random(0)
+    text = "".join(
+        chance.choice(words) + chance.choice([" ", " ", "\n", "\n", "\u3002", "\u3001", ". "]) for _ in range(3000)
+    )
+    assert in_parts([text]) == whole([text])
+
+
+@pytest.mark.parametrize("kind", ENCODED_WHOLE)
+def test_texts_of_which_nothing_can_be_proven_are_encoded_whole(kind: str) -> None:
+    assert encoders(kind, 20)[0].borders is None
+
+
+def test_a_text_without_a_border_is_encoded_whole() -> None:
+    in_parts, whole = encoders("GPT-2", 20)
+    for text in ("x" * 500, "1 2 3 " * 100, "a \u0301" * 100, "a  b" * 100):
+        assert in_parts([text]) == whole([text])
+        assert in_parts.borders.find(text, 20) == len(text)
