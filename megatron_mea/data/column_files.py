@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -167,7 +168,10 @@ def _open_dataset(source: str, split: str) -> Any:
         if not Path(source).is_dir():
             name, _, config = source.partition(":")
             return datasets.load_dataset(name, config or None, split=split, streaming=True)
+        _check_arrow_files(Path(source))
         data = datasets.load_from_disk(source)
+    except UserError:
+        raise
     # The exceptions for a missing hub, a misspelt name and a broken folder differ by release and by network.
     except Exception as error:
         got = f"neither a file nor a loadable dataset ({_reason(error)})"
@@ -182,6 +186,42 @@ def _open_dataset(source: str, split: str) -> Any:
         data = data[split]
 
     return data
+
+
+def _check_arrow_files(folder: Path) -> None:
+    """Refuses compressed Arrow files: `datasets`, which writes none, would unpack them into memory whole.
+
+    Raises:
+        UserError: a file has compressed record batches.
+    """
+    import pyarrow
+
+    for file in sorted(folder.rglob("*.arrow")):
+        with pyarrow.memory_map(str(file)) as stream:
+            for message in pyarrow.ipc.MessageReader.open_stream(stream):
+                if message.type == "record batch" and _is_compressed(message.metadata.to_pybytes()):
+                    raise UserError(
+                        where=str(file),
+                        got="compressed Arrow buffers",
+                        expected="a folder as `datasets` saves it, uncompressed",
+                        hint="load it with `datasets`, and save it anew with save_to_disk",
+                    )
+
+
+def _is_compressed(metadata: bytes) -> bool:
+    """Whether a record batch is compressed: whether its table has field 3 (Message.fbs of Arrow, version 1.0)."""
+
+    def field(table: int, number: int) -> int:
+        """Where a field of a flatbuffer's table lies, or 0 where it has none."""
+        vtable = table - struct.unpack_from("<i", metadata, table)[0]
+        position = 4 + 2 * number
+        if position >= struct.unpack_from("<H", metadata, vtable)[0]:
+            return 0
+        offset = struct.unpack_from("<H", metadata, vtable + position)[0]
+        return offset and table + offset
+
+    header = field(struct.unpack_from("<I", metadata, 0)[0], 2)
+    return bool(field(header + struct.unpack_from("<I", metadata, header)[0], 3))
 
 
 def _reason(error: Exception) -> str:

@@ -104,13 +104,15 @@ class RecordBatch:
             UserError: a document is too long.
         """
         texts: list[str] = []
-        broken = []
+        broken, longest = [], self.max_document
         for number, record in zip(self.numbers, self.records, strict=True):
             try:
-                documents = [text for text in self.parse(record, text_key) if not text.isspace() and text]
-                for text in documents:
-                    self._check_size(text)
-                texts += documents
+                for text in self.parse(record, text_key):
+                    # A character has four bytes at most: few texts need to be encoded for this.
+                    if 4 * len(text) > longest and (size := len(text.encode())) > longest:
+                        raise TooLongDocument(size)
+                    if text and not text.isspace():
+                        texts.append(text)
             except UnreadableRecord as error:
                 where = f"{self.source}, {self.unit} {number + error.line}"
                 broken.append(Problem(where=where, got=error.got, expected=error.expected, hint=error.hint))
@@ -122,11 +124,6 @@ class RecordBatch:
                 ) from None
 
         return texts, broken
-
-    def _check_size(self, text: str) -> None:
-        # A character has four bytes at most: few texts need to be encoded for this.
-        if 4 * len(text) > self.max_document and (size := len(text.encode())) > self.max_document:
-            raise TooLongDocument(size)
 
 
 class BrokenRecords:

@@ -148,6 +148,28 @@ def test_rows_of_a_large_row_group_are_read_a_few_at_a_time(tmp_path: Path) -> N
     assert sizes == [1] + [4 * MIB] * 80
 
 
+@pytest.mark.parametrize("compression", ["zstd", "lz4", None])
+def test_compressed_arrow_files_are_refused(compression: str | None, tmp_path: Path) -> None:
+    """`datasets` writes none, and would unpack the whole file into memory."""
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": ["a", "b"]})}).save_to_disk(tmp_path / "saved")
+    (file,) = (tmp_path / "saved").rglob("*.arrow")
+    assert list(read(tmp_path / "saved")) == ["a", "b"]
+
+    schema, options = (
+        pyarrow.ipc.open_stream(file.read_bytes()).schema,
+        pyarrow.ipc.IpcWriteOptions(compression=compression),
+    )
+    with pyarrow.ipc.new_stream(str(file), schema, options=options) as writer:
+        for text in ("a", "x" * 1000):
+            writer.write_batch(pyarrow.record_batch({"text": [text]}, schema=schema))
+    if compression is None:
+        assert list(read(tmp_path / "saved")) == ["a", "x" * 1000]
+        return
+
+    with pytest.raises(UserError, match=r"\.arrow\n.*compressed Arrow buffers"):
+        list(read(tmp_path / "saved"))
+
+
 def test_training_of_a_tokenizer_is_bounded_alike(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a" * 1001}) + "\n")
     with pytest.raises(UserError, match=r"a\.jsonl, line 1\n.*1,001 bytes"):

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import random
+import subprocess
+import sys
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
+import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.tokenizers import ENCODED_WHOLE, LINES, SPLIT_SAFELY
 
-from megatron_mea.data.text_encoder import TextEncoder
+from megatron_mea.data.text_encoder import PART_CHARACTERS, TextEncoder
+from megatron_mea.data.tokenizer import train_tokenizer
 
+CORPUS = Path(__file__).parents[2] / "launch/quickstart/validation.jsonl.gz"
 FRAGMENTS = [
     *{word for line in LINES for word in line.split()},
     *(" ", " ", " ", "  ", "\n", "\n\n", "\r\n", "\t", "\u00a0", "\u3000", "\u2028", "\x00", "\u200d"),
@@ -75,3 +83,42 @@ def test_a_text_without_a_border_is_encoded_whole() -> None:
     for text in ("x" * 500, "1 2 3 " * 100, "a \u0301" * 100, "a  b" * 100):
         assert in_parts([text]) == whole([text])
         assert in_parts.borders.find(text, 20) == len(text)
+
+
+@pytest.fixture(scope="module")
+def own_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer") / "ids-1000"
+    train_tokenizer(sources=[str(CORPUS)], vocab_size=1000, out=folder)
+    return folder
+
+
+def test_a_long_text_of_our_own_tokenizer_has_the_ids_of_sentencepiece(own_tokenizer: Path) -> None:
+    """With the parts that `prepare` makes, against an encoder that knows nothing of parts."""
+    with gzip.open(CORPUS, "rt", encoding="utf-8") as stream:
+        text = "\n\n".join(json.loads(line)["text"] for line in stream) + "\u65e5\U0001f600" * 100
+    encoder = TextEncoder((own_tokenizer / "tokenizer.json").read_text())
+    assert len(text) > 3 * PART_CHARACTERS
+    assert encoder.borders.find(text, PART_CHARACTERS) < PART_CHARACTERS + 10
+
+    piece = sentencepiece.SentencePieceProcessor(model_file=str(own_tokenizer / "tokenizer.model"))
+    assert encoder([text])[0].tolist() == piece.encode(text)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_a_text(own_tokenizer: Path) -> None:
+    """Encoded whole, eight million characters take two gigabytes."""
+    script = f"""if True:
+        import resource
+        from pathlib import Path
+        from megatron_mea.data.text_encoder import TextEncoder
+        encoder = TextEncoder(Path({str(own_tokenizer / "tokenizer.json")!r}).read_text())
+        encoder(["in the beginning god created the heaven and the earth\\n" * 10_000])
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        (ids,) = encoder(["in the beginning god created the heaven and the earth\\n" * 150_000])
+        print(len(ids), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    tokens, kilobytes = map(int, done.stdout.split())
+    assert tokens > 2_000_000
+    # Ids, of which the array may be copied as it grows, and the text; a megabyte a part beside them.
+    assert kilobytes < 100_000

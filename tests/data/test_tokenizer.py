@@ -123,6 +123,14 @@ def test_round_trip_is_lossless(pair: TokenizerPair, text: str) -> None:
     assert pair.fast.decode(pair.ids(text)) == text
 
 
+@pytest.mark.parametrize("text", ["\u2581", "a\u2581b", "\u2581\u2581x "])
+def test_the_symbol_that_sentencepiece_writes_for_a_space_is_one(pair: TokenizerPair, text: str) -> None:
+    """As docs/data.md says: sentencepiece cannot tell them apart, and both sides must have the same ids."""
+    spaces = text.replace("\u2581", " ")
+    assert pair.ids(text) == pair.piece.encode(text) == pair.ids(spaces)
+    assert pair.fast.decode(pair.ids(text)) == pair.piece.decode(pair.ids(text)) == spaces
+
+
 def test_round_trip_of_the_corpus(pair: TokenizerPair, texts: list[str]) -> None:
     for text in texts[::10]:
         assert pair.fast.decode(pair.ids(text)) == text

@@ -18,6 +18,7 @@ LINES = [
     "caf\u00e9 na\u00efve e\u0301 \ufb01n \u2167 ``quoted'' a_b-c  two   three\t\n\nnew\r\nline",
 ]
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -177,6 +178,8 @@ SPLIT_SAFELY: dict[str, Callable[[], Tokenizer]] = {
     "Llama 3": lambda: byte_level(split(LLAMA3)),
     "Qwen 2": lambda: byte_level(split(LLAMA3.replace("{1,3}", "")), normalizer=normalizers.NFC()),
     "GPT-4o": lambda: byte_level(split(O200K)),
+    "Tekken": lambda: byte_level(split(O200K.replace(CONTRACTIONS + "?", "").replace("{1,3}", ""))),
+    "SmolLM": lambda: byte_level(pre_tokenizers.Digits(individual_digits=True), split(GPT2), add_prefix_space=True),
     "DeepSeek": lambda: byte_level(split(r"\p{N}{1,3}"), split(CJK), split(DEEPSEEK)),
     "StarCoder": lambda: byte_level(pre_tokenizers.Digits(individual_digits=True), use_regex=True),
     "Digits, then a prefix": lambda: byte_level(pre_tokenizers.Digits(), use_regex=True, add_prefix_space=True),
