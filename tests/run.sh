@@ -10,7 +10,7 @@ export PYTHON HF_HUB_OFFLINE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 select=(-m "not full")
 case "${1:-}" in
   --fast) select=(--fast); shift ;;
-  --full) select=(--hypothesis-profile=full); shift ;;
+  --full) select=(--full --hypothesis-profile=full); shift ;;
 esac
 # Two files at a time: most of a test's time is spent waiting for processes to start.
 exec "$PYTHON" -m pytest -n 2 --dist loadfile "${select[@]}" "$@"

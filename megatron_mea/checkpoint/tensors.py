@@ -33,11 +33,14 @@ from torch.distributed.checkpoint.planner import (
     LoadPlan,
     ReadItem,
     SavePlan,
+    SavePlanner,
     TensorWriteData,
     WriteItem,
     WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from megatron_mea.checkpoint.index import CheckpointReader
 from megatron_mea.errors import UserError
@@ -120,7 +123,7 @@ def write_fragments(folder: Path, fragments: Iterable[Fragment], *, group: Any) 
     }
     chunks = [(index, global_shape, view.shape) for index, (global_shape, view) in views.items()]
     planner = _SavePlanner(chunks, lambda index: views[index][1].contiguous())
-    dcp.save({}, storage_writer=FileSystemWriter(folder), planner=planner, process_group=group)
+    dcp.save({}, storage_writer=_Writer(folder), planner=planner, process_group=group)
 
 
 def write_tensors(
@@ -150,7 +153,7 @@ def write_tensors(
     )
 
     # For a single file the writer would hold all tensors in memory, and a single rank would verify it when it is read.
-    writer = FileSystemWriter(folder, single_file_per_rank=False)
+    writer = _Writer(folder, single_file_per_rank=False)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -228,6 +231,19 @@ def copy_fragment(fragment: Fragment, buffer: torch.Tensor) -> Fragment:
     """A copy of the fragment whose values are in `buffer`, of the same length; asynchronous from a GPU."""
     buffer.copy_(fragment.values, non_blocking=True)
     return replace(fragment, values=buffer)
+
+
+class _Writer(FileSystemWriter):
+    """torch's writer of files, with the disk's own error where torch raises another one while it closes the file."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
+            raise cause or error from None
 
 
 class _SavePlanner(DefaultSavePlanner):

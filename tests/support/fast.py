@@ -37,6 +37,7 @@ class ProcessGuard:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fast", action="store_true", help="only tests that start no process; see tests/run.sh")
+    parser.addoption("--full", action="store_true", help="every occurrence of a fault, not the first, middle and last")
 
 
 def pytest_configure(config: pytest.Config) -> None:
