@@ -1,8 +1,10 @@
 """Shared fixtures: a tiny prepared corpus, finished runs on it, and commands that run in a folder of their own."""
 
+import functools
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -58,6 +60,31 @@ def whole(config: Path) -> Path:
     """Folder of an uninterrupted run of one process; copy it before changing it."""
     train(config, "whole")
     return config.parent / "whole"
+
+
+@pytest.fixture
+def one_engine(monkeypatch) -> Iterator[None]:
+    """Trains in this process with one process group and one engine, which take seconds to make."""
+    from megatron_mea.training import distributed, loop
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    variables = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in (variables | {"DS_ACCELERATOR": "cpu"}).items():
+        monkeypatch.setenv(name, str(value))
+
+    stop, build_engine, engines = distributed.stop_distributed, loop.build_engine, []
+
+    def build_once(**arguments: object) -> object:
+        engines[:] = engines or [build_engine(**arguments)]
+        return engines[0]
+
+    monkeypatch.setattr(distributed, "start_distributed", functools.cache(distributed.start_distributed))
+    monkeypatch.setattr(distributed, "stop_distributed", lambda: None)
+    monkeypatch.setattr(loop, "build_engine", build_once)
+    yield
+    stop()
 
 
 @pytest.fixture

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import signal
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -232,31 +230,6 @@ echo '{{"step": 4}}' > "$run/FINISHED"
 
     arguments = ("sweep", "tiny.yaml", "--learning-rates", "3e-3,1e-3", "--out", "out", "training.steps=4")
     check(*arguments, check_failed=check_failed, check_done=check_done, status=1)
-
-
-@pytest.fixture
-def one_engine(monkeypatch) -> Iterator[None]:
-    """Trains in this process with one process group and one engine, which take seconds to make."""
-    from megatron_mea.training import distributed, loop
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    variables = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    for name, value in (variables | {"DS_ACCELERATOR": "cpu"}).items():
-        monkeypatch.setenv(name, str(value))
-
-    stop, build_engine, engines = distributed.stop_distributed, loop.build_engine, []
-
-    def build_once(**arguments: object) -> object:
-        engines[:] = engines or [build_engine(**arguments)]
-        return engines[0]
-
-    monkeypatch.setattr(distributed, "start_distributed", functools.cache(distributed.start_distributed))
-    monkeypatch.setattr(distributed, "stop_distributed", lambda: None)
-    monkeypatch.setattr(loop, "build_engine", build_once)
-    yield
-    stop()
 
 
 def test_train(root, tiny, check, one_engine):

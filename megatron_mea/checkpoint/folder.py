@@ -237,6 +237,8 @@ def remove(folder: Path) -> None:
     elif folder.exists():
         scratch = folder.with_name(f".tmp-{folder.name}-removed")
         folder.rename(scratch)
+        # Not half of it may be left under its name.
+        flush(folder.parent)
         shutil.rmtree(scratch)
 
 

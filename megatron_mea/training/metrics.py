@@ -36,6 +36,7 @@ class Metrics:
         path = run_dir / "metrics.jsonl"
         _truncate_rows(path, -1 if step is None else step)
         self._file = path.open("a", encoding="utf-8")
+        flush(run_dir)
 
         self._tensorboard = None
         folder = run_dir / "tensorboard"

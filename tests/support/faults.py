@@ -104,8 +104,6 @@ def fail_everywhere(command: Command, *, root: Path, full: bool) -> int:
     assert status == command.status, err
 
     expected = read_tree(root)
-    if os.environ.get("DBG"):
-        print(*[(o.kind, o.path, o.target) for o in recorder.operations], sep="\n", file=open("/tmp/ops.txt", "w"))
     problems, number = [], 0
     for key, count in Counter(operation.key for operation in recorder.operations if operation.kind in KINDS).items():
         for occurrence in range(1, count + 1) if full else sorted({1, (count + 1) // 2, count}):
