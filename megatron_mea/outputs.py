@@ -264,6 +264,8 @@ def _keep(path: Path, backup: Path) -> bool:
     """Gives a file a second name, or only that where the file system has no hard links; returns whether it exists."""
     if not path.exists():
         return False
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
 
     try:
         os.link(path, backup)

@@ -63,6 +63,15 @@ def whole(config: Path) -> Path:
 
 
 @pytest.fixture
+def no_parity(monkeypatch) -> None:
+    """Exports without the comparison of logits, which writes nothing."""
+    from megatron_mea.huggingface import export
+    from megatron_mea.huggingface.parity_check import Parity
+
+    monkeypatch.setattr(export, "check_parity", lambda **_: Parity(difference=0.0, scale=1.0, tokens=1))
+
+
+@pytest.fixture
 def one_engine(monkeypatch) -> Iterator[None]:
     """Trains in this process with one process group and one engine, which take seconds to make."""
     from megatron_mea.training import distributed, loop

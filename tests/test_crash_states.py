@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -75,22 +75,23 @@ def write_tree(tree: Tree, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        ("export", "SOURCE", "made/new"),
-        ("import", "SOURCE", "made/new"),
-        ("tokenizer", "--input", "TEXT", "--vocab-size", "384", "--out", "made/new"),
-    ],
-    ids=lambda command: command[0],
-)
-def test_a_folder_is_whole_or_absent(command, crash, source, tiny, monkeypatch):
-    from megatron_mea.huggingface import export
-    from megatron_mea.huggingface.parity_check import Parity
+FOLDERS = [
+    ("export", "SOURCE", "made/new"),
+    ("import", "SOURCE", "made/new"),
+    ("tokenizer", "--input", "TEXT", "--vocab-size", "384", "--out", "made/new"),
+]
 
-    monkeypatch.setattr(export, "check_parity", lambda **_: Parity(difference=0.0, scale=1.0, tokens=1))
-    places = {"SOURCE": str(source), "TEXT": str(tiny.root / "validation.jsonl")}
-    states = crash(*(places.get(argument, argument) for argument in command))
+
+@pytest.fixture
+def complete(source, tiny, no_parity) -> Callable[[Sequence[str]], list[str]]:
+    """Puts paths into the arguments of a command."""
+    places = {"SOURCE": str(source), "TEXT": str(tiny.root / "validation.jsonl"), "TOKENIZER": str(tiny.tokenizer)}
+    return lambda command: [places.get(argument, argument) for argument in command]
+
+
+@pytest.mark.parametrize("command", FOLDERS, ids=lambda command: command[0])
+def test_a_folder_is_whole_or_absent(command, crash, complete):
+    states = crash(*complete(command))
 
     whole = below(read_tree(Path()), "made/new")
     assert len(whole) > 3
@@ -149,8 +150,39 @@ def test_a_run_has_a_whole_checkpoint(crash, tiny, one_engine, tmp_path):
                 whole_by_content[content] = bool(complete) and find_corruption(complete[step]) is None
             whole |= {step} if whole_by_content[content] else set()
 
+        assert whole == {step for step in (1, 2, 3) if below(tree, f"run/checkpoints/step_{step:08d}/")}
         assert 2 in whole or 3 in whole
         assert tree.get("run/config.yaml") in (before["run/config.yaml"], after["run/config.yaml"])
         if "run/FINISHED" in tree:
             step = json.loads(tree["run/FINISHED"])["step"]
             assert step == max(whole)
+
+
+KILLED = [
+    *FOLDERS,
+    ("compress", "SOURCE", "made/new", "--component-heads", "2"),
+    ("prepare", "--tokenizer", "TOKENIZER", "--workers", "1", "--input", "TEXT", "--out", "made/new"),
+]
+
+
+@pytest.mark.parametrize("command", KILLED, ids=lambda command: command[0])
+def test_a_killed_command_leaves_nothing_behind_the_next_one(command, complete, tmp_path, monkeypatch):
+    """What is there at some moments of a command, without its process: the next call clears it, and succeeds."""
+    root = tmp_path / "root"
+    root.mkdir()
+    monkeypatch.chdir(root)
+    journal = Journal(root)
+    with watched_disk(root, journal):
+        assert Command(arguments=complete(command))()[0] == 0
+
+    names = set(read_tree(root))
+    moments = journal.moments[:: len(journal.moments) // 5] + journal.moments[-4:]
+    assert sum(any(HIDDEN.search(path) for path in moment) for moment in moments) >= 4
+    for number, moment in enumerate(moments):
+        folder = tmp_path / f"moment-{number}"
+        folder.mkdir()
+        monkeypatch.chdir(write_tree(moment, folder))
+        status, _, err = Command(arguments=complete(command))()
+        # It may have been killed when all was done.
+        assert status == 0 or "a folder that is not empty" in err
+        assert set(read_tree(folder)) == names

@@ -94,15 +94,6 @@ def test_prepare(exists, root, tiny, text, check):
     check(*arguments, str(text), "--out", "x" if exists else "made/new/x")
 
 
-@pytest.fixture
-def no_parity(monkeypatch) -> None:
-    """Exports without the comparison of logits, which writes nothing."""
-    from megatron_mea.huggingface import export
-    from megatron_mea.huggingface.parity_check import Parity
-
-    monkeypatch.setattr(export, "check_parity", lambda **_: Parity(difference=0.0, scale=1.0, tokens=1))
-
-
 def test_export(checkpoint, check, no_parity):
     check("export", str(checkpoint), "made/new")
 

@@ -44,12 +44,14 @@ class Journal(Observer):
     Attributes:
         states: every tree that a crash after one of the operations may leave, once.
         last: those after the last operation.
+        moments: the trees that a killed process leaves: what there was after each operation.
     """
 
     def __init__(self, root: Path) -> None:
         self._root, self._pending = _read(root), list[_Change]()
         self.states: dict[tuple, Tree] = {}
         self.last: list[Tree] = []
+        self.moments = [self.now()]
         self._add_states()
 
     def after(self, operation: Operation, content: Callable[[], bytes]) -> None:
@@ -70,6 +72,7 @@ class Journal(Observer):
             removed = [(folder, name, None)] if operation.kind == "rename" else []
             self._change([*removed, (target_folder, target, node)])
 
+        self.moments.append(self.now())
         self._add_states()
 
     def now(self) -> Tree:
