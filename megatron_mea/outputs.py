@@ -22,8 +22,10 @@ from megatron_mea.errors import RunError, UserError
 from megatron_mea.printing import show
 
 _LOCK = ".lock"
+_FILES = "files"
+"""The name in the scratch folder of files, whichever they are."""
 _MAX_NAME = 200
-"""Characters of an output's name in that of its scratch folder: file systems allow 255."""
+"""Bytes of an output's name in that of its scratch folder: file systems allow 255."""
 
 
 @contextmanager
@@ -143,7 +145,7 @@ def scratch_folder(path: Path) -> Iterator[Path]:
 def _locked_folder(path: Path) -> tuple[Path, IO[bytes]]:
     """A new scratch folder of `path`, and its locked file."""
     while True:
-        scratch = path.with_name(f".{path.name[:_MAX_NAME]}-{secrets.token_hex(4)}.tmp")
+        scratch = path.with_name(f".{_short_name(path)}-{secrets.token_hex(4)}.tmp")
         scratch.mkdir()
         try:
             lock = (scratch / _LOCK).open("xb")
@@ -162,13 +164,21 @@ def _locked_folder(path: Path) -> tuple[Path, IO[bytes]]:
 def remove_leftovers(path: Path) -> None:
     """Removes the scratch folders of `path` that no process has locked."""
     real = _real(path)
-    pattern = re.compile(rf"\.{re.escape(real.name[:_MAX_NAME])}-[0-9a-f]{{8}}\.tmp")
+    pattern = re.compile(rf"\.{re.escape(_short_name(real))}-[0-9a-f]{{8}}\.tmp")
+    entries: list[Path] = []
     with contextlib.suppress(OSError):
-        for scratch in [entry for entry in real.parent.iterdir() if pattern.fullmatch(entry.name)]:
+        entries = [entry for entry in real.parent.iterdir() if pattern.fullmatch(entry.name)]
+
+    for scratch in entries:
+        with contextlib.suppress(OSError):
             with (scratch / _LOCK).open("ab") as lock:
                 is_dead = try_lock(lock)
             if is_dead:
                 shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _short_name(path: Path) -> str:
+    return os.fsdecode(os.fsencode(path.name)[:_MAX_NAME])
 
 
 def try_lock(stream: IO[bytes]) -> bool | None:
@@ -206,14 +216,15 @@ def write_files(contents: Mapping[Path, str | bytes]) -> None:
     Raises:
         OSError: the disk refuses.
     """
-    with restored_on_failure(contents) as staging:
-        for path, content in contents.items():
+    content_by_path = {_real(path): content for path, content in contents.items()}
+    with restored_on_failure(content_by_path) as staging:
+        for path, content in content_by_path.items():
             staging[path].write_bytes(content if isinstance(content, bytes) else content.encode())
             flush(staging[path])
 
         for path, staged in staging.items():
-            staged.replace(_real(path))
-        for parent in {_real(path).parent for path in contents}:
+            staged.replace(path)
+        for parent in {path.parent for path in staging}:
             flush(parent)
 
 
@@ -237,18 +248,17 @@ def restored_on_failure(paths: Iterable[Path]) -> Iterator[dict[Path, Path]]:
     """
     paths = list(paths)
     with ExitStack() as scratches:
-        scratch_by_parent: dict[Path, Path] = {}
-        for real in map(_real, paths):
-            if real.parent not in scratch_by_parent:
-                scratch_by_parent[real.parent] = scratches.enter_context(scratch_folder(real))
-
-        backups = {real: scratch_by_parent[real.parent] / f"{real.name}.old" for real in map(_real, paths)}
+        scratch_by_parent = {
+            parent: scratches.enter_context(scratch_folder(parent / _FILES))
+            for parent in dict.fromkeys(path.parent for path in paths)
+        }
+        backups = {path: scratch_by_parent[path.parent] / f"{number}.old" for number, path in enumerate(paths)}
         existed: dict[Path, bool] = {}
         try:
             for path, backup in backups.items():
                 existed[path] = _keep(path, backup)
 
-            yield {path: backups[_real(path)].with_suffix(".new") for path in paths}
+            yield {path: backup.with_suffix(".new") for path, backup in backups.items()}
         except BaseException:
             changed = [path for path in existed if not _is_kept(path, backups[path], existed=existed[path])]
             # The last file may describe the others, so it goes first and comes last.
@@ -262,7 +272,7 @@ def restored_on_failure(paths: Iterable[Path]) -> Iterator[dict[Path, Path]]:
 
 def _keep(path: Path, backup: Path) -> bool:
     """Gives a file a second name, or only that where the file system has no hard links; returns whether it exists."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return False
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -276,7 +286,9 @@ def _keep(path: Path, backup: Path) -> bool:
 
 def _is_kept(path: Path, backup: Path, *, existed: bool) -> bool:
     """Whether `path` is what it was before `_keep`."""
-    return path.samefile(backup) if existed and path.exists() else existed == path.exists()
+    if not existed or not os.path.lexists(path):
+        return existed == os.path.lexists(path)
+    return os.path.samestat(path.lstat(), backup.lstat())
 
 
 def flush(path: Path) -> None:

@@ -116,6 +116,7 @@ def test_compress(checkpoint, check):
     check("compress", str(checkpoint), "made/new", "--component-heads", "2", check_done=same_checkpoint)
 
 
+@pytest.mark.full
 def test_compress_of_a_hugging_face_folder(source, check, no_parity):
     check("compress", str(source), "out", "--component-heads", "2")
 

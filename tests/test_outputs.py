@@ -124,22 +124,24 @@ def test_files_are_restored_together(has_links, tmp_path, monkeypatch):
 
     if not has_links:
         monkeypatch.setattr(os, "link", no_links)
-    old, new = tmp_path / "old", tmp_path / "new"
+    old, new, link = tmp_path / "old", tmp_path / "new", tmp_path / "link"
     old.write_text("earlier")
+    link.symlink_to("old")
 
     def replace_both() -> None:
-        with restored_on_failure([old, new]) as staging:
-            for path in (old, new):
+        with restored_on_failure([old, new, link]) as staging:
+            for path in (old, new, link):
                 staging[path].write_text("later")
                 staging[path].replace(path)
             raise OSError(5, "Input/output error")
 
     with pytest.raises(OSError, match="Input/output error"):
         replace_both()
-    assert (names(tmp_path), old.read_text()) == (["old"], "earlier")
+    assert (names(tmp_path), old.read_text()) == (["link", "old"], "earlier")
+    assert link.readlink() == Path("old")
 
     write_files({old: "later", new: b"bytes"})
-    assert (names(tmp_path), old.read_text(), new.read_bytes()) == (["new", "old"], "later", b"bytes")
+    assert (names(tmp_path), old.read_text(), new.read_bytes()) == (["link", "new", "old"], "later", b"bytes")
 
 
 def test_a_result_is_printed_though_the_disk_is_full_and_written_though_the_console_is_gone(tmp_path, capsys):
