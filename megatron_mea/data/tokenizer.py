@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from megatron_mea.config.schema import MAX_SIZE
 from megatron_mea.data.sources import check_sources, read_documents
 from megatron_mea.data.text_records import MAX_DOCUMENT, ReadOptions
 from megatron_mea.errors import RunError, UserError
@@ -143,11 +145,57 @@ def tokenizer_fingerprint(folder: str | Path) -> str:
 
 
 def copy_tokenizer(folder: str | Path, target: Path) -> None:
-    """Copies the files of a tokenizer alone from `folder`, which may hold a model too."""
-    target.mkdir(parents=True, exist_ok=True)
-    for name in _TOKENIZER_FILES:
-        if Path(folder, name).is_file():
-            shutil.copy(Path(folder, name), target)
+    """Copies the files of a tokenizer alone from `folder`, which may hold a model too.
+
+    The copy loads as the same class, without the config.json of a model.
+    """
+    for file in _tokenizer_files(Path(folder)):
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(Path(folder, file), target / file)
+
+    if Path(folder, "config.json").is_file():
+        tokenizer_class = type(load_tokenizer(folder, str(folder)))
+        if type(load_tokenizer(target, str(target))) is not tokenizer_class:
+            _update_config(target, tokenizer_class=tokenizer_class.__name__)
+            load_tokenizer(target, str(target))
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    """The files that the library reads and writes for a tokenizer in this folder, chat templates among them."""
+    from transformers import tokenization_utils_base as library
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
+
+    model_config = folder / "config.json"
+    model_type = read_json_object(model_config).get("model_type") if model_config.is_file() else None
+    class_name = _read_config(folder).get("tokenizer_class") or TOKENIZER_MAPPING_NAMES.get(str(model_type))
+    tokenizer_class = tokenizer_class_from_name(str(class_name))
+    names = {
+        *_TOKENIZER_FILES,
+        *(library.FULL_TOKENIZER_FILE, library.TOKENIZER_CONFIG_FILE, library.SPECIAL_TOKENS_MAP_FILE),
+        *(library.ADDED_TOKENS_FILE, library.CHAT_TEMPLATE_FILE),
+        *getattr(tokenizer_class, "vocab_files_names", {}).values(),
+    }
+    # A file for each version of the library is an old custom of it.
+    files = [file for file in folder.glob("*") if file.name in names or file.match("tokenizer.*.json")]
+    files += (folder / library.CHAT_TEMPLATE_DIR).glob("*.jinja")
+    return sorted(file.relative_to(folder) for file in files if file.is_file())
+
+
+def limit_length(folder: Path, max_tokens: int) -> None:
+    """Makes a tokenizer say that a text has at most `max_tokens`, unless it says fewer."""
+    length = _read_config(folder).get("model_max_length")
+    if not isinstance(length, int | float) or not 0 < length <= max_tokens:
+        _update_config(folder, model_max_length=max_tokens)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "tokenizer_config.json"
+    return read_json_object(file) if file.is_file() else {}
+
+
+def _update_config(folder: Path, **changes: Any) -> None:
+    text = json.dumps(_read_config(folder) | changes, indent=2, ensure_ascii=False)
+    (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 
 
 def check_tokenizer_folder(folder: str | Path, where: str) -> None:
@@ -188,10 +236,9 @@ def train_tokenizer(
             hold its characters.
         RunError: the disk is full; `out` is as it was.
     """
-    if not 261 <= vocab_size <= 10_000_000:
-        raise UserError(
-            where="--vocab-size", got=vocab_size, expected="261 (4 special ids, 256 bytes and one piece) to 10,000,000"
-        )
+    if not 261 <= vocab_size <= MAX_SIZE:
+        expected = f"261 (4 special ids, 256 bytes and one piece) to {MAX_SIZE:,}, the most of model.vocab_size"
+        raise UserError(where="--vocab-size", got=vocab_size, expected=expected)
 
     check_sources(sources)
     options = ReadOptions(text_key=text_key, split_at=split_at, max_document=max_document)

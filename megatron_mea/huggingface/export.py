@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 from megatron_mea.checkpoint.folder import GENERATION, OVERHEAD_BYTES
 from megatron_mea.checkpoint.tensors import read_tensors, weight_shapes
 from megatron_mea.data.corpora import Corpora
-from megatron_mea.data.tokenizer import copy_tokenizer, load_tokenizer
+from megatron_mea.data.tokenizer import copy_tokenizer, limit_length, load_tokenizer
 from megatron_mea.errors import UserError
 from megatron_mea.huggingface.importing import import_model, read_settings
 from megatron_mea.huggingface.locate import is_hf_folder
@@ -131,10 +131,13 @@ def _write_and_compare(
     for module in target.modules:
         shutil.copy(module.__file__, folder)
 
-    copy_tokenizer(source.tokenizer, folder)
+    if source.tokenizer.is_dir():
+        copy_tokenizer(source.tokenizer, folder)
+        limit_length(folder, target.config.max_position_embeddings)
+
     (folder / "README.md").write_text(model_card(source=source, target=target, dtype=dtype))
-    for file in folder.iterdir():
-        file.chmod(0o666 & ~_umask())
+    for file in folder.rglob("*"):
+        file.chmod((0o777 if file.is_dir() else 0o666) & ~_umask())
 
     tokens = _parity_tokens(source)
     parity = check_parity(

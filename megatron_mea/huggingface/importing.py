@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from pathlib import Path
@@ -26,7 +25,6 @@ from megatron_mea.huggingface.safetensors_reader import (
     read_chunk,
     scan_model,
 )
-from megatron_mea.inputs import read_json_object
 from megatron_mea.model.decoder import parameter_shapes, parameter_specs
 from megatron_mea.outputs import (
     check_free_folder,
@@ -207,7 +205,7 @@ def _write_checkpoint(
     tokenizer = "none"
     if _has_tokenizer(source):
         tokenizer = str(source)
-        _copy_tokenizer(source, folder / TOKENIZER)
+        copy_tokenizer(source, folder / TOKENIZER)
 
     if (source / GENERATION).is_file():
         shutil.copy(source / GENERATION, folder)
@@ -227,17 +225,6 @@ def _write_checkpoint(
         origin=origin,
     ).write(folder)
     seal(folder)
-
-
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies a tokenizer out of a model's folder, so that it loads as the same class without the config.json there."""
-    copy_tokenizer(source, target)
-    tokenizer_class = type(load_tokenizer(source, SOURCE))
-    if type(load_tokenizer(target, SOURCE)) is not tokenizer_class:
-        file = target / "tokenizer_config.json"
-        config = read_json_object(file) if file.is_file() else {}
-        file.write_text(json.dumps(config | {"tokenizer_class": tokenizer_class.__name__}, indent=1), encoding="utf-8")
-        load_tokenizer(target, SOURCE)
 
 
 def init_from_instructions(model: Model, out: Path) -> str:

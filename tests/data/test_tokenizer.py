@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from megatron_mea.config.schema import MAX_SIZE
 from megatron_mea.data.prepare import Encoder
 from megatron_mea.data.tokenizer import train_tokenizer
 from megatron_mea.errors import UserError
@@ -228,6 +229,12 @@ def test_a_vocabulary_that_the_text_cannot_fill_leaves_nothing(tmp_path: Path) -
     with pytest.raises(UserError, match="--vocab-size"):
         train_tokenizer(sources=[str(tmp_path / "short.txt")], vocab_size=4000, out=tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]
+
+
+@pytest.mark.parametrize("vocab_size", [260, MAX_SIZE + 1])
+def test_a_vocabulary_that_no_model_has(vocab_size: int, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"to {MAX_SIZE:,}, the most of model.vocab_size"):
+        train_tokenizer(sources=[str(CORPUS)], vocab_size=vocab_size, out=tmp_path / "out")
 
 
 def test_a_broken_line_is_named(tmp_path: Path) -> None:

@@ -203,16 +203,24 @@ def test_card_and_generation(exported, whole):
 
 
 def test_chat_template(whole, tmp_path):
-    """It travels with the tokenizer."""
+    """It travels with the tokenizer, and so do others beside it; so does how long a text may be."""
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     folder = complete_checkpoints(run)[-1][1]
     template = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     (folder / "tokenizer" / "chat_template.jinja").write_text(template)
+    (folder / "tokenizer/additional_chat_templates").mkdir()
+    (folder / "tokenizer/additional_chat_templates/tool_use.jinja").write_text("tools")
     export(run, tmp_path / "out")
+
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "speak"}], tokenize=False)
-    assert text == "user: speak\n"
+    message = [{"role": "user", "content": "speak"}]
+    assert tokenizer.apply_chat_template(message, tokenize=False) == "user: speak\n"
+    assert tokenizer.apply_chat_template(message, chat_template="tool_use", tokenize=False) == "tools"
+
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert tokenizer.model_max_length == config["max_position_embeddings"]
+    assert {path.stat().st_mode & 0o100 for path in (tmp_path / "out").iterdir() if path.is_dir()} == {0o100}
 
 
 def test_one_layer_at_a_time(whole, tmp_path, monkeypatch):
@@ -255,7 +263,7 @@ def test_a_folder_that_lacks_a_tensor_is_refused(exported, tmp_path, capsys):
     name = "model.layers.0.self_attn.hlc_k.weight"
     save_file({n: t for n, t in tensors.items() if n != name}, folder / "model.safetensors", {"format": "pt"})
     assert main(["generate", str(folder), "--prompt", "a"]) == 2
-    assert f"missing keys: {name}" in capsys.readouterr().err
+    assert f"without {name}" in capsys.readouterr().err
 
     save_file(tensors | {name: tensors[name][:, :1].clone()}, folder / "model.safetensors", {"format": "pt"})
     assert main(["generate", str(folder), "--prompt", "a"]) == 2
