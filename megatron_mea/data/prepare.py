@@ -29,7 +29,7 @@ from megatron_mea.data.text_records import (
     ReadOptions,
     RecordBatch,
 )
-from megatron_mea.data.tokenizer import check_tokenizer_folder, load_tokenizer
+from megatron_mea.data.tokenizer import check_tokenizer_folder, load_tokenizer, num_rows
 from megatron_mea.errors import Problem, RunError, UserError
 from megatron_mea.outputs import reserve_output
 from megatron_mea.printing import note
@@ -154,9 +154,7 @@ class Encoder:
     @classmethod
     def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> Encoder:
         """The encoder of a tokenizer that was loaded from `folder`."""
-        # Ids may have gaps, so the largest can exceed the number of ids.
-        largest_id = max(tokenizer.get_vocab().values())
-        dtype = token_dtype(max(len(tokenizer), largest_id + 1))
+        dtype = token_dtype(num_rows(tokenizer))
         return cls(folder=str(folder), backend=_backend_json(tokenizer), eos=tokenizer.eos_token_id, dtype=dtype)
 
     def __call__(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -85,6 +85,11 @@ def load_tokenizer(folder: str | Path, where: str = "data.tokenizer") -> PreTrai
     return tokenizer
 
 
+def num_rows(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Rows that a matrix of embeddings needs for all ids, which may have gaps."""
+    return max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
+
+
 def _model_config(folder: Path) -> PreTrainedConfig:
     """Stands for config.json, by which transformers may choose the class of a tokenizer.
 

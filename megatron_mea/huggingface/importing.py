@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -12,9 +13,9 @@ import yaml
 from megatron_mea.checkpoint.folder import GENERATION, TOKENIZER, CheckpointMetadata, publish, seal
 from megatron_mea.checkpoint.tensors import write_tensors
 from megatron_mea.config.load import parse_config, parse_model
-from megatron_mea.config.schema import Model
+from megatron_mea.config.schema import Data, Model
 from megatron_mea.config.variants import combining_variant, extending_variants
-from megatron_mea.data.tokenizer import check_tokenizer_folder, copy_tokenizer, load_tokenizer
+from megatron_mea.data.tokenizer import check_tokenizer_folder, copy_tokenizer, load_tokenizer, num_rows
 from megatron_mea.errors import RunError, UserError
 from megatron_mea.huggingface.config_keys import STOCK_MODEL_TYPES
 from megatron_mea.huggingface.hf_config import HFConfig, check_generation_config, read_hf_config
@@ -160,9 +161,12 @@ def _import_warnings(*, source: Path, hf_config: HFConfig, model: Model, tensors
     if not _has_tokenizer(source):
         return [*warnings, f"{source} has no tokenizer, so neither has the checkpoint: `generate` will refuse it"]
 
-    num_ids = len(load_tokenizer(source, SOURCE))
+    num_ids = num_rows(load_tokenizer(source, SOURCE))
     if num_ids > model.vocab_size:
-        warnings.append(f"the tokenizer has {num_ids} ids, and the model only {model.vocab_size}")
+        warnings.append(
+            f"the tokenizer has {num_ids} ids, and the model only {model.vocab_size}: a run that begins from it gets "
+            "rows for the others"
+        )
 
     return warnings
 
@@ -228,9 +232,21 @@ def _write_checkpoint(
 
 
 def init_from_instructions(model: Model, out: Path) -> str:
-    """The YAML that begins a run with the checkpoint: the `model` section without defaults, and `run.init_from`."""
+    """The YAML that begins a run with a checkpoint: the tokenizer, the `model` section without defaults, `init_from`.
+
+    The vocabulary has a row for every id of the tokenizer, which may have more of them than the checkpoint.
+    """
+    data: dict[str, Any] = {}
+    if (out / TOKENIZER).is_dir():
+        tokenizer = load_tokenizer(out / TOKENIZER, str(out))
+        model = model.model_copy(update={"vocab_size": max(model.vocab_size, num_rows(tokenizer))})
+        data["tokenizer"] = str(out / TOKENIZER)
+    if model.max_position_embeddings < Data.model_fields["seq_length"].default:
+        data["seq_length"] = model.max_position_embeddings
+
     default = parse_model({})
     fields = {key: value for key, value in model.model_dump(mode="json").items() if value != getattr(default, key)}
-    tree = {"model": fields, "run": {"init_from": str(out)}}
-    text = yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=100).rstrip()
+    tree = {"data": data, "model": fields, "run": {"init_from": str(out)}}
+    settings = {key: section for key, section in tree.items() if section}
+    text = yaml.safe_dump(settings, sort_keys=False, default_flow_style=None, width=100).rstrip()
     return f"begin a run from it with these settings:\n{text}"

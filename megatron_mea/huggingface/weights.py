@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_mea.checkpoint.folder import CheckpointMetadata, find_corruption
-from megatron_mea.checkpoint.tensors import Fragment, read_fragments, weight_shapes
+from megatron_mea.checkpoint.tensors import Fragment, read_fragments, row_chunks, weight_shapes
 from megatron_mea.config.load import parse_config
 from megatron_mea.config.schema import Model
 from megatron_mea.config.variants import VARIANTS
@@ -29,6 +31,7 @@ _MUST_MATCH = (
     *(key for variant in VARIANTS.values() for key in variant.own_keys),
 )
 """Settings that must be equal for weights of equal shapes to mean the same."""
+_ROWS_BYTES = 1 << 28
 _WARN_IF_CHANGED = ("rope_parameters", "max_position_embeddings", "rms_norm_eps", "head_norm_eps")
 """Settings that a user may change on purpose: a difference is a warning."""
 
@@ -122,6 +125,8 @@ def read_model_settings(path: Path, key: str) -> Model:
 def open_weights(path: Path, model: Model, *, rank: int = 0, world_size: int = 1) -> WeightSource:
     """Opens the weights of a folder, as `open_stored_model` does, for a model of these settings.
 
+    Where the model has a larger vocabulary, the rows that it adds are the mean of the stored ones.
+
     Raises:
         UserError: nothing of the kind stands there, it is damaged, or a name, a shape or a setting does not fit.
     """
@@ -133,11 +138,13 @@ def open_weights(path: Path, model: Model, *, rank: int = 0, world_size: int = 1
         for key in differing
         if key in _MUST_MATCH
     ]
+    # A smaller vocabulary would drop tokens, and is refused by the shapes.
+    vocab_size = min(model.vocab_size, stored.model.vocab_size)
     problems += check_tensors(
         path=path,
         where=INIT_FROM,
         shapes=stored.shapes,
-        expected=parameter_shapes(model),
+        expected=parameter_shapes(model.model_copy(update={"vocab_size": vocab_size})),
         expected_by="the section `model`",
     )
     if problems:
@@ -148,7 +155,45 @@ def open_weights(path: Path, model: Model, *, rank: int = 0, world_size: int = 1
         for key in differing
         if key in _WARN_IF_CHANGED
     ]
+    if vocab_size < model.vocab_size:
+        warnings.append(
+            f"model.vocab_size is {model.vocab_size}, and {vocab_size} in {path}: the rows that are added to the "
+            f"embeddings, {model.vocab_size - vocab_size}, are the mean of the others"
+        )
+        stored = replace(stored, read=partial(_read_with_added_rows, stored))
+
     return WeightSource(warnings, stored)
+
+
+def _read_with_added_rows(stored: StoredModel, fragments: Iterable[Fragment]) -> None:
+    """Fills fragments of which the vocabulary may be larger than the stored one, with the mean row beyond it."""
+    fragments = list(fragments)
+    stored.read(replace(fragment, global_shape=stored.shapes[fragment.name]) for fragment in fragments)
+    for fragment in fragments:
+        num_rows = stored.shapes[fragment.name][0]
+        if fragment.global_shape[0] == num_rows:
+            continue
+
+        mean = _mean_row(stored, fragment.name)
+        for (first_row, *columns), view in fragment.chunks():
+            added = view[max(0, num_rows - first_row) :]
+            # shape: (rows, columns) from (columns,)
+            added.copy_(mean[columns[0] : columns[0] + added.shape[1]].expand_as(added))
+
+
+def _mean_row(stored: StoredModel, name: str) -> torch.Tensor:
+    """Mean (columns,) of the rows of a stored matrix, of which a part is in memory at a time."""
+    shape = stored.shapes[name]
+    total = torch.zeros(shape[1], dtype=torch.float64)
+    for offsets, size in row_chunks(shape, _ROWS_BYTES // 4):
+        rows = torch.empty(size)
+        part = Fragment(
+            name=name, global_shape=shape, global_offset=offsets, local_shape=size, start=0, values=rows.view(-1)
+        )
+        stored.read([part])
+        total += rows.double().sum(0)
+
+    return (total / shape[0]).float()
 
 
 def _effective_settings(model: Model) -> dict[str, Any]:

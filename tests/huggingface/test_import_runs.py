@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.hf_folders import save_stock_model
+from support.hf_folders import edit_config_json, save_stock_model
 from support.runs import command, environment, rows, train
 
 from megatron_mea.cli import main
-from megatron_mea.data.tokenizer import copy_tokenizer
+from megatron_mea.config import load_config
+from megatron_mea.data.tokenizer import copy_tokenizer, load_tokenizer
+from megatron_mea.huggingface.weights import open_weights
 
 pytestmark = pytest.mark.slow
 
@@ -92,3 +96,66 @@ def test_weights_that_are_not_finite_are_refused_before_the_first_step(config, i
     assert done.stderr.count("error: run.init_from") == 1
     assert f"model.layers.1.mlp.up_proj.weight in {source}/model.safetensors" in done.stderr
     assert not (config.parent / "infinite/metrics.jsonl").exists()
+
+
+@pytest.fixture
+def printed(capsys, tmp_path) -> Callable[..., tuple[Path, list[str]]]:
+    """printed(source, *options): a file with the settings that an import prints, and its warnings."""
+
+    def run(source: Path, *options: str) -> tuple[Path, list[str]]:
+        capsys.readouterr()
+        assert main(["import", str(source), str(tmp_path / "imported"), *options]) == 0
+        captured = capsys.readouterr()
+        file = tmp_path / "printed.yaml"
+        file.write_text(captured.out.partition("settings:\n")[2])
+        return file, [line for line in captured.err.splitlines() if line.startswith("warning: ")]
+
+    return run
+
+
+WARNINGS = (
+    "keys that a llama does not have are ignored: x",
+    "pad_token_id = -1 is ignored",
+    "attention_dropout = 0.1 is ignored",
+    "brings code of its own",
+    "is in float64",
+    "the tokenizer has 386 ids, and the model only 384",
+    "normalises the output of every head",
+)
+
+
+def test_what_is_printed_begins_a_run_whatever_was_warned_of(tiny, printed, tmp_path):
+    """All warnings at once, except for that of a folder without a tokenizer."""
+    source = save_stock_model("llama", tmp_path / "llama", dtype=torch.float64)
+    tokenizer = load_tokenizer(tiny.tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<padding>", "additional_special_tokens": ["<more>"]})
+    tokenizer.save_pretrained(source)
+    edit_config_json(
+        source, x=1, pad_token_id=-1, attention_dropout=0.1, auto_map={"AutoModelForCausalLM": "modeling.Model"}
+    )
+    settings, warnings = printed(source, "--variant", "mea")
+    assert len(warnings) == len(WARNINGS)
+    assert all(any(text in warning for warning in warnings) for text in WARNINGS)
+
+    arguments = [f"data.train=[{{path: {tiny.train}}}]", "training.steps=1", "training.global_batch_size=4"]
+    arguments += ["training.precision=fp32", "schedule.warmup_steps=0", f"run.dir={tmp_path}/run"]
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_mea", "train", str(settings), *arguments],
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "the rows that are added to the embeddings, 2, are the mean of the others" in done.stdout + done.stderr
+    assert len(load_tokenizer(tmp_path / "run/checkpoints/step_00000001/tokenizer")) == 386
+
+
+def test_without_a_tokenizer_one_has_to_be_named(tiny, printed, tmp_path):
+    source = save_stock_model("llama", tmp_path / "llama")
+    settings, (warning,) = printed(source)
+    assert "has no tokenizer" in warning
+    assert "tokenizer:" not in settings.read_text()
+
+    overrides = [f"data.train=[{{path: {tiny.train}}}]", f"data.tokenizer={tiny.tokenizer}"]
+    assert main(["plan", str(settings), *overrides]) == 0
+    assert open_weights(tmp_path / "imported", load_config(settings, overrides).model).warnings == []

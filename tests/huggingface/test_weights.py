@@ -12,10 +12,13 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from megatron_mea.checkpoint.folder import COMPLETE, META
+from megatron_mea.checkpoint.tensors import Fragment
+from megatron_mea.cli import main
 from megatron_mea.config.load import parse_config
 from megatron_mea.config.schema import Model
 from megatron_mea.errors import UserError
 from megatron_mea.exported.modeling_mea import MEAForCausalLM
+from megatron_mea.huggingface import weights
 from megatron_mea.huggingface.hf_config import to_hf_config
 from megatron_mea.huggingface.weights import open_weights
 
@@ -155,6 +158,52 @@ def test_a_description_of_another_function_is_refused(changes, expected, tmp_pat
     [(where, got)] = problems(source, plain_model("mistral"))
     assert where == "run.init_from"
     assert expected in got
+
+
+class TestAddedRows:
+    """A run with a larger vocabulary than its source, such as one whose tokenizer got tokens afterwards."""
+
+    @pytest.mark.parametrize("tied", [False, True])
+    @pytest.mark.parametrize("kind", ["folder", "checkpoint"])
+    def test_are_the_mean_row(self, kind, tied, tmp_path, monkeypatch):
+        monkeypatch.setattr(weights, "_ROWS_BYTES", 4 * 16 * 5)
+        source = save_export(tmp_path / "export", tie_word_embeddings=tied)
+        stored = load_file(source / "model.safetensors")
+        if kind == "checkpoint":
+            assert main(["import", str(source), str(tmp_path / "checkpoint")]) == 0
+            source = tmp_path / "checkpoint"
+
+        opened = open_weights(source, model(vocab_size=35, tie_word_embeddings=tied))
+        assert "the rows that are added to the embeddings, 3, are the mean" in opened.warnings[0]
+
+        # (first row, first column, rows, columns, first element, elements) of shards; rows beyond 35 are padding.
+        shards = [(0, 0, 36, 16, 0, 576), (30, 0, 6, 16, 7, 50), (33, 0, 3, 16, 0, 48), (0, 8, 36, 8, 250, 38)]
+        for name in ("model.embed_tokens.weight", "lm_head.weight")[: 2 - tied]:
+            full = torch.zeros(36, 16)
+            full[:32], full[32:35] = stored[name], stored[name].mean(0)
+            for row, column, rows, columns, start, count in shards:
+                values = torch.zeros(count)
+                opened.stored.read(
+                    [
+                        Fragment(
+                            name=name,
+                            global_shape=(35, 16),
+                            global_offset=(row, column),
+                            local_shape=(rows, columns),
+                            start=start,
+                            values=values,
+                        )
+                    ]
+                )
+                expected = full[row : row + rows, column : column + columns].flatten()[start : start + count]
+                torch.testing.assert_close(values, expected, rtol=1e-6, atol=1e-7)
+
+    def test_a_smaller_vocabulary_is_refused(self, tmp_path):
+        source = save_export(tmp_path / "export")
+        assert problems(source, model(vocab_size=31)) == [
+            ("run.init_from", f"{name} of shape (32, 16) in {source}")
+            for name in ("model.embed_tokens.weight", "lm_head.weight")
+        ]
 
 
 class TestFiles:
