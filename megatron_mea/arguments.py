@@ -95,6 +95,7 @@ def _build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--split", default="train", help="split of a `datasets` source (default: train)")
     sub.add_argument("--workers", type=int, default=None, help="processes (default: the cores of this machine)")
     max_broken_help = "part of the lines and rows that may be broken and left out (default: 0.01)"
+    sub.add_argument("--bos", action="store_true", help="put the tokenizer's begin token before every document")
     sub.add_argument("--max-broken", type=float, default=0.01, metavar="SHARE", help=max_broken_help)
     force_help = "replace other data at PREFIX (default: data of the same input and options is left, other is refused)"
     sub.add_argument("--force", action="store_true", help=force_help)

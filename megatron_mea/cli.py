@@ -85,6 +85,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
         max_document=arguments.max_document,
         workers=workers,
         max_broken=arguments.max_broken,
+        bos=arguments.bos,
         force=arguments.force,
     )
     files, counts = f"{arguments.out}.bin and .idx", f"{done.documents:,} documents, {done.tokens:,} tokens"

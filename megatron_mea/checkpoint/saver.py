@@ -17,6 +17,7 @@ from megatron_mea.checkpoint import folder
 from megatron_mea.checkpoint.lease import Lease
 from megatron_mea.checkpoint.tensors import Fragment, copy_fragment, write_fragments
 from megatron_mea.config.schema import Checkpoint
+from megatron_mea.data.begin_token import fit_to_documents
 from megatron_mea.data.tokenizer import copy_tokenizer
 from megatron_mea.errors import RunError
 from megatron_mea.outputs import make_folder
@@ -35,6 +36,7 @@ class Saver:
         run_dir: the run folder.
         settings: the section `checkpoint`.
         tokenizer: the folder that every checkpoint gets a copy of.
+        begins: make the copy put a begin token before a text, or nothing; None: as it does.
         group: gloo process group of all ranks, for the threads only.
         lease: of the run folder, on rank 0; None elsewhere.
         log: prints a line, on rank 0.
@@ -49,8 +51,9 @@ class Saver:
         group: Any,
         lease: Lease | None,
         log: Callable[[str], None],
+        begins: bool | None = None,
     ) -> None:
-        self._dir, self._settings, self._tokenizer = run_dir, settings, tokenizer
+        self._dir, self._settings, self._tokenizer, self._begins = run_dir, settings, tokenizer, begins
         self.group, self._lease, self._log = group, lease, log
         self._rank = dist.get_rank(group)
         self._device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU
@@ -155,6 +158,9 @@ class Saver:
     ) -> None:
         """Adds all other files to the scratch folder, seals it, and gives it its name; removes old checkpoints."""
         copy_tokenizer(self._tokenizer, scratch / folder.TOKENIZER)
+        if self._begins is not None:
+            fit_to_documents(scratch / folder.TOKENIZER, begins=self._begins)
+
         metadata.write(scratch)
         folder.seal(scratch, checksums)
 

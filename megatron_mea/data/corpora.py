@@ -168,6 +168,20 @@ class Corpora:
             got, hint = f"documents of one token in the first {samples} samples", "set data.document_mask to false"
             raise UserError(where=self.key, got=got, expected="a token to predict", hint=hint)
 
+    def documents_begin_with(self, token_id: int) -> bool | None:
+        """Whether documents begin with a token; None where some do and some do not.
+
+        64 of each corpus are looked at; a document of one token may be an end alone.
+        """
+        seen = set()
+        for reader in self.readers:
+            documents = np.linspace(0, reader.document_indices.size - 2, num=64).astype(np.int64)
+            sequences = reader.document_indices[documents]
+            starts = reader.offsets[sequences] // reader.dtype.itemsize
+            seen |= set((reader.tokens[starts[reader.lengths[sequences] > 1]] == token_id).tolist())
+
+        return None if len(seen) > 1 else True in seen
+
     @property
     def tokens(self) -> int:
         """Tokens of all corpora."""

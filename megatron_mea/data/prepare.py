@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from megatron_mea.data.begin_token import tokens_around
 from megatron_mea.data.indexed import IndexedWriter, token_dtype
 from megatron_mea.data.metadata import Recipe, find_prepared
 from megatron_mea.data.sources import check_sources, record_batches
@@ -56,6 +57,7 @@ def prepare(
     max_document: int = MAX_DOCUMENT,
     workers: int = 1,
     max_broken: float = MAX_BROKEN,
+    bos: bool = False,
     force: bool = False,
 ) -> Prepared:
     """Writes PREFIX.bin and PREFIX.idx: the tokens of every document, with an end-of-document token after each.
@@ -67,6 +69,7 @@ def prepare(
         text_key, split, split_at, max_document: as in `ReadOptions`.
         workers: processes that parse and tokenise, each with one thread; 1 works in this process.
         max_broken: share of lines and rows that may be broken; these are left out and reported on stderr.
+        bos: put the begin token before each document.
         force: replaces what is at PREFIX, whatever has made it.
 
     Raises:
@@ -80,12 +83,12 @@ def prepare(
     check_sources(sources)
     check_tokenizer_folder(tokenizer_folder, "--tokenizer")
     # Workers are none of these, the files being the same for every number, nor is a limit that ends the command.
-    decisive = {"text_key": text_key, "split": split, "split_at": split_at, "max_broken": max_broken}
+    decisive = {"text_key": text_key, "split": split, "split_at": split_at, "max_broken": max_broken, "bos": bos}
     recipe = Recipe.read(sources=sources, tokenizer_folder=tokenizer_folder, options=decisive)
     if not force and (found := find_prepared(prefix, recipe)) is not None:
         return Prepared(documents=found.documents, tokens=found.tokens, is_new=False)
 
-    encoder = Encoder.from_tokenizer(load_tokenizer(tokenizer_folder, "--tokenizer"), tokenizer_folder)
+    encoder = _open_encoder(tokenizer_folder, bos=bos)
     options = ReadOptions(text_key=text_key, split=split, split_at=split_at, max_document=max_document)
     broken = BrokenRecords(max_broken)
 
@@ -135,6 +138,26 @@ def _warn_of_tiny_documents(documents: int, tokens: int) -> None:
         )
 
 
+def _open_encoder(tokenizer_folder: str | Path, *, bos: bool) -> Encoder:
+    """The encoder of a folder; prints on stderr where documents begin unlike the tokenizer's texts.
+
+    Raises:
+        UserError: there is no usable tokenizer, or it has no begin token for `bos`.
+    """
+    tokenizer = load_tokenizer(tokenizer_folder, "--tokenizer")
+    if bos and tokenizer.bos_token_id is None:
+        got = f"{tokenizer_folder}, without a begin token (bos_token)"
+        raise UserError(where="--bos", got=got, expected="a tokenizer with one, or no --bos")
+
+    if not bos and tokens_around(tokenizer)[0]:
+        note(
+            f"warning: {tokenizer_folder} puts {tokenizer.decode(tokens_around(tokenizer)[0])} before a text, and the "
+            "documents will not have it, nor what a run writes with them: --bos puts it before every document"
+        )
+
+    return Encoder.from_tokenizer(tokenizer, tokenizer_folder, bos=bos)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
     """Turns texts into ids; pickled for workers as JSON, so that these need not import transformers.
@@ -142,32 +165,44 @@ class Encoder:
     Attributes:
         folder: the tokenizer folder.
         backend: the tokenizer as JSON of the library `tokenizers`, or empty where it has Python code of its own.
+        bos: the begin token's id, where documents get one.
         eos: the end-of-document id.
         dtype: dtype of the ids.
     """
 
     folder: str
     backend: str
+    bos: int | None
     eos: int
     dtype: np.dtype
 
     @classmethod
-    def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> Encoder:
+    def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, folder: str | Path, *, bos: bool = False) -> Encoder:
         """The encoder of a tokenizer that was loaded from `folder`."""
         dtype = token_dtype(num_rows(tokenizer))
-        return cls(folder=str(folder), backend=_backend_json(tokenizer), eos=tokenizer.eos_token_id, dtype=dtype)
+        return cls(
+            folder=str(folder),
+            backend=_backend_json(tokenizer),
+            bos=tokenizer.bos_token_id if bos else None,
+            eos=tokenizer.eos_token_id,
+            dtype=dtype,
+        )
 
     def __call__(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens (n,) of all texts with an end-of-document token after each, and the length (texts,) of each.
+        """Tokens (n,) of all texts with begin and end tokens around each, and the length (texts,) of each.
 
         Special tokens spelt out in a text are encoded as ordinary text, so a document cannot contain its own end.
         """
         documents = self._tokenize(texts)
-        lengths = np.fromiter((len(ids) + 1 for ids in documents), np.int32, len(documents))
+        around = 1 if self.bos is None else 2
+        lengths = np.fromiter((len(ids) + around for ids in documents), np.int32, len(documents))
         tokens = np.full(lengths.sum(dtype=np.int64), self.eos, self.dtype)
 
         for ids, end in zip(documents, np.cumsum(lengths, dtype=np.int64).tolist(), strict=True):
             tokens[end - 1 - len(ids) : end - 1] = ids
+
+        if self.bos is not None:
+            tokens[np.cumsum(lengths, dtype=np.int64) - lengths] = self.bos
 
         return tokens, lengths
 

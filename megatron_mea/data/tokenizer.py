@@ -161,7 +161,7 @@ def copy_tokenizer(folder: str | Path, target: Path) -> None:
     if Path(folder, "config.json").is_file():
         tokenizer_class = type(load_tokenizer(folder, str(folder)))
         if type(load_tokenizer(target, str(target))) is not tokenizer_class:
-            _update_config(target, tokenizer_class=tokenizer_class.__name__)
+            update_tokenizer_config(target, tokenizer_class=tokenizer_class.__name__)
             load_tokenizer(target, str(target))
 
 
@@ -190,7 +190,7 @@ def limit_length(folder: Path, max_tokens: int) -> None:
     """Makes a tokenizer say that a text has at most `max_tokens`, unless it says fewer."""
     length = _read_config(folder).get("model_max_length")
     if not isinstance(length, int | float) or not 0 < length <= max_tokens:
-        _update_config(folder, model_max_length=max_tokens)
+        update_tokenizer_config(folder, model_max_length=max_tokens)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -198,7 +198,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return read_json_object(file) if file.is_file() else {}
 
 
-def _update_config(folder: Path, **changes: Any) -> None:
+def update_tokenizer_config(folder: Path, **changes: Any) -> None:
+    """Changes keys of a tokenizer_config.json, which need not be there."""
     text = json.dumps(_read_config(folder) | changes, indent=2, ensure_ascii=False)
     (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 

@@ -102,6 +102,7 @@ class _Trainer:
             run_dir=self.run_dir,
             settings=config.checkpoint,
             tokenizer=Path(config.data.tokenizer),
+            begins=inputs.begins,
             group=distributed.writers_group(),
             lease=self.lease,
             log=self.progress.log,

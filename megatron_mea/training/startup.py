@@ -21,6 +21,7 @@ from megatron_mea.config.checks import config_warnings
 from megatron_mea.config.layout import TEACHER_KEY
 from megatron_mea.config.parallel_dims import ParallelDims
 from megatron_mea.config.schema import Model
+from megatron_mea.data.begin_token import fits_documents
 from megatron_mea.data.corpora import Corpora
 from megatron_mea.data.tokenizer import check_tokenizer_folder, load_tokenizer
 from megatron_mea.errors import UserError
@@ -30,6 +31,7 @@ from megatron_mea.training.rank_env import RankEnv
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
     from megatron_mea.checkpoint.resume import ResumePoint
     from megatron_mea.huggingface.weights import StoredModel, WeightSource
@@ -77,6 +79,8 @@ class RunInputs:
         weights: initial weights of a run without a checkpoint; None: initialised from the seed.
         teacher: the model of `training.distillation`.
         resume_step: the step that `run.resume_from` asks for; None for the newest checkpoint.
+        begins: whether the tokenizer of checkpoints is made to put a begin token before a text, or nothing, as the
+            documents have it; None: it does so by itself.
         warnings, changes: lines to print; changes are those of a configuration that resumes.
     """
 
@@ -84,6 +88,7 @@ class RunInputs:
     dims: ParallelDims
     train: Corpora
     validation: Corpora | None
+    begins: bool | None
     weights: WeightSource | None
     teacher: StoredModel | None
     resume_step: int | None
@@ -189,11 +194,14 @@ def open_run_inputs(
 
     teacher = open_teacher(config=config, **ranks)
 
-    num_ids, vocab_size = len(load_tokenizer(config.data.tokenizer)), config.model.vocab_size
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    num_ids, vocab_size = len(tokenizer), config.model.vocab_size
     if num_ids > vocab_size:
         expected = f"at least the {num_ids} ids of data.tokenizer = {config.data.tokenizer}"
         raise UserError(where="model.vocab_size", got=vocab_size, expected=expected)
 
+    begins, notes = _begin_token(config=config, train=data.train, tokenizer=tokenizer)
+    warnings += notes
     if teacher is not None:
         warnings += [*teacher.warnings, *tokenizer_warnings(config, teacher)]
 
@@ -203,6 +211,7 @@ def open_run_inputs(
         dims=dims,
         train=data.train,
         validation=data.validation,
+        begins=begins,
         weights=weights,
         teacher=teacher,
         resume_step=state.resume_step,
@@ -233,6 +242,22 @@ def describe_start(
         lines += [f"changed since then: {line}" for line in [*inputs.changes[:_MAX_CHANGES_SHOWN], *more]]
 
     return lines
+
+
+def _begin_token(
+    *, config: Config, train: Corpora, tokenizer: PreTrainedTokenizerBase
+) -> tuple[bool | None, list[str]]:
+    """`RunInputs.begins`, and a line where it changes the tokenizer of the run."""
+    bos, name = tokenizer.bos_token_id, config.data.tokenizer
+    begins = bos is not None and train.documents_begin_with(bos)
+    if begins is None:
+        return None, [f"some documents of data.train begin with {tokenizer.bos_token}, and others do not"]
+    if fits_documents(tokenizer, begins=begins):
+        return None, []
+
+    before = tokenizer.bos_token if begins else "nothing"
+    note = f"documents of data.train begin with {before}: so do texts with the tokenizer of checkpoints, unlike {name}"
+    return begins, [note]
 
 
 def check_compilers() -> None:

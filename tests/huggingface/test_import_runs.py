@@ -16,6 +16,7 @@ from support.runs import command, environment, rows, train
 
 from megatron_mea.cli import main
 from megatron_mea.config import load_config
+from megatron_mea.data.begin_token import tokens_around
 from megatron_mea.data.tokenizer import copy_tokenizer, load_tokenizer
 from megatron_mea.huggingface.weights import open_weights
 
@@ -125,10 +126,14 @@ WARNINGS = (
 
 
 def test_what_is_printed_begins_a_run_whatever_was_warned_of(tiny, printed, tmp_path):
-    """All warnings at once, except for that of a folder without a tokenizer."""
+    """All warnings at once, except for that of a folder without a tokenizer.
+
+    The tokenizer puts a begin token before a text, which the documents of the run do not have: nor has the run's.
+    """
     source = save_stock_model("llama", tmp_path / "llama", dtype=torch.float64)
     tokenizer = load_tokenizer(tiny.tokenizer)
     tokenizer.add_special_tokens({"pad_token": "<padding>", "additional_special_tokens": ["<more>"]})
+    tokenizer.add_bos_token = True
     tokenizer.save_pretrained(source)
     edit_config_json(
         source, x=1, pad_token_id=-1, attention_dropout=0.1, auto_map={"AutoModelForCausalLM": "modeling.Model"}
@@ -147,7 +152,13 @@ def test_what_is_printed_begins_a_run_whatever_was_warned_of(tiny, printed, tmp_
     )
     assert done.returncode == 0, done.stderr
     assert "the rows that are added to the embeddings, 2, are the mean of the others" in done.stdout + done.stderr
-    assert len(load_tokenizer(tmp_path / "run/checkpoints/step_00000001/tokenizer")) == 386
+    assert "documents of data.train begin with nothing" in done.stdout + done.stderr
+
+    before, after = (
+        load_tokenizer(tmp_path / name) for name in ("imported/tokenizer", "run/checkpoints/step_00000001/tokenizer")
+    )
+    assert len(before) == len(after) == 386
+    assert (tokens_around(before), tokens_around(after)) == (([1], []), ([], []))
 
 
 def test_without_a_tokenizer_one_has_to_be_named(tiny, printed, tmp_path):
