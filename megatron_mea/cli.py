@@ -65,6 +65,7 @@ def _tokenizer(arguments: argparse.Namespace) -> None:
 
 def _prepare(arguments: argparse.Namespace) -> None:
     from megatron_mea.data.prepare import prepare
+    from megatron_mea.data.text_records import ReadOptions
 
     workers = arguments.workers
     if workers is None:
@@ -79,10 +80,12 @@ def _prepare(arguments: argparse.Namespace) -> None:
         sources=arguments.input,
         tokenizer_folder=arguments.tokenizer,
         prefix=arguments.out,
-        text_key=arguments.text_key,
-        split=arguments.split,
-        split_at=arguments.split_at,
-        max_document=arguments.max_document,
+        options=ReadOptions(
+            text_key=arguments.text_key,
+            split=arguments.split,
+            split_at=arguments.split_at,
+            max_document=arguments.max_document,
+        ),
         workers=workers,
         max_broken=arguments.max_broken,
         bos=arguments.bos,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -25,7 +25,6 @@ from megatron_mea.data.text_encoder import TextEncoder
 from megatron_mea.data.text_records import (
     BATCH_BYTES,
     MAX_BROKEN,
-    MAX_DOCUMENT,
     BrokenRecords,
     ReadOptions,
     RecordBatch,
@@ -51,10 +50,7 @@ def prepare(
     sources: Sequence[str],
     tokenizer_folder: str | Path,
     prefix: str | Path,
-    text_key: str = "text",
-    split: str = "train",
-    split_at: Literal["file", "blank-lines"] = "file",
-    max_document: int = MAX_DOCUMENT,
+    options: ReadOptions | None = None,
     workers: int = 1,
     max_broken: float = MAX_BROKEN,
     bos: bool = False,
@@ -66,7 +62,7 @@ def prepare(
     input, tokenizer and options have made is left as it is.
 
     Args:
-        text_key, split, split_at, max_document: as in `ReadOptions`.
+        options: how sources are read; None: by the defaults.
         workers: processes that parse and tokenise, each with one thread; 1 works in this process.
         max_broken: share of lines and rows that may be broken; these are left out and reported on stderr.
         bos: put the begin token before each document.
@@ -83,13 +79,14 @@ def prepare(
     check_sources(sources)
     check_tokenizer_folder(tokenizer_folder, "--tokenizer")
     # Workers are none of these, the files being the same for every number, nor is a limit that ends the command.
-    decisive = {"text_key": text_key, "split": split, "split_at": split_at, "max_broken": max_broken, "bos": bos}
+    options = options or ReadOptions()
+    decisive = {"text_key": options.text_key, "split": options.split, "split_at": options.split_at}
+    decisive |= {"max_broken": max_broken, "bos": bos}
     recipe = Recipe.read(sources=sources, tokenizer_folder=tokenizer_folder, options=decisive)
     if not force and (found := find_prepared(prefix, recipe)) is not None:
         return Prepared(documents=found.documents, tokens=found.tokens, is_new=False)
 
     encoder = _open_encoder(tokenizer_folder, bos=bos)
-    options = ReadOptions(text_key=text_key, split=split, split_at=split_at, max_document=max_document)
     broken = BrokenRecords(max_broken)
 
     with (
@@ -101,7 +98,7 @@ def prepare(
         for encoded in _encode_batches(
             batches=record_batches(sources, options),
             encoder=encoder,
-            text_key=text_key,
+            text_key=options.text_key,
             workers=workers,
         ):
             broken.add(encoded.records, encoded.broken)

@@ -13,6 +13,7 @@ from megatron_mea.experiments.read_head_stats import read_head_stats
 from megatron_mea.experiments.results import Result, differences, evaluate_runs
 from megatron_mea.experiments.runs import RunRecord
 from megatron_mea.outputs import print_and_write, reserve_output
+from megatron_mea.printing import show
 
 COLUMNS = ("variant", "lr", "seed", "L0", "L0_low", "L0_high", "alpha", "stable", "best")
 
@@ -44,7 +45,7 @@ def report(runs: Sequence[RunRecord], out: str, *, tokens: Sequence[float] = ())
         fitted = sum(result.fit is not None for result in results)
         print_and_write(f"{len(results)} runs, {stable} stable, {fitted} with an identified fit", files)
 
-    print(f"wrote {page} and {len(files) - 1} files beside it")
+    show(f"wrote {page} and {len(files) - 1} files beside it")
 
 
 def _draw_figures(results: Sequence[Result]) -> tuple[dict[str, tuple[str, bytes]], list[str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from megatron_mea.huggingface.config_keys import read_config_json
 from megatron_mea.huggingface.hf_config import check_generation_config, to_hf_config, transformers_config
 from megatron_mea.huggingface.locate import is_hf_folder
 from megatron_mea.huggingface.safetensors_reader import check_tensors, scan_model
+from megatron_mea.printing import note
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ def load_model(path: str | Path) -> tuple[PreTrainedModel, Path, Config | None]:
     model_class = {"mea": MEAForCausalLM, "mea_vllm": MEAServedForCausalLM}.get(config_json.model_type)
     _check_stored_shapes(folder=folder, where=where, config=config, model_class=model_class)
     for warning in config_json.warnings:
-        print(f"warning: {warning}", file=sys.stderr, flush=True)
+        note(f"warning: {warning}")
 
     logging.disable_progress_bar()
     try:

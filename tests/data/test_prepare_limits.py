@@ -9,6 +9,7 @@ import pytest
 
 from megatron_mea.cli import main
 from megatron_mea.data.prepare import prepare
+from megatron_mea.data.text_records import ReadOptions
 from megatron_mea.data.tokenizer import train_tokenizer
 from megatron_mea.errors import UserError
 
@@ -30,9 +31,9 @@ def test_a_long_document_is_refused_before_anything_is_published(workers: int, t
     options = {"sources": [str(source)], "tokenizer_folder": tokenizer, "workers": workers, "max_broken": 1}
 
     with pytest.raises(UserError, match=r"corpus\.jsonl, line 301\n.*2,001 bytes\n.*at most 2,000 bytes"):
-        prepare(prefix=tmp_path / "out", max_document=2000, **options)
+        prepare(prefix=tmp_path / "out", options=ReadOptions(max_document=2000), **options)
     assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
-    assert prepare(prefix=tmp_path / "out", max_document=2001, **options)[0] == 301
+    assert prepare(prefix=tmp_path / "out", options=ReadOptions(max_document=2001), **options)[0] == 301
 
 
 def test_options_of_the_command(
