@@ -175,10 +175,10 @@ class Corpora:
         """
         seen = set()
         for reader in self.readers:
-            documents = np.linspace(0, reader.document_indices.size - 2, num=64).astype(np.int64)
-            sequences = reader.document_indices[documents]
-            starts = reader.offsets[sequences] // reader.dtype.itemsize
-            seen |= set((reader.tokens[starts[reader.lengths[sequences] > 1]] == token_id).tolist())
+            documents = np.linspace(0, max(reader.document_indices.size - 2, 0), num=64).astype(np.int64)
+            for start, length in map(reader.index.first_sequence, np.unique(documents).tolist()):
+                if length > 1:
+                    seen.add(int(reader.tokens[start : start + 1][0]) == token_id)
 
         return None if len(seen) > 1 else True in seen
 

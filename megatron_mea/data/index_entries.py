@@ -115,6 +115,22 @@ class IndexEntries:
         starts = [self._document_offsets(low, high) // self.itemsize for low, high in _chunks(last, begin=first)]
         return np.unique(np.concatenate([np.empty(0, np.int64), *starts]))
 
+    def first_sequence(self, document: int) -> tuple[int, int]:
+        """Index of the token with which a document begins, and the tokens of its first sequence.
+
+        Raises:
+            UserError: an entry that decides on them is damaged.
+        """
+        low = max(document - 2, 0)
+        self._check_documents(self.document_indices[low : document + 3], low)
+        sequence = int(self.document_indices[document])
+        if sequence == self.offsets.size:
+            return self.data_size // self.itemsize, 0
+
+        low, high = max(sequence - 1, 0), min(sequence + 1, self.offsets.size - 1)
+        self._check_sequences(lengths=self.lengths[low:high], offsets=self.offsets[low : high + 1], first=low)
+        return int(self.offsets[sequence]) // self.itemsize, int(self.lengths[sequence])
+
     def document_lengths(self) -> Iterator[np.ndarray]:
         """Tokens of all documents in order, in pieces."""
         for first, stop in _chunks(self.document_indices.size - 1):

@@ -42,16 +42,17 @@ def test_options_of_the_command(
     monkeypatch.chdir(tmp_path)
     Path("book.txt").write_text("In the beginning God created the heaven and the earth.\n\n" * 100)
     command = ["--input", "book.txt", "--max-document", "6000", "--out"]
+    encode = ["prepare", "--tokenizer", str(tokenizer), "--workers", "1"]
 
     for more, documents in (([], 1), (["--split-at", "file"], 1), (["--split-at", "blank-lines"], 100)):
-        assert main(["prepare", *command, "out", "--tokenizer", str(tokenizer), "--workers", "1", *more]) == 0
+        assert main([*encode, *command, f"out{documents}", *more]) == 0
         out, err = capsys.readouterr()
         assert f"{documents} documents" in out
         assert "warning" not in err
         assert main(["tokenizer", *command, "new", "--vocab-size", "290", *more]) == 0
         capsys.readouterr()
 
-    for verb in (["prepare", "--tokenizer", str(tokenizer)], ["tokenizer", "--vocab-size", "290"]):
+    for verb in (encode, ["tokenizer", "--vocab-size", "290"]):
         assert main([*verb, "--input", "book.txt", "--out", "x", "--max-document", "5000"]) == 2
         assert "a document of 5,599 bytes" in capsys.readouterr().err
         for wrong in ("0", "1073741825"):
@@ -67,7 +68,7 @@ def test_tiny_documents_are_warned_of(tokenizer: Path, tmp_path: Path, capsys: p
     ):
         (tmp_path / name).with_suffix(".jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         source = str(tmp_path / f"{name}.jsonl")
-        documents, tokens = prepare(sources=[source], tokenizer_folder=tokenizer, prefix=tmp_path / name)
+        documents, tokens, _ = prepare(sources=[source], tokenizer_folder=tokenizer, prefix=tmp_path / name)
         assert (tokens / documents - 1 < 16) == (warned or name == "one")
         err = capsys.readouterr().err
         assert err.startswith(f"warning: a document has {tokens / documents - 1:.1f} tokens") if warned else not err

@@ -164,7 +164,7 @@ class TestAddedRows:
     """A run with a larger vocabulary than its source, such as one whose tokenizer got tokens afterwards."""
 
     @pytest.mark.parametrize("tied", [False, True])
-    @pytest.mark.parametrize("kind", ["folder", "checkpoint"])
+    @pytest.mark.parametrize("kind", ["folder", pytest.param("checkpoint", marks=pytest.mark.slow)])
     def test_are_the_mean_row(self, kind, tied, tmp_path, monkeypatch):
         monkeypatch.setattr(weights, "_ROWS_BYTES", 4 * 16 * 5)
         source = save_export(tmp_path / "export", tie_word_embeddings=tied)
