@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_mea.config.load import parse_model
 from megatron_mea.config.schema import MAX_COUNT, Model
-from megatron_mea.errors import Problem, UserError
+from megatron_mea.errors import Problem, UserError, shorten
 from megatron_mea.huggingface.config_keys import (
     MAX_CONFIG_BYTES,
     STOCK_MODEL_TYPES,
@@ -71,11 +71,14 @@ def check_generation_config(path: Path, where: str) -> None:
 
     try:
         contents = read_json_object(file, max_bytes=MAX_CONFIG_BYTES)
+        problems = []
         for key, (low, high) in _GENERATION_BOUNDS.items():
             value = contents.get(key)
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if value is not None and not (is_number and low <= value <= high):
-                raise ValueError(f"{key} = {value!r}, which is no number from {low} to {high}")
+                problems.append(f"{key} = {shorten(value)}, which is no number from {low} to {high}")
+        if problems:
+            raise ValueError("; ".join(problems))
 
         GenerationConfig.from_dict(contents)
     except Exception as error:

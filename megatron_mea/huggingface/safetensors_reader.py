@@ -16,10 +16,10 @@ from megatron_mea.inputs import read_json_object
 _DTYPES = ("F32", "BF16", "F16", "F64")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 _DOWNLOAD_HINT = "a download may have stopped: `hf download NAME --local-dir HF_DIR` goes on with it"
-_MAX_NAMED = 16
+MAX_NAMED = 16
+"""Most names in a message: a folder of something else may have thousands that do not fit."""
 _MAX_INDEX_BYTES = 64 << 20
 """That of a model with 91,000 tensors has 9 million."""
-"""Most names in a message: a folder of something else may have thousands that do not fit."""
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -59,13 +59,16 @@ def scan_safetensors(path: Path, where: str) -> dict[str, StoredTensor]:
         except (OSError, SafetensorError) as error:
             raise UserError(where=where, got=f"{file}, unreadable ({error})", expected="whole safetensors") from None
 
-    for name, tensor in stored.items():
-        if tensor.dtype not in _DTYPES:
-            raise UserError(
-                where=where,
-                got=f"{name} in {tensor.file}, of type {tensor.dtype}",
-                expected=f"one of {', '.join(_DTYPES)}",
-            )
+    if problems := [
+        Problem(
+            where=where,
+            got=f"{name} in {tensor.file}, of type {tensor.dtype}",
+            expected=f"one of {', '.join(_DTYPES)}",
+        )
+        for name, tensor in stored.items()
+        if tensor.dtype not in _DTYPES
+    ]:
+        raise UserError.from_problems(problems[:MAX_NAMED])
 
     return stored
 
@@ -118,9 +121,9 @@ def check_tensors(
     problems += [
         Problem(where=where, got=f"{name} in {path}", expected=f"only what {expected_by} describes") for name in unknown
     ]
-    more = len(problems) - _MAX_NAMED
+    more = len(problems) - MAX_NAMED
     if more > 0:
-        problems[_MAX_NAMED:] = [Problem(where=where, got=f"{more} more such tensors", expected="none")]
+        problems[MAX_NAMED:] = [Problem(where=where, got=f"{more} more such tensors", expected="none")]
 
     return problems
 
@@ -193,7 +196,7 @@ def _safetensors_files(path: Path, where: str) -> list[Path]:
             )
         raise UserError(
             where=where,
-            got=f"{path} without {single.name}; *.safetensors there: {', '.join(shards[:_MAX_NAMED]) or 'none'}",
+            got=f"{path} without {single.name}; *.safetensors there: {', '.join(shards[:MAX_NAMED]) or 'none'}",
             expected=f"{single.name}, or {index.name} and the *.safetensors that it names",
             hint=hint,
         )
@@ -212,7 +215,7 @@ def _safetensors_files(path: Path, where: str) -> list[Path]:
         present = [name for name in names if name not in missing]
         raise UserError(
             where=where,
-            got=f"{path} without {', '.join(missing[:_MAX_NAMED])}; there: {', '.join(present[:_MAX_NAMED]) or 'none'}",
+            got=f"{path} without {', '.join(missing[:MAX_NAMED])}; there: {', '.join(present[:MAX_NAMED]) or 'none'}",
             expected=f"every file that {index.name} names",
             hint=_DOWNLOAD_HINT,
         )

@@ -14,13 +14,13 @@ from megatron_mea.checkpoint.tensors import read_tensors, weight_shapes
 from megatron_mea.config import Config
 from megatron_mea.config.load import parse_config
 from megatron_mea.data.tokenizer import load_tokenizer
-from megatron_mea.errors import UserError
+from megatron_mea.errors import Problem, UserError
 from megatron_mea.exported.modeling_mea import MEAForCausalLM
 from megatron_mea.exported.modeling_mea_vllm import MEAServedForCausalLM
 from megatron_mea.huggingface.config_keys import read_config_json
 from megatron_mea.huggingface.hf_config import check_generation_config, to_hf_config, transformers_config
 from megatron_mea.huggingface.locate import is_hf_folder
-from megatron_mea.huggingface.safetensors_reader import check_tensors, scan_model
+from megatron_mea.huggingface.safetensors_reader import MAX_NAMED, check_tensors, scan_model
 from megatron_mea.printing import note
 
 
@@ -91,7 +91,7 @@ def load_model(path: str | Path) -> tuple[PreTrainedModel, Path, Config | None]:
     check_generation_config(folder, where)
     config = transformers_config(config_json, path=folder, where=where)
     model_class = {"mea": MEAForCausalLM, "mea_vllm": MEAServedForCausalLM}.get(config_json.model_type)
-    _check_stored_shapes(folder=folder, where=where, config=config, model_class=model_class)
+    files = _check_stored_shapes(folder=folder, where=where, config=config, model_class=model_class)
     for warning in config_json.warnings:
         note(f"warning: {warning}")
 
@@ -109,12 +109,18 @@ def load_model(path: str | Path) -> tuple[PreTrainedModel, Path, Config | None]:
     except Exception as error:
         raise _not_loadable(where, error) from None
 
-    for name, parameter in model.named_parameters():
-        # Without the copy that `isfinite` makes.
-        if not torch.stack(parameter.aminmax()).isfinite().all():
-            raise UserError(
-                where=where, got=f"{name}, with numbers that are not finite in float32", expected="finite numbers"
+    # Without the copy that `isfinite` makes.
+    parameters = model.named_parameters()
+    broken = [name for name, parameter in parameters if not torch.stack(parameter.aminmax()).isfinite().all()]
+    if broken:
+        raise UserError.from_problems(
+            Problem(
+                where=where,
+                got=f"{name} in {files[name]}, with numbers that are not finite in float32",
+                expected="finite numbers",
             )
+            for name in broken[:MAX_NAMED]
+        )
 
     return model.eval(), folder, None
 
@@ -127,19 +133,21 @@ def _not_loadable(where: str, error: Exception) -> UserError:
 
 def _check_stored_shapes(
     *, folder: Path, where: str, config: PreTrainedConfig, model_class: type[PreTrainedModel] | None
-) -> None:
+) -> dict[str, Path]:
     """Compares the tensors of a folder with its config.json, before memory is taken by the sizes that stand there.
 
     transformers would initialize missing tensors at random.
+
+    Returns:
+        The file of each parameter.
 
     Raises:
         UserError: they differ, or the files cannot be read.
     """
     tensors = scan_model(path=folder, where=where, num_layers=config.num_hidden_layers, tied=config.tie_word_embeddings)
     # A model that was saved without its head has names without the prefix.
-    shapes = {
-        name if name.startswith(("model.", "lm_head.")) else f"model.{name}": tensor.shape
-        for name, tensor in tensors.items()
+    tensors = {
+        name if name.startswith(("model.", "lm_head.")) else f"model.{name}": tensor for name, tensor in tensors.items()
     }
 
     try:
@@ -151,11 +159,13 @@ def _check_stored_shapes(
     if problems := check_tensors(
         path=folder,
         where=where,
-        shapes=shapes,
+        shapes={name: tensor.shape for name, tensor in tensors.items()},
         expected={name: tuple(parameter.shape) for name, parameter in model.named_parameters()},
         expected_by="config.json",
     ):
         raise UserError.from_problems(problems)
+
+    return {name: tensor.file for name, tensor in tensors.items()}
 
 
 def special_token_ids(tokenizer: Path, vocab_size: int) -> dict[str, int | None]:

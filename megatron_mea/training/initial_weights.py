@@ -9,9 +9,8 @@ import torch.distributed as dist
 
 from megatron_mea.checkpoint.tensors import Fragment
 from megatron_mea.errors import Problem, UserError
+from megatron_mea.huggingface.safetensors_reader import MAX_NAMED
 from megatron_mea.huggingface.weights import StoredModel
-
-_MAX_NAMED = 16
 
 
 def read_weights(stored: StoredModel, fragments: Iterable[Fragment], key: str) -> None:
@@ -43,5 +42,5 @@ def read_weights(stored: StoredModel, fragments: Iterable[Fragment], key: str) -
                 expected="finite numbers",
                 hint="take weights from before they diverged",
             )
-            for name in names[:_MAX_NAMED]
+            for name in names[:MAX_NAMED]
         )

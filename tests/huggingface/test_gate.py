@@ -123,11 +123,17 @@ def test_numbers_that_are_not_finite(value, verb, folder, capsys):
     assert "model.norm.weight" in refusal(verb, capsys)
 
 
-def test_integers_are_no_weights(folder, capsys):
+@pytest.mark.parametrize("broken", [["model.norm.weight"], ["lm_head.weight", "model.norm.weight"]])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float32])
+def test_all_tensors_that_are_no_weights_are_named(dtype, broken, folder, capsys):
+    """Integers, and numbers that are not finite."""
     tensors = load_file(folder / "model.safetensors")
-    tensors["model.norm.weight"] = torch.ones_like(tensors["model.norm.weight"], dtype=torch.int32)
+    for name in broken:
+        tensors[name] = (tensors[name] / 0).to(dtype)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    assert "model.norm.weight" in refusal(VERBS[0], capsys)
+    error = refusal(VERBS[0], capsys)
+    assert all(f"{name} in llama/model.safetensors" in error for name in broken)
+    assert error.count("error: ") == len(broken)
 
 
 def test_the_attention_function_is_ours(folder):

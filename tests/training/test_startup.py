@@ -14,7 +14,7 @@ from support.runs import ROOT
 
 pytestmark = pytest.mark.slow
 
-REFUSED = [  # command, what its message names; `tokenizer` is a folder, `run` a run
+REFUSED = [  # command, what its message names; `tokenizer` is a folder, `run` a run, `gpt2` a model that we do not take
     ("train tiny.yaml model.hiden_size=16", "model.hiden_size"),
     ("train tiny.yaml parallel.tensor_model_parallel_size=3", "parallel.tensor_model_parallel_size"),
     ("train tiny.yaml training.micro_batch_size=3", "training.global_batch_size"),
@@ -44,6 +44,10 @@ REFUSED = [  # command, what its message names; `tokenizer` is a folder, `run` a
     ("evaluate tokenizer", "tokenizer"),
     ("evaluate run --data nowhere", "nowhere.idx"),
     ("generate nowhere --prompt In", "nowhere"),
+    ("generate run --prompt caf\udce9", "--prompt"),
+    ("generate gpt2 --prompt In", "gpt2"),
+    ("import gpt2 out", "HF_DIR"),
+    ("train tiny.yaml run.dir=other run.init_from=gpt2", "run.init_from"),
 ]
 
 
@@ -53,6 +57,8 @@ def work(tiny, trained, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("start") / "work"
     shutil.copytree(tiny.root, folder)
     shutil.copytree(trained, folder / "run")
+    (folder / "gpt2").mkdir()
+    (folder / "gpt2/config.json").write_text('{"model_type": "gpt2"}')
     corpora = {f"data.{name}": [{"path": name}] for name in ("train", "validation")}
     tiny.write_config(folder / "tiny.yaml", **{"data.tokenizer": "tokenizer"}, **corpora)
 
