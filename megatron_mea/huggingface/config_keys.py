@@ -64,7 +64,7 @@ class _Rope(_Keys):
 
 
 class _Layer(_Keys):
-    """What may differ in a layer: the heads of its cache, as `export --target vllm` writes them."""
+    """Sizes that layers may have of their own: the heads of a cache, as `export --target vllm` writes them."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -248,7 +248,7 @@ def read_config_json(path: Path, where: str) -> ConfigJson:
 
 
 def error_reason(error: Exception) -> str:
-    """What an exception says, in a line."""
+    """The message of an exception, in a line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return f"no key {text}" if isinstance(error, KeyError) else text
 

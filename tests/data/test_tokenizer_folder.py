@@ -1,4 +1,4 @@
-"""What a tokenizer's folder holds: which files travel, and what a copy says of itself."""
+"""Tokenizer folders: which files travel, and what a copy says of itself."""
 
 from __future__ import annotations
 
