@@ -31,7 +31,7 @@ _Share = Annotated[float, Field(gt=0, le=1)]
 _LayerType = Literal["full_attention", "sliding_attention"]
 _RopeType = Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope", "proportional"]
 _Name = Annotated[str, Field(max_length=64)]
-_Factors = Annotated[list[_Positive], Field(max_length=MAX_SIZE)]
+_Factors = Annotated[list[_Positive], Field(max_length=MAX_SIZE, fail_fast=True)]
 
 
 class _Keys(BaseModel):
@@ -93,7 +93,7 @@ class _CommonKeys(_Keys):
     partial_rotary_factor: _Share | None = None
     original_max_position_embeddings: _Count | None = None
     bos_token_id: int | None = None
-    eos_token_id: int | Annotated[list[int], Field(max_length=1000)] | None = None
+    eos_token_id: int | Annotated[list[int], Field(max_length=1000, fail_fast=True)] | None = None
     pad_token_id: int | None = None
 
 
@@ -103,7 +103,7 @@ class _StockKeys(_CommonKeys):
     use_sliding_window: bool = False
     sliding_window: _Count | None = None
     max_window_layers: Annotated[int, Field(ge=0, le=MAX_COUNT)] = 0
-    layer_types: Annotated[list[_LayerType], Field(max_length=MAX_LAYERS)] | None = None
+    layer_types: Annotated[list[_LayerType], Field(max_length=MAX_LAYERS, fail_fast=True)] | None = None
 
 
 _MEAKeys = create_model(
@@ -289,7 +289,7 @@ def _refusals(contents: dict[str, Any], keys: type[_Keys]) -> Iterator[Problem]:
 def _type_problems(error: ValidationError) -> Iterator[Problem]:
     """One problem for each key of a pydantic error."""
     seen = set()
-    for item in error.errors(include_url=False):
+    for item in error.errors(include_url=False, include_context=False):
         # Of the path, names alone: a union adds its members.
         where = ".".join(
             part for part in item["loc"] if isinstance(part, str) and part.isidentifier() and part != "int"
