@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,6 @@ from megatron_mea.experiments.runs import find_runs
 pytestmark = pytest.mark.slow
 
 TEXT = "In the beginning God created the heaven and the earth. {number} days of light, and 3 nights < 4 > {{5}}.\n"
-
-
-@pytest.fixture(autouse=True)
-def _signal_handlers() -> Iterator[None]:
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -123,7 +114,7 @@ def test_compress_of_a_hugging_face_folder(source, check, no_parity):
 
 def test_evaluate(checkpoint, tiny, root, check):
     (root / "e.json").write_text("an earlier result")
-    check("evaluate", str(checkpoint), "--data", str(tiny.validation), "--out", "e.json")
+    check("evaluate", str(checkpoint), "--data", str(tiny.validation), "--out", "e.json", prints='"cross_entropy": ')
 
 
 def test_sensitivity(checkpoint, tiny, text, root, check, monkeypatch, tmp_path):
@@ -158,7 +149,7 @@ def test_report(root, check, monkeypatch, tmp_path):
 
     for name in ("r.html", "r.csv", "r-rates.png"):
         (root / name).write_text("an earlier result")
-    check("report", str(tmp_path / "runs"), "--out", "r.html")
+    check("report", str(tmp_path / "runs"), "--out", "r.html", prints="2 runs, ")
 
 
 def _check_text(content: bytes | None) -> bool:

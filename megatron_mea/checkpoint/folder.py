@@ -17,6 +17,7 @@ A folder gets its name by a rename when everything in it is on disk, so it is co
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
@@ -214,7 +215,8 @@ def quarantine(folder: Path, reason: Literal["damaged", "later"]) -> Path:
         number += 1
         target = folder.with_name(f"{reason}-{folder.name}-{number}")
 
-    folder.rename(target)
+    # Copies where it cannot be renamed: in a lower layer of an overlay.
+    shutil.move(folder, target)
     return target
 
 
@@ -236,8 +238,16 @@ def remove(folder: Path) -> None:
         folder.unlink()
     elif folder.exists():
         scratch = folder.with_name(f".tmp-{folder.name}-removed")
-        folder.rename(scratch)
-        # Not half of it may be left under its name.
+        try:
+            folder.rename(scratch)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            # It lies in a lower layer of an overlay. Without COMPLETE half of it is no checkpoint.
+            scratch = folder
+            (folder / COMPLETE).unlink(missing_ok=True)
+            flush(folder)
+
         flush(folder.parent)
         shutil.rmtree(scratch)
 

@@ -80,12 +80,13 @@ class _Trainer:
         self._check_lease()
         if self.rank == 0:
             folder.remove_leftovers(self.run_dir)
-            for mark in (metrics.FINISHED, metrics.DIVERGED, metrics.FAILED):
-                (self.run_dir / mark).unlink(missing_ok=True)
-            for checkpoint, reason in resume_point.quarantined:
-                # A job that was started at the same time may have renamed it.
-                with suppress(FileNotFoundError):
-                    folder.quarantine(checkpoint, reason)
+            with disk_errors(self.run_dir):
+                for mark in (metrics.FINISHED, metrics.DIVERGED, metrics.FAILED):
+                    (self.run_dir / mark).unlink(missing_ok=True)
+                for checkpoint, reason in resume_point.quarantined:
+                    # A job that was started at the same time may have renamed it.
+                    with suppress(FileNotFoundError):
+                        folder.quarantine(checkpoint, reason)
 
         self.weights = inputs.weights
         if resume_point.source is None and self.weights is None and config.run.init_from is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import pickle
 import shutil
 import subprocess
@@ -155,3 +157,27 @@ def test_commands_but_train_need_no_deepspeed(trained, tmp_path):
     command = [sys.executable, "-c", script, str(trained), str(tmp_path / "out")]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("is_interrupted", [False, True])
+def test_checkpoints_of_an_overlay_cannot_be_renamed(is_interrupted, tmp_path, monkeypatch):
+    """Those of its lower layer, an image's: they are copied, or removed in their place, COMPLETE first."""
+    first, second = (make_checkpoint(tmp_path, step) for step in (1, 2))
+    files = sorted(path.relative_to(first) for path in first.rglob("*"))
+
+    def other_device(*_: object, **__: object) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(os, "rename", other_device)
+    moved = folder.quarantine(first, "damaged")
+    assert sorted(path.relative_to(moved) for path in moved.rglob("*")) == files
+    assert not first.exists()
+
+    if is_interrupted:
+        monkeypatch.setattr(shutil, "rmtree", other_device)
+        with pytest.raises(OSError, match="cross-device"):
+            folder.remove(second)
+    else:
+        folder.remove(second)
+    assert folder.complete_checkpoints(tmp_path) == []
+    assert second.exists() == is_interrupted

@@ -7,6 +7,7 @@ import errno
 import io
 import os
 import shutil
+import signal
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -56,16 +57,19 @@ class Command:
         check_failed: (tree before, tree after, stderr) -> the problem of a call that failed, or nothing.
         check_done: (tree after a call without a fault, tree after this one) -> the problem of a call that succeeded.
         status: of a call without a fault.
+        prints: text that is on stdout where the disk fails (status 1).
     """
 
     arguments: Sequence[str]
     check_failed: Callable[[Tree, Tree, str], str] = unchanged
     check_done: Callable[[Tree, Tree], str] = field(default=difference)
     status: int = 0
+    prints: str = ""
 
     def __call__(self) -> tuple[int, str, str]:
         """Runs the command; returns status (3: an exception that nobody caught), stdout and stderr."""
         out, err = io.StringIO(), io.StringIO()
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 status = main(self.arguments)
@@ -74,6 +78,9 @@ class Command:
             except Exception:
                 status = 3
                 traceback.print_exc()
+            finally:
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
 
         return status, out.getvalue(), err.getvalue()
 
@@ -112,12 +119,14 @@ def fail_everywhere(command: Command, *, root: Path, full: bool) -> int:
                 restore()
                 fault = Fault(key=key, number=occurrence, error=error)
                 with watched_disk(root, fault):
-                    status, _, err = command()
+                    status, out, err = command()
 
                 case = f"{' '.join(key)}, occurrence {occurrence} of {count}, {os.strerror(error)}"
                 problem = _find_problem(
                     command=command, status=status, err=err, before=before, after=read_tree(root), expected=expected
                 )
+                if status == 1 and command.prints not in out:
+                    problem = f"the result is lost: {out}"
                 if not fault.raised:
                     problem = f"it did not come to this operation: status {status}, {err}"
                 problems += [f"{case}: {problem}"] if problem else []
