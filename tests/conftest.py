@@ -1,6 +1,5 @@
 """Shared fixtures: a tiny prepared corpus, finished runs on it, and commands that run in a folder of their own."""
 
-import functools
 import os
 import shutil
 import signal
@@ -16,6 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 from hypothesis import settings
 from support.desk import Desk
+from support.faults import once
 from support.runs import train
 from support.tiny import Tiny
 
@@ -83,15 +83,10 @@ def one_engine(monkeypatch) -> Iterator[None]:
     for name, value in (variables | {"DS_ACCELERATOR": "cpu"}).items():
         monkeypatch.setenv(name, str(value))
 
-    stop, build_engine, engines = distributed.stop_distributed, loop.build_engine, []
-
-    def build_once(**arguments: object) -> object:
-        engines[:] = engines or [build_engine(**arguments)]
-        return engines[0]
-
-    monkeypatch.setattr(distributed, "start_distributed", functools.cache(distributed.start_distributed))
+    stop = distributed.stop_distributed
+    monkeypatch.setattr(distributed, "start_distributed", once(distributed.start_distributed))
     monkeypatch.setattr(distributed, "stop_distributed", lambda: None)
-    monkeypatch.setattr(loop, "build_engine", build_once)
+    monkeypatch.setattr(loop, "build_engine", once(loop.build_engine))
     yield
     stop()
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from support.curves import noisy_loss, write_run
 from support.desk import BASH
-from support.faults import Command, Tree, difference, fail_everywhere, read_tree
+from support.faults import Command, Tree, difference, fail_everywhere, once, read_tree
 from support.source_models import save_source_model
 
 from megatron_mea.checkpoint.folder import all_checkpoints, find_corruption
@@ -122,7 +122,7 @@ def test_sensitivity(checkpoint, tiny, text, root, check, monkeypatch, tmp_path)
     from megatron_mea.compression import sensitivity
 
     monkeypatch.setattr(sensitivity, "draw_plot", lambda _: b"a plot")
-    (tmp_path / "short.txt").write_text("".join(text.read_text().splitlines(keepends=True)[:12]))
+    (tmp_path / "short.txt").write_text("".join(text.read_text().splitlines(keepends=True)[:6]))
     prefix = str(tmp_path / "short")
     prepare = ("prepare", "--tokenizer", str(tiny.tokenizer), "--workers", "1", "--input", f"{prefix}.txt")
     assert Command(arguments=(*prepare, "--out", prefix))()[0] == 0
@@ -167,7 +167,8 @@ def test_submit(root, desk, check, monkeypatch):
     monkeypatch.chdir(root)
     (desk.folder / "tiny.yaml").rename(root / "tiny.yaml")
     monkeypatch.setattr(submit.time, "strftime", lambda *_: "now")
-    # In place of SLURM's commands, which are processes.
+    # In place of SLURM's commands, which are processes, and of checks that write nothing.
+    monkeypatch.setattr(submit, "check_run", once(submit.check_run))
     monkeypatch.setattr(submit, "check_resources", lambda **_: ([], []))
     monkeypatch.setattr(submit.scheduler, "check_script", lambda _: "at once")
     monkeypatch.setattr(submit.scheduler, "submit", lambda *_, **__: "42")

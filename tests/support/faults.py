@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megatron_mea.cli import main
 from support.disk import Fault, Recorder, watched_disk
@@ -28,6 +29,17 @@ def read_tree(root: Path) -> Tree:
     return {
         str(path.relative_to(root)): path.read_bytes() if path.is_file() else None for path in sorted(root.rglob("*"))
     }
+
+
+def once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that returns what the first call did, whatever the arguments."""
+    results: list[Any] = []
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        results[:] = results or [function(*arguments, **options)]
+        return results[0]
+
+    return call
 
 
 def unchanged(before: Tree, after: Tree, _: str) -> str:
