@@ -118,7 +118,14 @@ def read_run(path: Path, show_progress: Callable[[int], object] = lambda _: None
     trained, validation = _AveragedRows(("step", "tokens"), "loss", "grad_norm"), _AveragedRows(("tokens",), "loss")
     problem = ""
     if (path / METRICS).exists():
-        problem = _read_rows(path=path / METRICS, trained=trained, validation=validation, show_progress=show_progress)
+        try:
+            problem = _read_rows(
+                path=path / METRICS, trained=trained, validation=validation, show_progress=show_progress
+            )
+        except OSError as error:
+            got = error.strerror or str(error)
+            raise UserError(where=str(path / METRICS), got=got, expected="a file that can be read") from None
+
     steps, tokens, loss, grad_norm = np.ascontiguousarray(trained.values().T)
     return RunRecord(
         dir=path,

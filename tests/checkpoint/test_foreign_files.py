@@ -55,7 +55,7 @@ def little_memory(limit: int = 50_000_000) -> Iterator[None]:
 @given(raw=edited_json(HOLDER) | st.binary(max_size=99))
 @example(raw=b'{"token": "' + b"x" * (1 << 20) + b'"}')
 @example(raw=json.dumps(HOLDER | {"pid": -1}).encode())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_whatever_a_lease_holds(tmp_path_factory, raw: bytes) -> None:
     """It names a holder, in one printable line, or nobody."""
     folder = tmp_path_factory.getbasetemp()
@@ -91,7 +91,7 @@ def original(checkpoint) -> dict[str, bytes]:
 
 
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_whatever_meta_json_holds(run_folder, checkpoint, original, data) -> None:
     """With the right checksum, so that it is read."""
     (checkpoint / META).write_bytes(data.draw(edited_json(json.loads(original[META]))))
@@ -109,7 +109,7 @@ def test_whatever_meta_json_holds(run_folder, checkpoint, original, data) -> Non
 
 
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_whatever_complete_holds(checkpoint, original, data) -> None:
     (checkpoint / META).write_bytes(original[META])
     (checkpoint / COMPLETE).write_bytes(data.draw(edited_json(json.loads(original[COMPLETE]))))

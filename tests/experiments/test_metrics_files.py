@@ -62,7 +62,7 @@ LINES = st.lists(
 
 
 @given(lines=LINES)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_whatever_the_metrics_hold(run, lines) -> None:
     metrics = run / "metrics.jsonl"
     metrics.write_bytes(b"".join(lines))
@@ -75,7 +75,7 @@ def test_whatever_the_metrics_hold(run, lines) -> None:
 
 
 @given(lines=LINES, last=st.integers(-1, 5))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_a_resumed_run_keeps_the_rows_before_it_byte_for_byte(tmp_path_factory, lines, last) -> None:
     path = tmp_path_factory.getbasetemp() / "metrics.jsonl"
     path.write_bytes(b"".join(lines))
