@@ -30,6 +30,14 @@ settings.register_profile("full", deadline=None, max_examples=3000)
 settings.load_profile("untimed")
 
 
+@pytest.fixture
+def hangup() -> Iterator[None]:
+    """SIGHUP as a terminal has it, for the processes of a test, though the tests may run under nohup."""
+    previous = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, previous)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """The tiny tokenizer, corpora and configuration; read-only."""

@@ -165,6 +165,7 @@ def test_a_rank_that_fails_by_itself_ends_it_for_good(program, note, status, job
     assert "ended already: a rank failed by itself" in log
 
 
+@pytest.mark.usefixtures("hangup")
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP])
 def test_a_job_that_is_told_saves_and_is_requeued(number, job):
     job.set_srun(f"trap '{job.save_command(3)}; exit 0' USR2; while :; do sleep 0.05; done")

@@ -63,6 +63,7 @@ def wait_for_stop():
 """
 
 
+@pytest.mark.usefixtures("hangup")
 def test_a_closed_terminal_stops_a_run_unless_nohup_started_it():
     hang_up = "os.kill(os.getpid(), signal.SIGHUP)\n"
     assert run_script(f"{hang_up}wait_for_stop()") == (0, "SIGHUP\n")
