@@ -307,7 +307,9 @@ class TestCheckpoint:
         assert main(["evaluate", str(out), "--data", str(tiny.validation)]) == 0
         loss = json.loads(capsys.readouterr().out)["cross_entropy"]
         config = tmp_path / "go_on.yaml"
-        config.write_text(yaml.safe_dump(tiny.tree() | settings))
+        tree = tiny.tree()
+        assert settings["data"]["tokenizer"] == f"{out}/tokenizer"
+        config.write_text(yaml.safe_dump(tree | settings | {"data": tree["data"] | settings["data"]}))
         # In a process of its own: a process group leaves its mark on the environment of this one.
         train(config, "go_on", "training.steps=3")
         rows = [json.loads(line) for line in (tmp_path / "go_on/metrics.jsonl").read_text().splitlines()]
