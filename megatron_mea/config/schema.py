@@ -15,7 +15,8 @@ from megatron_mea.config.variants import VARIANTS, Variant
 _NUMBER = re.compile(r"[-+]?((0|[1-9][\d_]*)(\.[\d_]*)?|\.\d[\d_]*)([eE][-+]?\d+)?")
 MAX_SIZE = 1 << 20
 """The largest size of a tensor's dimension: beyond it are typing errors, and numbers that take a machine's memory."""
-MAX_LAYERS = 10_000
+MAX_LAYERS = 1000
+"""The deepest transformers that were published (DeepNet) have so many."""
 MAX_COUNT = 10**12
 """The largest number of steps, samples or positions."""
 _MAX_NAME_BYTES = 255

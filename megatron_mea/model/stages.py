@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from megatron_mea.config.schema import Model
@@ -27,32 +28,56 @@ def pipeline_stages(config: Model, count: int) -> list[StageLayers]:
 
 def layer_sizes(config: Model) -> list[int]:
     """Number of parameters of every layer; a tied matrix counts twice, in the embedding and in the head."""
-    with torch.device("meta"):
-        layers = [Decoder(config, stage=layer) for layer in single_layers(config)]
+    embedding, *blocks, head = single_layers(config)
+    # Blocks differ by their component heads alone.
+    block_by_heads = dict(zip(config.component_heads, blocks, strict=True))
 
-    return [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
+    def size(layer: StageLayers) -> int:
+        with torch.device("meta"):
+            return sum(parameter.numel() for parameter in Decoder(config, stage=layer).parameters())
+
+    size_by_heads = {heads: size(block) for heads, block in block_by_heads.items()}
+    return [size(embedding), *(size_by_heads[heads] for heads in config.component_heads), size(head)]
 
 
 def balanced_partition(sizes: Sequence[int], count: int) -> list[range]:
     """Splits a list into `count` contiguous, non-empty parts, so that the largest sum of a part is minimal.
 
-    Among such partitions it takes one with a small sum of squares, so that the other parts are even too.
+    Among such partitions it takes the one with the smallest sum of squares, so that the other parts are even too.
     """
-    # best[end] = (largest part, sum of squares, parts) of the first `end` items; each round adds one part
-    best = {end: (sum(sizes[:end]), sum(sizes[:end]) ** 2, [range(end)]) for end in range(1, len(sizes) + 1)}
+    borders = np.concatenate([[0.0], np.cumsum(sizes, dtype=np.float64)])
+    parts = borders - borders[:, None]
+    squares = np.where((parts > 0) & (parts <= _smallest_limit(sizes, count)), parts**2, np.inf)
 
-    for _ in range(count - 1):
-        longer = {}
-        for end in range(1, len(sizes) + 1):
-            candidates = []
-            for start, (largest, squares, parts) in best.items():
-                if start < end:
-                    part = sum(sizes[start:end])
-                    candidates.append((max(largest, part), squares + part**2, [*parts, range(start, end)]))
+    # Part number n (from 0) begins at n or later, and leaves an item for each part behind it.
+    num_starts = len(sizes) - count + 1
+    best, choices = np.zeros(1), []
+    for number in range(count):
+        starts = slice(number, number + len(best))
+        totals = best[:, None] + squares[starts, number + 1 : number + 1 + num_starts]
+        choices.append(number + totals.argmin(0))
+        best = totals.min(0)
 
-            if candidates:
-                longer[end] = min(candidates, key=lambda candidate: candidate[:2])
+    partition, stop = [], len(sizes)
+    for number in reversed(range(count)):
+        start = int(choices[number][stop - number - 1])
+        partition.append(range(start, stop))
+        stop = start
 
-        best = longer
+    return partition[::-1]
 
-    return best[len(sizes)][2]
+
+def _smallest_limit(sizes: Sequence[int], count: int) -> int:
+    """The smallest sum that no part of a partition into `count` parts need exceed."""
+    low, high = max(sizes), sum(sizes)
+    while low < high:
+        limit = (low + high) // 2
+        parts, part = 1, 0
+        for size in sizes:
+            part += size
+            if part > limit:
+                parts, part = parts + 1, size
+
+        low, high = (low, limit) if parts <= count else (limit + 1, high)
+
+    return low
