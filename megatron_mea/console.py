@@ -10,6 +10,7 @@ import io
 import os
 import select
 import signal
+import stat
 import sys
 import time
 from contextlib import suppress
@@ -89,10 +90,15 @@ class _StandardStream(io.FileIO):
         patience = None if self.run_dir is None else _PATIENCE_SECONDS
         while select.select([], [self], [], patience)[1]:
             # None: another program has made the terminal non-blocking, for all who share it.
-            if (written := super().write(data)) is not None:
+            if (written := super().write(data[: self._atomic_size(len(data))])) is not None:
                 return written
 
         raise TimeoutError(errno.ETIMEDOUT, f"nobody has read it for {patience:g} s")
+
+    def _atomic_size(self, size: int) -> int:
+        """Bytes of `size` that one write may have: a pipe with room takes PIPE_BUF, and makes a longer write wait."""
+        is_file = stat.S_ISREG(os.fstat(self.fileno()).st_mode)
+        return size if is_file or self.run_dir is None else min(size, select.PIPE_BUF)
 
     def _move_to_log(self, path: Path, error: OSError) -> None:
         """Points the descriptor to `path`, unless it does already; raises OSError where that cannot be opened."""

@@ -90,22 +90,29 @@ def test_a_log_that_cannot_be_written_either_is_tried_again(full_disk, tmp_path)
     assert (tmp_path / "console.log").read_text().splitlines()[1:] == ["a line"]
 
 
-def test_a_training_does_not_wait_for_a_pager(tmp_path, monkeypatch):
-    """A pipe that is full, with a reader that does not read; other verbs wait for it."""
+@pytest.mark.parametrize(("room", "text"), [(0, "a line\n"), (5000, "x" * 20_000 + "\n")])
+def test_a_training_does_not_wait_for_a_pager(tmp_path, monkeypatch, room, text):
+    """A pipe that is full, or has no room for all, with a reader that does not read; other verbs wait for it."""
     monkeypatch.setattr(console, "_PATIENCE_SECONDS", 0.1)
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
     with contextlib.suppress(BlockingIOError):
         while True:
-            os.write(write_end, b"x" * 1024)
+            os.write(write_end, b"-" * 1024)
     os.set_blocking(write_end, True)
+    os.read(read_end, room)
 
-    print("a line", file=open_stream(write_end, is_result=True, run_dir=tmp_path))
-    first, *rest = (tmp_path / "console.log").read_text().splitlines()
-    assert first.endswith("cannot be written (nobody has read it for 0.1 s): it goes on here")
-    assert rest == ["a line"]
-    for descriptor in (read_end, write_end):
-        os.close(descriptor)
+    stream = open_stream(write_end, is_result=True, run_dir=tmp_path)
+    writer = threading.Thread(target=lambda: print(text, end="", file=stream), daemon=True)
+    writer.start()
+    writer.join(30)
+    assert not writer.is_alive()
+
+    first, *rest = (tmp_path / "console.log").read_text().splitlines(keepends=True)
+    assert first.endswith("cannot be written (nobody has read it for 0.1 s): it goes on here\n")
+    os.close(write_end)
+    with open(read_end, encoding="utf-8") as pipe:
+        assert pipe.read().lstrip("-") + "".join(rest) == text
 
 
 def test_a_console_that_does_not_block_is_waited_for():
