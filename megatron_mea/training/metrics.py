@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_mea.config import Config, dump_config
 from megatron_mea.inputs import parse_json_object, read_lines
-from megatron_mea.outputs import flush, replace_file, restored_on_failure, write_file
+from megatron_mea.outputs import flush, replace_file, scratch_folder, write_file
 
 if TYPE_CHECKING:
     import torch
@@ -102,12 +102,13 @@ def _truncate_rows(path: Path, step: int) -> None:
     if not path.exists() or all(_is_row(line, step) for line in read_lines(path)):
         return
 
-    with restored_on_failure([path]) as staging:
-        with staging[path].open("wb") as stream:
+    # A rename leaves the old rows or the new ones, and the removed rows have no value.
+    with scratch_folder(path) as scratch:
+        with (scratch / "rows").open("wb") as stream:
             stream.writelines(line for line in read_lines(path) if _is_row(line, step))
 
-        flush(staging[path])
-        staging[path].replace(path)
+        flush(scratch / "rows")
+        (scratch / "rows").replace(path)
         flush(path.parent)
 
 

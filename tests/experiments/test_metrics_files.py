@@ -93,6 +93,18 @@ def test_a_resumed_run_keeps_the_rows_before_it_byte_for_byte(tmp_path_factory, 
     assert path.read_bytes() == expected
 
 
+def test_rows_are_removed_where_the_file_system_has_no_hard_links(tmp_path, monkeypatch) -> None:
+    def no_links(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", no_links)
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_bytes(line(step=3) + line(step=4))
+    _truncate_rows(metrics, 3)
+    assert metrics.read_bytes() == line(step=3)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
 def test_a_line_of_a_hundred_megabytes(run, tmp_path) -> None:
     """Between two rows it is refused, at the end it is half of a row; none of it is kept in memory."""
     metrics = run / "metrics.jsonl"
