@@ -23,7 +23,7 @@ from megatron_mea.parallel.grid import Grid, TensorGroup
 from megatron_mea.training.rank_env import RankEnv
 
 START_MINUTES = 30.0
-"""Minutes for which collectives and the watchdog wait until the first step has warmed everything up."""
+"""Minutes for which the watchdog waits until the first step has warmed everything up."""
 SAVE_MINUTES = 60.0
 """Minutes that a checkpoint may take: a disk may be slow or busy."""
 _COLLECTIVE_TIMEOUT = timedelta(days=365)
@@ -90,7 +90,8 @@ def start_distributed(rank_env: RankEnv) -> torch.device:
             dist_backend="nccl" if on_gpu else "gloo",
             auto_mpi_discovery=False,
             verbose=False,
-            timeout=timedelta(minutes=START_MINUTES),
+            # gloo's sends and receives keep the timeout that their group was made with.
+            timeout=_COLLECTIVE_TIMEOUT,
             distributed_port=rank_env.master_port,
         )
     return device
