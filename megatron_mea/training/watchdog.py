@@ -65,11 +65,14 @@ class Watchdog:
                 stops = self.clock.stops
                 self.mark()
             elif self.clock() - self._marked_at > 60 * self.minutes:
-                sys.stderr.write(self._stacks())
-                sys.stderr.flush()
-                self._dump_collectives()
-                time.sleep(_GRACE)
-                os._exit(1)
+                try:
+                    sys.stderr.write(self._stacks())
+                    sys.stderr.flush()
+                    self._dump_collectives()
+                    time.sleep(_GRACE)
+                finally:
+                    # Also where the stacks cannot be written.
+                    os._exit(1)
 
     def _stacks(self) -> str:
         """Stacks of all threads as a single text, so that those of several ranks do not mix; each line has the rank."""

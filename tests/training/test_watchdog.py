@@ -49,6 +49,13 @@ def test_marks_and_pauses_keep_a_process_alive(more, status):
         assert result.stderr == ""
 
 
+def test_a_rank_that_cannot_write_its_stacks_ends_all_the_same():
+    """It has no file descriptor left for them."""
+    script = ALIVE + "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))\ntime.sleep(20)"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False)
+    assert result.returncode == 1, result.stderr
+
+
 SUSPENDED = """
 import os, signal, subprocess, sys, time
 from megatron_mea.training import watchdog
