@@ -43,7 +43,7 @@ class StopSignal:
 
         threading.Thread(target=self._listen, args=(read_end,), name="signals", daemon=True).start()
         if (launcher := _launcher_pipe()) is not None:
-            threading.Thread(target=_stop_with_launcher, args=(launcher,), name="launcher", daemon=True).start()
+            threading.Thread(target=self._stop_with_launcher, args=(launcher,), name="launcher", daemon=True).start()
 
     def _listen(self, read_end: int) -> None:
         received_at = 0.0
@@ -59,6 +59,14 @@ class StopSignal:
                     self.received, received_at = signal.Signals(number).name, time.monotonic()
                 elif time.monotonic() - received_at > _REPEAT_SECONDS:
                     os._exit(128 + number)
+
+    def _stop_with_launcher(self, pipe: int) -> None:
+        """Sends this process SIGTERM when the launcher is gone, unless it stops already: that must not end its save."""
+        while os.read(pipe, 64):
+            pass
+
+        if self.received is None:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     @staticmethod
     def _comes_by_itself(number: int) -> bool:
@@ -78,11 +86,3 @@ def _launcher_pipe() -> int | None:
     except (OSError, OverflowError):
         # A wrapper between the launcher and this process has closed it.
         return None
-
-
-def _stop_with_launcher(pipe: int) -> None:
-    """Sends this process SIGTERM when the launcher is gone."""
-    while os.read(pipe, 64):
-        pass
-
-    os.kill(os.getpid(), signal.SIGTERM)

@@ -90,6 +90,31 @@ def test_a_run_stops_when_its_launcher_is_gone():
             os.close(write_end)
 
 
+KILLED_LAUNCHER = """
+import os, signal, time
+from megatron_mea.training.signals import LAUNCHER_VARIABLE, StopSignal
+read_end, write_end = os.pipe()
+os.environ[LAUNCHER_VARIABLE] = str(read_end)
+stop = StopSignal()
+os.kill(os.getpid(), signal.SIGTERM)
+while stop.received is None:
+    time.sleep(0.01)
+time.sleep(2.3)
+os.close(write_end)
+time.sleep(0.3)
+print(stop.received)
+"""
+
+
+def test_a_launcher_that_is_killed_later_does_not_interrupt_the_save():
+    """It was told to stop, and killed since that took long."""
+    environment = {name: value for name, value in os.environ.items() if name != "SLURM_JOB_ID"}
+    result = subprocess.run(
+        [sys.executable, "-c", KILLED_LAUNCHER], capture_output=True, text=True, env=environment, check=False
+    )
+    assert (result.returncode, result.stdout) == (0, "SIGTERM\n"), result.stderr
+
+
 @pytest.mark.parametrize("value", ["", "x", "0", "900", "9" * 30])
 def test_a_pipe_that_is_none_is_left_alone(value):
     environment = os.environ | {LAUNCHER_VARIABLE: value}
