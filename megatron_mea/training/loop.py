@@ -52,9 +52,8 @@ def run(*, config: Config, inputs: RunInputs, stop: StopSignal) -> None:
     with closing(Watchdog(inputs.rank_env.rank, distributed.START_MINUTES)) as watchdog:
         device = distributed.start_distributed(inputs.rank_env)
         _Trainer(config=config, inputs=inputs, device=device, watchdog=watchdog).train(stop)
-
-    # Not after an exception: leaving a group may wait for the others, or end them before this rank has printed why.
-    distributed.stop_distributed()
+        # Not after an exception: leaving a group may wait for the others, or end them before this rank has printed why.
+        distributed.stop_distributed()
 
 
 class _Trainer:

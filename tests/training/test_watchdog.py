@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from unittest.mock import MagicMock
 
 import pytest
 from support.runs import ROOT, command, environment
@@ -54,6 +55,24 @@ def test_a_rank_that_cannot_write_its_stacks_ends_all_the_same():
     script = ALIVE + "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))\ntime.sleep(20)"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False)
     assert result.returncode == 1, result.stderr
+
+
+def test_leaving_the_process_group_is_watched_too(monkeypatch):
+    """It may wait for other ranks, and has no end of its own either."""
+    from megatron_mea.training import loop
+
+    calls = MagicMock()
+    monkeypatch.setattr(loop, "_Trainer", MagicMock())
+    monkeypatch.setattr(loop, "Watchdog", calls.watchdog)
+    monkeypatch.setattr(loop.distributed, "start_distributed", MagicMock())
+    monkeypatch.setattr(loop.distributed, "stop_distributed", calls.leave)
+    config = MagicMock()
+    config.training.deterministic = False
+    loop.run(config=config, inputs=MagicMock(), stop=MagicMock())
+    assert [name for name, *_ in calls.mock_calls if name in ("leave", "watchdog().close")] == [
+        "leave",
+        "watchdog().close",
+    ]
 
 
 SUSPENDED = """
