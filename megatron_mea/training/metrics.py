@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_mea.config import Config, dump_config
 from megatron_mea.inputs import parse_json_object, read_lines
-from megatron_mea.outputs import flush, replace_file, scratch_folder, write_file
+from megatron_mea.outputs import flush, remove_leftovers, replace_file, scratch_folder, write_file
 
 if TYPE_CHECKING:
     import torch
@@ -99,6 +99,7 @@ class Heartbeat:
 
 def _truncate_rows(path: Path, step: int) -> None:
     """Removes the rows of steps after `step` from metrics.jsonl, and what is no row; the others stay, byte for byte."""
+    remove_leftovers(path)
     if not path.exists() or all(_is_row(line, step) for line in read_lines(path)):
         return
 

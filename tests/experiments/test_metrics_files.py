@@ -101,6 +101,9 @@ def test_rows_are_removed_where_the_file_system_has_no_hard_links(tmp_path, monk
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_bytes(line(step=3) + line(step=4))
     _truncate_rows(metrics, 3)
+    # A process that was killed at the end has left it.
+    (tmp_path / ".metrics.jsonl-0123abcd.tmp").mkdir()
+    _truncate_rows(metrics, 3)
     assert metrics.read_bytes() == line(step=3)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
