@@ -205,9 +205,18 @@ def read_config_json(path: Path, where: str) -> ConfigJson:
 
     Raises:
         UserError: it is missing, no JSON object or too large, of an unknown architecture, quantised, or has values of
-            other types, out of bounds, or with which a model computes something else.
+            other types, out of bounds, or with which a model computes something else; or an adapter is beside it.
     """
-    file = path / "config.json"
+    file, adapter = path / "config.json", path / "adapter_config.json"
+    if adapter.exists():
+        # transformers would add it to the weights, and an import leave it out.
+        raise UserError(
+            where=where,
+            got=f"{adapter}: an adapter of peft beside the model",
+            expected="weights alone",
+            hint="merge it with peft (merge_and_unload) and save the model, or move adapter_config.json away",
+        )
+
     try:
         contents = read_json_object(file, max_bytes=MAX_CONFIG_BYTES)
         model_type = contents["model_type"]

@@ -103,6 +103,10 @@ CHANGES = {
         lambda folder: (folder / "generation_config.json").write_text('{"temperature": "hot", "num_beams": -1}'),
         "generation_config.json",
     ),
+    "an adapter": (
+        lambda folder: (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "/elsewhere"}'),
+        "adapter_config.json: an adapter of peft",
+    ),
 }
 
 
