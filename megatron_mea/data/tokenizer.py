@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from megatron_mea.config.schema import MAX_SIZE
 from megatron_mea.data.sources import check_sources, read_documents
 from megatron_mea.data.text_records import MAX_DOCUMENT, ReadOptions
-from megatron_mea.errors import RunError, UserError
+from megatron_mea.errors import RunError, UserError, shorten
 from megatron_mea.inputs import read_json_object
 from megatron_mea.outputs import (
     flush,
@@ -55,7 +55,8 @@ def load_tokenizer(folder: str | Path, where: str = "data.tokenizer") -> PreTrai
         where: the key or option that named the folder, for the message.
 
     Raises:
-        UserError: the folder does not exist or load, or the tokenizer has no end-of-document (eos) token.
+        UserError: the folder does not exist or load, or the tokenizer has no vocabulary or no end-of-document (eos)
+            token.
     """
     check_tokenizer_folder(folder, where)
     _check_ids(Path(folder), where)
@@ -69,10 +70,21 @@ def load_tokenizer(folder: str | Path, where: str = "data.tokenizer") -> PreTrai
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), config=_model_config(Path(folder)), trust_remote_code=False, local_files_only=True
         )
+        if not isinstance(tokenizer.model_max_length, int | float):
+            raise TypeError(f"model_max_length = {shorten(tokenizer.model_max_length)} is no number")
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         got = f"{folder}, which does not load ({type(error).__name__}: {reason})"
         raise UserError(where=where, got=got, expected="a Hugging Face tokenizer folder") from None
+
+    # The library makes a tokenizer for which every text is empty where a class does not find its vocabulary.
+    if len(tokenizer.get_vocab().keys() - {*tokenizer.all_special_tokens}) < 2:
+        raise UserError(
+            where=where,
+            got=f"{folder}, without a vocabulary",
+            expected=f"a file of it, such as {' or '.join(_VOCABULARY_FILES[:2])}",
+            hint="a download may be incomplete",
+        )
 
     if tokenizer.eos_token_id is None:
         raise UserError(

@@ -9,7 +9,14 @@ import pytest
 from support.tiny import Tiny
 from transformers import AutoTokenizer
 
-from megatron_mea.data.tokenizer import SPECIAL_TOKENS, copy_tokenizer, limit_length, load_tokenizer
+from megatron_mea.data.tokenizer import (
+    SPECIAL_TOKENS,
+    copy_tokenizer,
+    limit_length,
+    load_tokenizer,
+    update_tokenizer_config,
+)
+from megatron_mea.errors import UserError
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja", "tokenizer.4.0.0.json"),
@@ -69,3 +76,19 @@ def test_the_longest_text(said: object, expected: int, tiny: Tiny, tmp_path: Pat
     file.unlink()
     limit_length(tmp_path, 64)
     assert AutoTokenizer.from_pretrained(tmp_path).model_max_length == 64
+
+
+@pytest.mark.parametrize("tokenizer_class", ["LlamaTokenizer", "T5Tokenizer", "GPT2Tokenizer", "GemmaTokenizer"])
+def test_a_folder_without_its_vocabulary_is_refused(tokenizer_class: str, tmp_path: Path) -> None:
+    """The library loads it, and gives no id for any text."""
+    config = SPECIAL_TOKENS | {"tokenizer_class": tokenizer_class}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="without a vocabulary"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_longest_text_that_is_no_number_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    copy_tokenizer(tiny.tokenizer, tmp_path)
+    update_tokenizer_config(tmp_path, model_max_length="x")
+    with pytest.raises(UserError, match="model_max_length = 'x' is no number"):
+        load_tokenizer(tmp_path)
