@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_mea.checkpoint.folder import GENERATION
 from megatron_mea.config.load import parse_model
 from megatron_mea.config.schema import MAX_COUNT, Model
 from megatron_mea.errors import Problem, UserError, shorten
@@ -26,7 +27,7 @@ from megatron_mea.huggingface.config_keys import (
 from megatron_mea.inputs import read_json_object
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import GenerationConfig, PreTrainedConfig
 
     from megatron_mea.exported.configuration_mea import MEAConfig
 
@@ -42,6 +43,11 @@ _GENERATION_BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("temperature", "repetition_penalty"), (0, 1000)),
     "length_penalty": (-1000, 1000),
 }
+_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_GENERATION_KEYS = frozenset((*_GENERATION_BOUNDS, *_SPECIAL_IDS, "do_sample", "early_stopping")) - {"num_beam_groups"}
+"""Generation settings that are used; beams in groups need code of the hub."""
+_WITHOUT_EFFECT = ("transformers_version", "use_cache", "return_dict_in_generate", "cache_implementation")
+"""Generation settings that change no text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,13 +67,20 @@ class HFConfig:
     warnings: tuple[str, ...]
 
 
-def check_generation_config(path: Path, where: str) -> None:
-    """Raises UserError where a folder has generation settings that transformers does not take."""
+def read_generation_config(path: Path, where: str) -> tuple[GenerationConfig | None, list[str]]:
+    """Reads the generation settings of a Hugging Face folder or a checkpoint, which need not have any.
+
+    Returns:
+        Those that are understood, and warnings about others: they may need code of the hub, or a tokenizer.
+
+    Raises:
+        UserError: transformers does not take them, or a value is out of bounds.
+    """
     from transformers import GenerationConfig
 
-    file = path / "generation_config.json"
+    file = path / GENERATION
     if not file.is_file():
-        return
+        return None, []
 
     try:
         contents = read_json_object(file, max_bytes=MAX_CONFIG_BYTES)
@@ -77,14 +90,30 @@ def check_generation_config(path: Path, where: str) -> None:
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if value is not None and not (is_number and low <= value <= high):
                 problems.append(f"{key} = {shorten(value)}, which is no number from {low} to {high}")
+        for key in _SPECIAL_IDS:
+            value = contents.get(key)
+            if value is not None and any(type(item) is not int for item in (value if type(value) is list else [value])):
+                problems.append(f"{key} = {shorten(value)}, which is no id")
         if problems:
             raise ValueError("; ".join(problems))
 
         GenerationConfig.from_dict(contents)
+        understood = {key: value for key, value in contents.items() if key in _GENERATION_KEYS}
+        config = GenerationConfig.from_dict(understood)
     except Exception as error:
         # transformers checks types and values, each with an exception of its own.
         expected = "generation settings, or no such file"
         raise UserError(where=where, got=f"{file}, unreadable ({error_reason(error)})", expected=expected) from None
+
+    ignored = [
+        shorten(key)
+        for key, value in contents.items()
+        if not (key in _GENERATION_KEYS or key in _WITHOUT_EFFECT or key.startswith(("_", "output_")))
+        # Off, or a factor that changes nothing.
+        and value
+        and value != 1
+    ]
+    return config, [f"{file}: keys that are not used here are ignored: {', '.join(ignored[:16])}"] if ignored else []
 
 
 def transformers_config(config_json: ConfigJson, *, path: Path, where: str) -> PreTrainedConfig:

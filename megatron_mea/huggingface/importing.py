@@ -18,7 +18,7 @@ from megatron_mea.config.variants import combining_variant, extending_variants
 from megatron_mea.data.tokenizer import check_tokenizer_folder, copy_tokenizer, load_tokenizer, num_rows
 from megatron_mea.errors import RunError, UserError
 from megatron_mea.huggingface.config_keys import STOCK_MODEL_TYPES
-from megatron_mea.huggingface.hf_config import HFConfig, check_generation_config, read_hf_config
+from megatron_mea.huggingface.hf_config import HFConfig, read_generation_config, read_hf_config
 from megatron_mea.huggingface.locate import SOURCE, check_hf_folder
 from megatron_mea.huggingface.safetensors_reader import (
     StoredTensor,
@@ -155,7 +155,7 @@ def _import_warnings(*, source: Path, hf_config: HFConfig, model: Model, tensors
             f"{source} brings code of its own (auto_map), which is not run: imported as a {hf_config.model_type}"
         )
 
-    check_generation_config(source, SOURCE)
+    read_generation_config(source, SOURCE)
     if any(tensor.dtype == "F64" for tensor in tensors.values()):
         warnings.append(f"{source} is in float64, and is rounded to float32")
     if not _has_tokenizer(source):

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from megatron_mea.checkpoint.folder import GENERATION, TOKENIZER, CheckpointMetadata, checkpoint_folder, find_corruption
+from megatron_mea.checkpoint.folder import TOKENIZER, CheckpointMetadata, checkpoint_folder, find_corruption
 from megatron_mea.checkpoint.tensors import read_tensors, weight_shapes
 from megatron_mea.config import Config
 from megatron_mea.config.load import parse_config
@@ -18,7 +18,7 @@ from megatron_mea.errors import Problem, UserError
 from megatron_mea.exported.modeling_mea import MEAForCausalLM
 from megatron_mea.exported.modeling_mea_vllm import MEAServedForCausalLM
 from megatron_mea.huggingface.config_keys import read_config_json
-from megatron_mea.huggingface.hf_config import check_generation_config, to_hf_config, transformers_config
+from megatron_mea.huggingface.hf_config import read_generation_config, to_hf_config, transformers_config
 from megatron_mea.huggingface.locate import is_hf_folder
 from megatron_mea.huggingface.safetensors_reader import MAX_NAMED, check_tensors, scan_model
 from megatron_mea.printing import note
@@ -88,11 +88,11 @@ def load_model(path: str | Path) -> tuple[PreTrainedModel, Path, Config | None]:
 
     folder, where = Path(path), str(path)
     config_json = read_config_json(folder, where)
-    check_generation_config(folder, where)
+    generation, warnings = read_generation_config(folder, where)
     config = transformers_config(config_json, path=folder, where=where)
     model_class = {"mea": MEAForCausalLM, "mea_vllm": MEAServedForCausalLM}.get(config_json.model_type)
     files = _check_stored_shapes(folder=folder, where=where, config=config, model_class=model_class)
-    for warning in config_json.warnings:
+    for warning in (*config_json.warnings, *warnings):
         note(f"warning: {warning}")
 
     logging.disable_progress_bar()
@@ -122,6 +122,7 @@ def load_model(path: str | Path) -> tuple[PreTrainedModel, Path, Config | None]:
             for name in broken[:MAX_NAMED]
         )
 
+    model.generation_config = generation or model.generation_config
     return model.eval(), folder, None
 
 
@@ -196,7 +197,9 @@ def build_causal_lm(source: CheckpointSource, dtype: torch.dtype = torch.float32
 
     model.load_state_dict(weights, strict=True, assign=True)
     model.tie_weights()
-    if (source.folder / GENERATION).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(source.folder)
+    generation, warnings = read_generation_config(source.folder, str(source.folder))
+    for warning in warnings:
+        note(f"warning: {warning}")
 
+    model.generation_config = generation or model.generation_config
     return model.eval()

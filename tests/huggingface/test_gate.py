@@ -18,6 +18,7 @@ from support.hf_folders import LLAMA3, save_export
 from support.source_models import save_source_model
 from transformers import CONFIG_MAPPING
 
+from megatron_mea.checkpoint.folder import seal
 from megatron_mea.cli import main
 from megatron_mea.config.load import parse_model
 from megatron_mea.config.schema import MAX_LAYERS, MAX_SIZE
@@ -99,6 +100,10 @@ CHANGES = {
     "a list": (lambda folder: (folder / "config.json").write_text("[]"), "a JSON list"),
     "deep": (lambda folder: (folder / "config.json").write_text("[" * 10**5 + "]" * 10**5), "unreadable"),
     "large": (lambda folder: (folder / "config.json").write_text('{"a": "' + "x" * (1 << 21) + '"}'), "more than"),
+    "an id that is none": (
+        lambda folder: (folder / "generation_config.json").write_text('{"bos_token_id": "x"}'),
+        "bos_token_id = 'x'",
+    ),
     "odd generation settings": (
         lambda folder: (folder / "generation_config.json").write_text('{"temperature": "hot", "num_beams": -1}'),
         "generation_config.json",
@@ -325,6 +330,46 @@ def test_a_prompt_that_is_no_text(prompt, folder, capsys):
     error = capsys.readouterr().err
     assert "error: --prompt" in error
     assert "\\udc" in error or len(prompt) > 200
+
+
+UNSAID = ("cache_implementation", "return_dict_in_generate")
+"""They change no text."""
+FOREIGN_SETTINGS = {
+    "stop_strings": ["x"],
+    "bad_words_ids": [[10**6]],
+    "forced_eos_token_id": 10**6,
+    "cache_implementation": "quantized",
+    "return_dict_in_generate": True,
+    "dola_layers": "high",
+    "constraints": [1],
+}
+
+
+@pytest.mark.parametrize("key", FOREIGN_SETTINGS)
+@pytest.mark.parametrize("is_imported", [False, True])
+def test_generation_settings_that_are_not_used_are_left_out(key, is_imported, folder, capsys):
+    """They need code of the hub, another library or a tokenizer, or end the generation by an exception."""
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({"eos_token_id": [2], "min_length": 0, "diversity_penalty": 0.0, "guidance_scale": 1}))
+    if is_imported:
+        import_model(folder, "made")
+        folder, file = Path("made"), Path("made/generation_config.json")
+
+    def output() -> tuple[str, str]:
+        capsys.readouterr()
+        # A checkpoint's file is looked at as it is, so its checksum is not what this is about.
+        (folder / "COMPLETE").unlink(missing_ok=True)
+        if is_imported:
+            seal(folder)
+        assert main(["generate", str(folder), "--prompt", "In the", "--max-new-tokens", "4"]) == 0
+        return capsys.readouterr()
+
+    expected = output()
+    assert "generation_config.json" not in expected.err
+    edit_json(file, **{key: FOREIGN_SETTINGS[key]})
+    out, error = output()
+    assert out == expected.out
+    assert (f"keys that are not used here are ignored: '{key}'" in error) == (key not in UNSAID)
 
 
 def test_an_export_of_ours_passes(tmp_path):
