@@ -6,6 +6,7 @@ import codecs
 import gzip
 import io
 import json
+import os
 import zlib
 from collections.abc import Iterator
 from functools import partial
@@ -50,21 +51,24 @@ def read_json_lines(path: Path, options: ReadOptions) -> Iterator[RecordBatch]:
 
 
 def _read_whole(path: Path, options: ReadOptions) -> Iterator[tuple[int, bytes]]:
+    # A mark and the last line end are no text, and other line ends become half as long.
+    longest = 2 * options.max_document + 8
     try:
         with path.open("rb") as stream:
-            raw = stream.read(options.max_record + 1)
+            raw = stream.read(longest + 1).removeprefix(codecs.BOM_UTF8)
+            size = os.fstat(stream.fileno()).st_size
     except OSError as error:
         raise _unreadable(path, error) from None
 
-    if len(raw) > options.max_record:
+    if len(raw) > longest - 3 or len(raw) - raw.count(b"\r\n") - 1 > options.max_document:
         raise too_long(
             where=str(path),
-            got=f"a document of {path.stat().st_size:,} bytes, since each .txt is one",
+            got=f"a document of {size:,} bytes, since each .txt is one",
             max_document=options.max_document,
             hint="cut it at its blank lines with --split-at blank-lines, or allow more with --max-document",
         )
 
-    yield 1, raw.removeprefix(codecs.BOM_UTF8)
+    yield 1, raw
 
 
 def _parse_whole(raw: bytes, text_key: str) -> list[str]:

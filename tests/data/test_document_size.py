@@ -54,6 +54,29 @@ def test_bytes_of_escaped_characters_count_once(tmp_path: Path) -> None:
     assert list(read(tmp_path / "a.jsonl", max_document=1000)) == [text]
 
 
+@pytest.mark.parametrize(
+    ("raw", "is_allowed"),
+    [
+        (b"\xef\xbb\xbf" + b"a" * 1000 + b"\r\n", True),
+        (b"\r\n" * 1001, True),
+        (b"\xef\xbb\xbf" + b"\r\n" * 1001, True),
+        (b"a" * 1002, False),
+        (b"a" * 1002 + b"\r\n", False),
+        (b"\r\n" * 1002 + b"a\r\n", False),
+        (b"a\n\n" * 5000, False),
+    ],
+)
+def test_a_long_txt_is_refused_as_one_that_could_be_cut(raw: bytes, is_allowed: bool, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(raw)
+    if is_allowed:
+        assert len(list(read_documents([str(tmp_path)], options=ReadOptions(max_document=1000)))) == (b"a" in raw)
+        return
+
+    with pytest.raises(UserError, match="--split-at blank-lines") as caught:
+        list(read_documents([str(tmp_path)], options=ReadOptions(max_document=1000)))
+    assert caught.value.problems[0].got == f"a document of {len(raw):,} bytes, since each .txt is one"
+
+
 def peak_of(path: Path, **options: object) -> tuple[int, UserError]:
     """Bytes that Python held at most while `path` was refused, and the error."""
     documents = read_documents([str(path)], options=ReadOptions(**options))
