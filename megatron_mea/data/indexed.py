@@ -16,6 +16,7 @@ import hashlib
 import mmap
 import os
 import resource
+import secrets
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -65,14 +66,15 @@ class IndexedWriter:
         self.documents, self.tokens, self._bin_digest = 0, 0, hashlib.sha256()
         _remove_leftovers(Path(prefix))
 
-        # A process id in the names keeps two commands on the same prefix from writing into one file.
+        # Two commands on the same prefix never write into one file. No process id: containers have the same ones.
+        number = secrets.randbelow(10**10)
         self._bin_path, self._idx_path, self._meta_path = (
-            Path(f"{self.prefix}.{kind}.tmp-{os.getpid()}") for kind in _FILE_KINDS
+            Path(f"{self.prefix}.{kind}.tmp-{number}") for kind in _FILE_KINDS
         )
         with self._disk_errors("bin"):
-            self._bin_stream: BinaryIO = self._bin_path.open("wb")
+            self._bin_stream: BinaryIO = self._bin_path.open("xb")
         with self._disk_errors("idx"):
-            self._idx_stream: BinaryIO = self._idx_path.open("w+b")
+            self._idx_stream: BinaryIO = self._idx_path.open("x+b")
 
         for stream in (self._bin_stream, self._idx_stream):
             try_lock(stream)

@@ -153,10 +153,11 @@ def find_prepared(prefix: str | Path, recipe: Recipe) -> DataMetadata | None:
     """
     files = {kind: Path(f"{prefix}.{kind}") for kind in KINDS}
     existing = [kind for kind in KINDS if files[kind].exists()]
+    # Without the two it may be somebody else's file, which would be replaced.
+    metadata = DataMetadata.read(prefix)
     if not existing:
         return None
 
-    metadata = DataMetadata.read(prefix)
     if metadata is not None and len(existing) < len(KINDS):
         # Its writer was killed while it exchanged the files.
         return None

@@ -111,6 +111,10 @@ def prepare(
                 where="--input", got=f"{', '.join(sources)}: no text", expected="at least one document with text"
             )
 
+        # Another process may have been faster.
+        if not force and (found := find_prepared(prefix, recipe)) is not None:
+            return Prepared(documents=found.documents, tokens=found.tokens, is_new=False)
+
         documents, tokens = writer.commit(recipe)
 
     _warn_of_tiny_documents(documents, tokens)

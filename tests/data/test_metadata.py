@@ -154,6 +154,46 @@ def test_one_file_alone_is_somebody_elses(desk) -> None:
     assert (desk / "out/x.bin").read_bytes() == b"a model"
 
 
+def test_a_file_of_somebody_else_with_the_name_of_the_metadata_stays(desk, capsys) -> None:
+    (desk / "out").mkdir()
+    (desk / "out/x.meta.json").write_text('{"mine": 1}')
+    assert call() == 2
+    assert "--force" in capsys.readouterr().err
+    assert [path.name for path in (desk / "out").iterdir()] == ["x.meta.json"]
+    assert call("--force") == 0
+
+
+@pytest.mark.parametrize("options", [[], ["--force"]])
+@pytest.mark.parametrize("source", ["a.jsonl", "b.jsonl"])
+def test_a_faster_process_is_seen_at_the_end(source, options, desk, capsys, monkeypatch) -> None:
+    """Its data is left where it is the same, and replaced with --force alone where it is not."""
+    open_encoder = prepare_module._open_encoder
+
+    def be_overtaken(*arguments: object, **keywords: object) -> object:
+        monkeypatch.setattr(prepare_module, "_open_encoder", open_encoder)
+        assert call(source=source) == 0
+        capsys.readouterr()
+        return open_encoder(*arguments, **keywords)
+
+    monkeypatch.setattr(prepare_module, "_open_encoder", be_overtaken)
+    expected = "wrote" if options else "left" if source == "a.jsonl" else ""
+    assert call(*options) == (0 if expected else 2)
+    assert capsys.readouterr().out.partition(" ")[0] == expected
+    assert DataMetadata.read("out/x").documents == (4 if expected else 1)
+    assert sorted(path.name for path in (desk / "out").iterdir()) == ["x.bin", "x.idx", "x.meta.json"]
+
+
+def test_processes_of_the_same_id_write_into_files_of_their_own(tmp_path: Path, monkeypatch) -> None:
+    """As in two containers on one file system."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    with IndexedWriter(tmp_path / "x", np.dtype("u2")) as first, IndexedWriter(tmp_path / "x", np.dtype("u2")) as last:
+        for writer, token in ((first, 1), (last, 2)):
+            writer.add(np.full(3, token), np.asarray([3]))
+        for writer, token in ((first, 1), (last, 2)):
+            writer.commit()
+            assert IndexedReader(tmp_path / "x").tokens[:].tolist() == [token] * 3
+
+
 KILLED = """if True:
     import os, sys
     from pathlib import Path
