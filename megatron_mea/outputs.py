@@ -177,6 +177,11 @@ def remove_leftovers(path: Path) -> None:
                 shutil.rmtree(scratch, ignore_errors=True)
 
 
+def remove_leftovers_of_files(folder: Path) -> None:
+    """Removes the scratch folders of files in `folder` that no process has locked."""
+    remove_leftovers(folder / _FILES)
+
+
 def _short_name(path: Path) -> str:
     return os.fsdecode(os.fsencode(path.name)[:_MAX_NAME])
 

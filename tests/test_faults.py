@@ -80,9 +80,9 @@ def test_prepare(exists, root, tiny, text, check):
     arguments = ("prepare", "--tokenizer", str(tiny.tokenizer), "--workers", "1", "--input")
     if exists:
         Command(arguments=(*arguments, str(tiny.root / "validation.jsonl"), "--out", "x"))()
-        assert set(read_tree(root)) == {"x.bin", "x.idx"}
+        assert set(read_tree(root)) == {"x.bin", "x.idx", "x.meta.json"}
 
-    check(*arguments, str(text), "--out", "x" if exists else "made/new/x")
+    check(*arguments, str(text), "--out", *(("x", "--force") if exists else ("made/new/x",)))
 
 
 def test_export(checkpoint, check, no_parity):

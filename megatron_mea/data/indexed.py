@@ -28,7 +28,7 @@ from megatron_mea.data.index_entries import SAMPLE_ENTRIES, IndexEntries, spread
 from megatron_mea.data.metadata import DataMetadata, Recipe, package_versions
 from megatron_mea.data.token_file import TokenFile
 from megatron_mea.errors import RunError, UserError
-from megatron_mea.outputs import flush, restored_on_failure, try_lock
+from megatron_mea.outputs import flush, remove_leftovers_of_files, restored_on_failure, try_lock
 
 MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -64,7 +64,7 @@ class IndexedWriter:
     def __init__(self, prefix: str | Path, dtype: np.dtype) -> None:
         self.prefix, self.dtype = str(prefix), np.dtype(dtype)
         self.documents, self.tokens, self._bin_digest = 0, 0, hashlib.sha256()
-        _remove_leftovers(Path(prefix))
+        remove_leftovers(Path(prefix))
 
         # Two commands on the same prefix never write into one file. No process id: containers have the same ones.
         number = secrets.randbelow(10**10)
@@ -213,8 +213,9 @@ class IndexedWriter:
         self._remove_temporary_files()
 
 
-def _remove_leftovers(prefix: Path) -> None:
+def remove_leftovers(prefix: Path) -> None:
     """Removes the temporary files of dead writers: those that no process has locked."""
+    remove_leftovers_of_files(prefix.parent)
     for kind in _FILE_KINDS:
         for path in prefix.parent.glob(f"{glob.escape(prefix.name)}.{kind}.tmp-*"):
             with contextlib.suppress(OSError), path.open("r+b") as stream:

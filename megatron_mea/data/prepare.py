@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from megatron_mea.data.begin_token import tokens_around
-from megatron_mea.data.indexed import IndexedWriter, token_dtype
+from megatron_mea.data.indexed import IndexedWriter, remove_leftovers, token_dtype
 from megatron_mea.data.metadata import Recipe, find_prepared
 from megatron_mea.data.sources import check_sources, record_batches
 from megatron_mea.data.text_encoder import TextEncoder
@@ -84,6 +84,8 @@ def prepare(
     decisive |= {"max_broken": max_broken, "bos": bos}
     recipe = Recipe.read(sources=sources, tokenizer_folder=tokenizer_folder, options=decisive)
     if not force and (found := find_prepared(prefix, recipe)) is not None:
+        # Its writer may have been killed when all was done but that.
+        remove_leftovers(Path(prefix))
         return Prepared(documents=found.documents, tokens=found.tokens, is_new=False)
 
     encoder = _open_encoder(tokenizer_folder, bos=bos)
