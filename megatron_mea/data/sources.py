@@ -82,6 +82,12 @@ def check_sources(sources: Sequence[str]) -> None:
     """
     lines = []
     for source in sources:
+        # A variable of a script that is not set: it would name the current folder.
+        if not source:
+            raise UserError(
+                where="--input", got="an empty name", expected=f"a {_FILE_KINDS} file, a folder, or a hub name"
+            )
+
         path = Path(source)
         if path.is_dir():
             if not _is_datasets_folder(path):
