@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 SPECIAL_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+_VOCABULARY_PATTERNS = ("*.model", "*.spm", "*vocab*.json", "tokenizer.*.json", "bpe.codes")
+"""Names of vocabularies of less usual classes, such as `spm.model`."""
 _TOKENIZER_FILES = (
     *_VOCABULARY_FILES,
     "tokenizer_config.json",
@@ -152,7 +154,9 @@ def _check_ids(folder: Path, where: str) -> None:
 def tokenizer_fingerprint(folder: str | Path) -> str:
     """SHA-256 over the files of a tokenizer that decide on its ids."""
     digest = hashlib.sha256()
-    for name in _TOKENIZER_FILES:
+    # Without the library, which knows the names of each class, and takes seconds to import.
+    others = {path.name for pattern in _VOCABULARY_PATTERNS for path in Path(folder).glob(pattern)}
+    for name in (*_TOKENIZER_FILES, *sorted(others - {*_TOKENIZER_FILES})):
         path = Path(folder, name)
         if path.is_file() and name != "chat_template.jinja":
             with path.open("rb") as stream:

@@ -14,6 +14,7 @@ from megatron_mea.data.tokenizer import (
     copy_tokenizer,
     limit_length,
     load_tokenizer,
+    tokenizer_fingerprint,
     update_tokenizer_config,
 )
 from megatron_mea.errors import UserError
@@ -92,3 +93,14 @@ def test_a_longest_text_that_is_no_number_is_refused(tiny: Tiny, tmp_path: Path)
     update_tokenizer_config(tmp_path, model_max_length="x")
     with pytest.raises(UserError, match="model_max_length = 'x' is no number"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "spm.model", "source.spm", "tokenizer.4.0.0.json"])
+def test_a_change_of_any_vocabulary_is_another_tokenizer(name: str, tmp_path: Path) -> None:
+    fingerprints = []
+    for contents in (None, "a", "b"):
+        if contents:
+            (tmp_path / name).write_text(contents)
+        (tmp_path / "README.md").write_text(str(contents))
+        fingerprints.append(tokenizer_fingerprint(tmp_path))
+    assert len({*fingerprints}) == 3
