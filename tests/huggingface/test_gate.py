@@ -346,7 +346,7 @@ FOREIGN_SETTINGS = {
 
 
 @pytest.mark.parametrize("key", FOREIGN_SETTINGS)
-@pytest.mark.parametrize("is_imported", [False, True])
+@pytest.mark.parametrize("is_imported", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_generation_settings_that_are_not_used_are_left_out(key, is_imported, folder, capsys):
     """They need code of the hub, another library or a tokenizer, or end the generation by an exception."""
     file = folder / "generation_config.json"
