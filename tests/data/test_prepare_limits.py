@@ -54,7 +54,7 @@ def test_options_of_the_command(
 
     for verb in (encode, ["tokenizer", "--vocab-size", "290"]):
         assert main([*verb, "--input", "book.txt", "--out", "x", "--max-document", "5000"]) == 2
-        assert "a document of 5,599 bytes" in capsys.readouterr().err
+        assert "a document of 5,600 bytes" in capsys.readouterr().err
         for wrong in ("0", "1073741825"):
             assert main([*verb, "--input", "book.txt", "--out", "x", "--max-document", wrong]) == 2
             assert "--max-document" in capsys.readouterr().err
