@@ -215,8 +215,14 @@ def quarantine(folder: Path, reason: Literal["damaged", "later"]) -> Path:
         number += 1
         target = folder.with_name(f"{reason}-{folder.name}-{number}")
 
-    # Copies where it cannot be renamed: in a lower layer of an overlay.
-    shutil.move(folder, target)
+    try:
+        folder.rename(target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        # It lies in a lower layer of an overlay, where it can be copied.
+        shutil.move(folder, target)
+
     return target
 
 

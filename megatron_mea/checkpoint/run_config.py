@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,9 @@ def _check_own_folder(path: Path, run: Any) -> None:
     here = path.resolve().parent
     # `submit` keeps one in slurm/.
     for folder in (here, *([here.parent] if here.name == "slurm" else [])):
-        if complete_checkpoints(folder) and Path(run["dir"]).resolve() != folder:
+        # Containers may mount one folder under two names.
+        is_same = os.path.isdir(run["dir"]) and os.path.samefile(run["dir"], folder)
+        if complete_checkpoints(folder) and not is_same:
             raise UserError(
                 where="run.dir",
                 got=f"{run['dir']}, in the {path.name} of the run folder {folder}",

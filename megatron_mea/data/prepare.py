@@ -30,7 +30,7 @@ from megatron_mea.data.text_records import (
     RecordBatch,
 )
 from megatron_mea.data.tokenizer import check_tokenizer_folder, load_tokenizer, num_rows
-from megatron_mea.errors import Problem, RunError, UserError
+from megatron_mea.errors import Problem, RunError, UserError, shorten
 from megatron_mea.outputs import reserve_output
 from megatron_mea.printing import note
 from megatron_mea.progress import progress_bar
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 _TINY_DOCUMENT = 16
 """Tokens of an average document below which `prepare` warns."""
 
+_MAX_PREFIX_BYTES = 200
+"""A file system takes names of 255, and those of files that are being written are longer than PREFIX.meta.json."""
 _DEAD_WORKER_SECONDS = 2.0
 """After so long without a result `prepare` looks whether a worker has died; the pool itself mostly sees it at once."""
 
@@ -73,8 +75,10 @@ def prepare(
             document is too long, or too many lines are broken.
         RunError: a worker died, a dataset broke off, or the disk is full.
     """
-    if os.path.basename(prefix) in ("", ".", ".."):
-        raise UserError(where="--out", got=repr(str(prefix)), expected="PREFIX, a name that .bin and .idx are added to")
+    name = os.path.basename(prefix)
+    if name in ("", ".", "..") or len(os.fsencode(name)) > _MAX_PREFIX_BYTES:
+        expected = f"PREFIX, a name of {_MAX_PREFIX_BYTES} bytes at most that .bin and .idx are added to"
+        raise UserError(where="--out", got=shorten(str(prefix)), expected=expected)
 
     check_sources(sources)
     check_tokenizer_folder(tokenizer_folder, "--tokenizer")

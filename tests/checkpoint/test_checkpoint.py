@@ -159,6 +159,19 @@ def test_commands_but_train_need_no_deepspeed(trained, tmp_path):
     assert result.returncode == 0, result.stderr
 
 
+def test_a_checkpoint_that_may_not_be_renamed_is_not_copied(tmp_path, monkeypatch):
+    """For want of permission, say: it may have terabytes."""
+    checkpoint = make_checkpoint(tmp_path, 1)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(PermissionError):
+        folder.quarantine(checkpoint, "damaged")
+    assert [path.name for path in checkpoint.parent.iterdir()] == [checkpoint.name]
+
+
 @pytest.mark.parametrize("is_interrupted", [False, True])
 def test_checkpoints_of_an_overlay_cannot_be_renamed(is_interrupted, tmp_path, monkeypatch):
     """Those of its lower layer, an image's: they are copied, or removed in their place, COMPLETE first."""

@@ -250,6 +250,7 @@ COMMANDS = [  # command, where, got, expected, hint; tiny.yaml is a file, `token
     (f"{PREPARE} train.jsonl --out new/", "--out", "'new/'", "PREFIX, a name..."),
     (f"{PREPARE} train.jsonl --out new/..", "--out", "'new/..'", "PREFIX, a name..."),
     (f"{PREPARE} train.jsonl --out .", "--out", "'.'", "PREFIX, a name..."),
+    (f"{PREPARE} train.jsonl --out {'x' * 201}", "--out", "...", "PREFIX, a name of 200 bytes at most..."),
     (f"{PREPARE} no.jsonl --input train.jsonl", "no.jsonl", "no such file or folder", "..."),
     (f"{TOKENIZER} no.jsonl --input train.jsonl", "no.jsonl", "no such file or folder", "..."),
     (f"{TOKENIZER} no.txt", "no.txt", "no such file or folder", f"a {KINDS} file, a folder, or a hub name"),

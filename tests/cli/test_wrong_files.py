@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -216,6 +217,21 @@ def test_fewer_steps_than_a_run_has_done(run_folder, run_refused):
         (run_folder / "FINISHED").write_text('{"step": 2}\n')
 
     assert main(["train", "tiny.yaml", "training.steps=2"]) == 0
+
+
+@pytest.mark.slow
+def test_a_run_under_a_second_name_of_its_folder(run_folder, workdir):
+    """Containers mount one folder under two names."""
+    shutil.copy("tiny.yaml", run_folder / "config.yaml")
+    (workdir / "other").mkdir()
+    if subprocess.run(["mount", "--bind", "run", "other"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("needs root, and to mount")
+
+    try:
+        with pytest.raises(TrainingStarted):
+            main(["train", "other/config.yaml", "training.steps=4"])
+    finally:
+        subprocess.run(["umount", "other"], check=True)
 
 
 @pytest.mark.slow
