@@ -109,7 +109,7 @@ def test_a_corpus_is_the_old_one_or_the_new_one_or_refused(crash, tiny, tmp_path
     Command(arguments=(*arguments, str(tmp_path / "old.jsonl")))()
     old = read_tree(Path())
 
-    states = crash(*arguments, str(tmp_path / "new.jsonl"))
+    states = crash(*arguments, str(tmp_path / "new.jsonl"), "--force")
     new, refused = read_tree(Path()), 0
     for number, tree in enumerate(states):
         if tree not in (old, new):

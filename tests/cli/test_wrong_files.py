@@ -112,7 +112,7 @@ SOURCES = [  # name, contents, place in it, got, expected
     ("a.jsonl.gz", GOOD, "", "not readable: Not a gzipped file...", "a readable, whole file"),
     ("a.jsonl.gz", b"", "", "not readable: 0 bytes: a truncated archive", "a readable, whole file"),
     ("a.JSONL.ZST", b"", "", "not readable: 0 bytes: a truncated archive", "a readable, whole file"),
-    ("a.jsonl.zst", GOOD, "", "not readable: ZSTD decompress failed...", "a readable, whole file"),
+    ("a.jsonl.zst", GOOD, "", "not readable: ...ecompress...", "a readable, whole file"),
     ("a.parquet", b"PAR1 and no more", "", "not readable as parquet: Parquet magic bytes...", "a parquet file"),
     ("a.parquet", parquet(body=["a"]), "", "the columns body", "a column 'text'"),
     ("a.parquet", parquet(text=["a", None]), ", row 1", "NoneType", "text in the field 'text'"),

@@ -15,7 +15,7 @@ import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.tokenizers import ENCODED_WHOLE, LINES, SPLIT_SAFELY
+from support.tokenizer_kinds import ENCODED_WHOLE, LINES, SPLIT_SAFELY
 
 from megatron_mea.data.text_encoder import PART_CHARACTERS, TextEncoder
 from megatron_mea.data.tokenizer import train_tokenizer

@@ -10,7 +10,7 @@ from support.runs import ROOT
 from support.source_models import save_source_model
 
 sys.path.insert(0, str(ROOT / "tools/bench"))
-import compression as compression_bench
+import compress as compress_bench
 import decode
 
 pytestmark = pytest.mark.slow
@@ -28,11 +28,11 @@ def test_decode(options, tmp_path, monkeypatch, capsys):
     assert tables == set(decode.PARTS)
 
 
-def test_compression(tiny, tmp_path, monkeypatch):
+def test_compress(tiny, tmp_path, monkeypatch):
     model = save_source_model(kind="mea_no_norm", folder=tmp_path / "model", tokenizer=tiny.tokenizer)
     out = tmp_path / "rows.json"
     options = ["--calibration", str(tiny.train), "--validation", str(tiny.validation), "--tokens", "256"]
-    monkeypatch.setattr(sys, "argv", ["compression.py", str(model), "--out", str(out), *options, "--ratios", "0.5"])
-    compression_bench.main()
+    monkeypatch.setattr(sys, "argv", ["compress.py", str(model), "--out", str(out), *options, "--ratios", "0.5"])
+    compress_bench.main()
     rows = json.loads(out.read_text())
     assert rows["50% outputs, auto | loss"]["value"] > 0

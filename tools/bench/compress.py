@@ -1,6 +1,6 @@
 """Compares ways of compressing a pretrained model by its cross-entropy at equal cache:
 
-    python tools/bench/compression.py MODEL --out FILE.json --calibration PREFIX --validation PREFIX [--tokens N]
+    python tools/bench/compress.py MODEL --out FILE.json --calibration PREFIX --validation PREFIX [--tokens N]
 
 MODEL is what `compress` takes. Rows are written to FILE.json as they come; the same command resumes where it stopped.
 docs/compression.md has results. At the end a table of the losses is printed.
