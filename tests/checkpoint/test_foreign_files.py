@@ -7,14 +7,13 @@ import json
 import os
 import shutil
 import socket
-import tracemalloc
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
-from support.foreign import edited_json
+from support.foreign import edited_json, examples
+from support.limits import traced_memory_below, within_limits
 from support.old_runs import unpack
 
 from megatron_mea.checkpoint.folder import (
@@ -41,26 +40,15 @@ HOLDER = {
 }
 
 
-@contextlib.contextmanager
-def little_memory(limit: int = 50_000_000) -> Iterator[None]:
-    tracemalloc.start()
-    try:
-        yield
-    finally:
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-    assert peak < limit
-
-
 @given(raw=edited_json(HOLDER) | st.binary(max_size=99))
 @example(raw=b'{"token": "' + b"x" * (1 << 20) + b'"}')
 @example(raw=json.dumps(HOLDER | {"pid": -1}).encode())
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_whatever_a_lease_holds(tmp_path_factory, raw: bytes) -> None:
     """It names a holder, in one printable line, or nobody."""
     folder = tmp_path_factory.getbasetemp()
     (folder / LEASE).write_bytes(raw)
-    with little_memory():
+    with within_limits(), traced_memory_below(50_000_000):
         lease = Lease(folder)
         for holder in (lease_holder(folder), lease.new_holder(), lease.take()):
             assert len(holder or "") < 1000
@@ -91,7 +79,7 @@ def original(checkpoint) -> dict[str, bytes]:
 
 
 @given(data=st.data())
-@settings(max_examples=100, deadline=None)
+@examples(100)
 def test_whatever_meta_json_holds(run_folder, checkpoint, original, data) -> None:
     """With the right checksum, so that it is read."""
     (checkpoint / META).write_bytes(data.draw(edited_json(json.loads(original[META]))))
@@ -99,7 +87,7 @@ def test_whatever_meta_json_holds(run_folder, checkpoint, original, data) -> Non
     checksums = complete["sha256"] | {META: sha256(checkpoint / META)}
     (checkpoint / COMPLETE).write_text(json.dumps(complete | {"sha256": checksums}))
 
-    with contextlib.chdir(run_folder), little_memory(), contextlib.suppress(UserError):
+    with contextlib.chdir(run_folder), within_limits(), traced_memory_below(50_000_000), contextlib.suppress(UserError):
         assert intact_checkpoints("run"), "it is what was sealed"
         metadata = CheckpointMetadata.read(checkpoint)
         assert metadata.step >= 0
@@ -109,11 +97,11 @@ def test_whatever_meta_json_holds(run_folder, checkpoint, original, data) -> Non
 
 
 @given(data=st.data())
-@settings(max_examples=100, deadline=None)
+@examples(100)
 def test_whatever_complete_holds(checkpoint, original, data) -> None:
     (checkpoint / META).write_bytes(original[META])
     (checkpoint / COMPLETE).write_bytes(data.draw(edited_json(json.loads(original[COMPLETE]))))
-    with little_memory(), contextlib.suppress(UserError):
+    with within_limits(), traced_memory_below(50_000_000), contextlib.suppress(UserError):
         problem = find_corruption(checkpoint)
         assert problem is None or problem.isprintable()
 

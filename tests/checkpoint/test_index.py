@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.foreign import examples
 from support.old_runs import unpack
 
 from megatron_mea.checkpoint.folder import COMPLETE, INDEX, find_corruption, sha256
@@ -144,7 +145,7 @@ def test_places_that_hold_no_tensor(offset, checkpoint):
         read_tensors(checkpoint, weight_shapes(checkpoint))
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(position=st.floats(0, 1), byte=st.integers(0, 255), length=st.integers(0, 9))
 def test_any_index_is_one_or_is_refused(position, byte, length, checkpoint_source):
     """Bytes overwritten, inserted or cut off."""

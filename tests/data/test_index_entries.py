@@ -5,15 +5,16 @@ from __future__ import annotations
 import re
 import struct
 import tempfile
-import tracemalloc
 from pathlib import Path
 from random import Random
 
 import numpy as np
 import pytest
-from hypothesis import event, given, settings
+from hypothesis import event, given
 from hypothesis import strategies as st
+from support.foreign import examples
 from support.indexed_by_hand import write_by_hand
+from support.limits import traced_memory_below, within_limits
 
 from megatron_mea.data import index_entries
 from megatron_mea.data.corpora import read_window
@@ -67,19 +68,15 @@ def write_corpus(folder: str | Path, *, seed: int, documents: int, single: bool)
 
 def document_starts(prefix: Path, start: int, stop: int) -> list[int] | None:
     """What our reader gives, within some megabytes; None where it refuses one of the two files."""
-    tracemalloc.start()
-    try:
-        return IndexedReader(prefix).index.document_starts(start, stop).tolist()
-    except UserError as error:
-        return None if error.problems[0].where in (f"{prefix}.idx", f"{prefix}.bin") else []
-    finally:
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert peak < 5_000_000
+    with within_limits(), traced_memory_below(5_000_000):
+        try:
+            return IndexedReader(prefix).index.document_starts(start, stop).tolist()
+        except UserError as error:
+            return None if error.problems[0].where in (f"{prefix}.idx", f"{prefix}.bin") else []
 
 
 @given(st.integers(0, 1 << 20), st.integers(0, 30), st.booleans(), st.data())
-@settings(max_examples=300, deadline=None)
+@examples(300)
 def test_any_bytes_of_an_index_give_the_right_values_or_a_message(seed, documents, single, data) -> None:
     """Of a small index all is read when it is opened."""
     with tempfile.TemporaryDirectory() as folder:
@@ -108,7 +105,7 @@ ENTRIES = st.one_of(st.integers(-3, 800), st.integers(-(1 << 63), (1 << 63) - 1)
 
 
 @given(st.integers(0, 1 << 20), st.booleans(), st.data())
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_a_damaged_entry_never_moves_a_document(seed, single, data) -> None:
     """An index of which a sample is read when it is opened: an entry, or some in a row, have other values."""
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
@@ -207,8 +204,5 @@ def test_absurd_counts_take_no_memory(counts, tmp_path) -> None:
         stream.seek(18)
         stream.write(struct.pack("<QQ", *counts))
 
-    tracemalloc.start()
-    with pytest.raises(UserError, match="that its header announces"):
+    with traced_memory_below(1_000_000), pytest.raises(UserError, match="that its header announces"):
         IndexedReader(tmp_path / "corpus")
-    assert tracemalloc.get_traced_memory()[1] < 1_000_000
-    tracemalloc.stop()

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.foreign import VALUES, examples
 
 from megatron_mea.cli import main
 from megatron_mea.data import indexed
@@ -254,15 +255,8 @@ def test_a_recipe_knows_files_folders_and_names(desk) -> None:
     assert recipe("hub/name").differences(recipe("hub/other")) != []
 
 
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=6,
-)
-
-
 @given(st.data())
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_whatever_the_metadata_holds_it_is_read_or_refused(tmp_path_factory, data) -> None:
     prefix = tmp_path_factory.getbasetemp() / "any"
     metadata = DataMetadata(

@@ -6,16 +6,15 @@ import contextlib
 import json
 import math
 import os
-import tracemalloc
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.curves import noisy_loss, write_run
-from support.foreign import DEEP, VALUES
+from support.foreign import DEEP, VALUES, examples
+from support.limits import traced_memory_below, within_limits
 
 from megatron_mea.cli import main
 from megatron_mea.errors import UserError
@@ -26,17 +25,6 @@ from megatron_mea.inputs import MAX_LINE_BYTES
 from megatron_mea.training.metrics import _truncate_rows
 
 ROW = {"step": 3, "tokens": 6144, "loss": 2.5, "grad_norm": 1.0, "validation_loss": 2.75}
-
-
-@contextlib.contextmanager
-def little_memory(limit: int) -> Iterator[None]:
-    tracemalloc.start()
-    try:
-        yield
-    finally:
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-    assert peak < limit
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +50,11 @@ LINES = st.lists(
 
 
 @given(lines=LINES)
-@settings(max_examples=150, deadline=None)
+@examples(150)
 def test_whatever_the_metrics_hold(run, lines) -> None:
     metrics = run / "metrics.jsonl"
     metrics.write_bytes(b"".join(lines))
-    with little_memory(20_000_000), contextlib.suppress(UserError):
+    with within_limits(), traced_memory_below(20_000_000), contextlib.suppress(UserError):
         record = read_run(run)
         assert len(record.steps) == len(record.tokens) == len(record.loss) == len(record.grad_norm)
         assert np.isfinite([*record.steps, *record.tokens, *record.validation[:, 0]]).all()
@@ -75,7 +63,7 @@ def test_whatever_the_metrics_hold(run, lines) -> None:
 
 
 @given(lines=LINES, last=st.integers(-1, 5))
-@settings(max_examples=100, deadline=None)
+@examples(100)
 def test_a_resumed_run_keeps_the_rows_before_it_byte_for_byte(tmp_path_factory, lines, last) -> None:
     path = tmp_path_factory.getbasetemp() / "metrics.jsonl"
     path.write_bytes(b"".join(lines))
@@ -88,7 +76,7 @@ def test_a_resumed_run_keeps_the_rows_before_it_byte_for_byte(tmp_path_factory, 
 
     complete = [raw + b"\n" for raw in path.read_bytes().split(b"\n")[:-1]]
     expected = b"".join(raw for raw in complete if is_row(raw))
-    with little_memory(20_000_000):
+    with within_limits(), traced_memory_below(20_000_000):
         _truncate_rows(path, last)
     assert path.read_bytes() == expected
 
@@ -113,13 +101,13 @@ def test_a_line_of_a_hundred_megabytes(run, tmp_path) -> None:
     metrics = run / "metrics.jsonl"
     metrics.write_bytes(line())
     os.truncate(metrics, 100 << 20)
-    with little_memory(6 * MAX_LINE_BYTES):
+    with traced_memory_below(6 * MAX_LINE_BYTES):
         assert read_run(run).loss.tolist() == [2.5]
         assert _SweepRun.result(type("Run", (), {"dir": run})()) == "ended"
 
     with metrics.open("ab") as stream:
         stream.write(b"\n" + line(step=4))
-    with little_memory(6 * MAX_LINE_BYTES):
+    with traced_memory_below(6 * MAX_LINE_BYTES):
         with pytest.raises(UserError, match=r"metrics\.jsonl:2\n.*no row of metrics"):
             read_run(run)
         assert _SweepRun.result(type("Run", (), {"dir": run})()) == "at step 4, loss 2.5000, validation loss 2.7500"
@@ -136,7 +124,7 @@ def test_a_last_row_that_is_none(raw, tmp_path) -> None:
 
 
 @given(count=st.integers(0, 200), block=st.sampled_from([2, 4]), seed=st.integers(0, 99))
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_neighbours_of_a_long_run_are_averaged(run, count, block, seed) -> None:
     """Against means of the same rows all at once."""
     random = np.random.default_rng(seed)
@@ -169,7 +157,7 @@ def test_memory_does_not_grow_with_the_rows(monkeypatch) -> None:
     monkeypatch.setattr(runs, "MAX_ROWS", 512)
     monkeypatch.setattr(runs, "_BLOCK", 8)
     rows = runs._AveragedRows(("step", "tokens"), "loss")
-    with little_memory(200_000):
+    with traced_memory_below(200_000):
         for step in range(100_000):
             rows.add(step, 10 * step, 1.0)
         assert rows.values()[-1].tolist() == [99_999, 999_990, 1.0]
@@ -187,7 +175,7 @@ def test_averages_are_said(tmp_path, monkeypatch) -> None:
 
 
 @given(seed=st.integers(0, 999), rows=st.integers(0, 300), chunk=st.sampled_from([7, 64, 4096]))
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_spikes_are_those_of_the_rule_row_by_row(seed, rows, chunk) -> None:
     random = np.random.default_rng(seed)
     loss = noisy_loss(seed, rows=rows)[1] + 4 * (random.random(rows) < 0.05)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from hypothesis import settings
 from hypothesis import strategies as st
 
 NUMBERS = st.integers() | st.floats() | st.sampled_from([1 << 31, 1 << 63, 10**400, -(10**400)])
@@ -15,6 +16,11 @@ VALUES = st.recursive(
 )
 """Any value of JSON, with numbers that no computer has and text that is no Unicode."""
 DEEP = b"[" * 100_000
+
+
+def examples(count: int) -> settings:
+    """Settings of a test with so many examples, or with those of the profile where these are more (`--full`)."""
+    return settings(max_examples=max(count, settings.default.max_examples), deadline=None)
 
 
 @st.composite

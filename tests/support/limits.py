@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -30,3 +31,16 @@ def within_limits(seconds: float = 1.0) -> Iterator[None]:
 
     taken = time.thread_time() - begin
     assert taken < seconds, f"{taken:.2f} s"
+
+
+@contextmanager
+def traced_memory_below(limit: int) -> Iterator[None]:
+    """Runs a block, and fails where Python's allocations in it exceed `limit` bytes at any time."""
+    tracemalloc.start()
+    try:
+        yield
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+
+    assert peak < limit, f"{peak:,} bytes"
