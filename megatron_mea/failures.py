@@ -26,7 +26,9 @@ A failure of one rank alone must still be printed; on a busy machine ranks start
 _DISTRIBUTED_ERRORS = {"DistBackendError", "DistNetworkError", "DistStoreError"}
 _GPU_ERROR = "AcceleratorError"
 _USER_ERRORS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR)
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_MACHINE_ERRORS = (errno.EIO, errno.ESTALE)
+"""A disk or the network to it fails, which another node may not see."""
 _MIN_OPEN_FILES = 256
 _OPEN_FILES = 65_536
 _GLOO_ERROR = re.compile(r"gloo/|Connection (closed|reset) by peer|Timed out waiting \d+ms for (send|recv)")
@@ -120,6 +122,8 @@ def _explain(error: Exception) -> Exception:
             return UserError(where=name, got=error.strerror, expected="a path that can be used here")
         if error.errno in _DISK_ERRORS:
             return RunError(f"{name}: {error.strerror}")
+        if error.errno in _MACHINE_ERRORS:
+            return MachineError(f"{name}: {error.strerror}")
 
     return error
 

@@ -79,7 +79,6 @@ def test_an_expected_end_is_one_message(error, status, writes_file, failure_file
         (OSError(errno.EMFILE, "Too many open files", "weights"), 2, "ulimit -n 65536"),
         (RuntimeError("Unable to open weights: Too many open files (os error 24)"), 2, "ulimit -n 65536"),
         (OSError(errno.ENOSPC, "No space left on device", "weights"), 1, "'weights': No space left on device"),
-        (OSError(errno.EIO, "Input/output error", b"weights"), 1, "'weights': Input/output error"),
         (MemoryError("Unable to allocate 9 TiB"), 1, "Unable to allocate 9 TiB"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
@@ -88,6 +87,13 @@ def test_what_the_system_refuses_is_one_message(error, status, expected, failure
     assert failures.exit_status(failing(error)) == status
     assert expected in capsys.readouterr().err
     assert failure_file.read_text().startswith(f"{status}\n")
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_disk_that_fails_leaves_it_to_another_node(number, failure_file, capsys):
+    assert failures.exit_status(failing(OSError(number, os.strerror(number), b"weights"))) == 1
+    assert f"'weights': {os.strerror(number)}" in capsys.readouterr().err
+    assert not failure_file.exists()
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "d/" * 3000 + "x"], ids=["name", "path"])
