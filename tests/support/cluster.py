@@ -229,13 +229,13 @@ class Cluster:
     def close(self) -> None:
         """Cancels every job, gives the tasks five seconds to end, and stops every process of the cluster."""
         try:
-            if "slurmctld" in self._daemons:
-                self._cancel()
-                self._wait_until(
-                    condition=lambda: not self.run("squeue", "-h").stdout, message="jobs are left", timeout=5
-                )
-        except (ClusterError, AssertionError, subprocess.TimeoutExpired):
-            pass  # They end with their nodes.
+            # What is left ends with its node.
+            with contextlib.suppress(ClusterError, AssertionError, subprocess.TimeoutExpired):
+                if "slurmctld" in self._daemons:
+                    self._cancel()
+                    self._wait_until(
+                        condition=lambda: not self.run("squeue", "-h").stdout, message="jobs are left", timeout=5
+                    )
         finally:
             for name in reversed(list(self._daemons)):
                 self._stop(name)
