@@ -21,4 +21,4 @@ if __name__ == "__main__":
     prefixes = sys.argv[1:]
     if len(prefixes) != 2:
         sys.exit(__doc__)
-    print(f"unigram model:  {unigram_loss(*(IndexedReader(prefix).tokens for prefix in prefixes)):.4f}")
+    print(f"unigram model:  {unigram_loss(*(IndexedReader(prefix).tokens[:] for prefix in prefixes)):.4f}")
