@@ -17,9 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from megatron_mea.errors import RunError
+from megatron_mea.run_folder import RunFolder
 
-CONSOLE_LOG = "console.log"
-"""File of a run folder that takes over from a console that cannot be written."""
 READER_GONE = 128 + signal.SIGPIPE
 """Exit status where the reader of standard output has closed its pipe: what a shell reports of a program that SIGPIPE
 ends."""
@@ -74,7 +73,7 @@ class _StandardStream(io.FileIO):
             if self.run_dir is not None:
                 # The log's own disk may be full: then this line is lost, and the next one may not be.
                 with suppress(OSError):
-                    self._move_to_log(self.run_dir / CONSOLE_LOG, error)
+                    self._move_to_log(RunFolder(self.run_dir).console_log, error)
                     return self._write(data)
             elif self._ends_command:
                 # Python writes once more when it ends.

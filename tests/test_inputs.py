@@ -8,7 +8,7 @@ import pytest
 
 from megatron_mea.errors import shorten
 from megatron_mea.inputs import read_json_object
-from megatron_mea.training.startup import read_finished_step
+from megatron_mea.run_folder import RunFolder
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_what_is_no_file(tmp_path):
 @pytest.mark.parametrize("step", ["1e400", '"x"', "null", "[1]"])
 def test_a_finished_step_that_is_none(step, tmp_path):
     (tmp_path / "FINISHED").write_text(f'{{"step": {step}}}')
-    assert read_finished_step(tmp_path) is None
+    assert RunFolder(tmp_path).finished_step() is None
 
 
 def test_long_values_are_shortened():

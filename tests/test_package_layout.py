@@ -1,8 +1,12 @@
-"""The packages' order: each imports from those below it, lazy imports included; `exported/` imports nothing of ours."""
+"""The packages' order: each imports from those below it, lazy imports included; `exported/` imports nothing of ours.
+
+And the names that one module alone writes down: the files of a run.
+"""
 
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,12 +14,15 @@ from pathlib import Path
 import pytest
 from support.runs import ROOT
 
+from megatron_mea.run_folder import RunFolder
+
 PACKAGE = ROOT / "megatron_mea"
 ROWS = (
     ("exported", "__version__"),
     ("errors", "printing", "progress", "versions"),
-    ("console", "failures", "inputs", "outputs"),
-    ("config",),
+    ("failures", "inputs", "outputs"),
+    ("run_folder",),
+    ("config", "console"),
     ("data",),
     ("parallel",),
     ("attention",),
@@ -78,3 +85,23 @@ def test_every_package_has_a_row_and_a_folder_of_tests():
     modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
     assert packages | modules | {"__version__"} == set(HEIGHT)
     assert packages <= {path.name for path in (ROOT / "tests").iterdir()}
+
+
+def run_file_names() -> set[str]:
+    """Names of files and folders in a run folder, those in its slurm/ included."""
+    entries = [name for name, value in vars(RunFolder).items() if isinstance(value, property) and name != "marks"]
+    return {part for name in entries for part in getattr(RunFolder("/"), name).parts[1:]}
+
+
+@pytest.mark.parametrize("file", [name for name in FILES if name != "run_folder.py"])
+def test_only_run_folder_names_the_files_of_a_run(file):
+    """In paths, messages and help; docstrings may speak of them, and examples of command lines (runs/...)."""
+    tree = ast.parse((PACKAGE / file).read_text())
+    docstrings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    constants = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and node not in docstrings]
+    for text in (node.value for node in constants if isinstance(node.value, str)):
+        names = run_file_names() & set(re.split(r"[\s/,;:()'\"]+", text))
+        if " " in text:
+            # A sentence may speak of checkpoints and jobs.
+            names = {name for name in names if not name.isalpha() or name.isupper()}
+        assert not names or text.startswith("runs/"), f"{file} has {text!r}"

@@ -32,6 +32,7 @@ from megatron_mea.errors import UserError, shorten
 from megatron_mea.inputs import read_json_object
 from megatron_mea.outputs import flush
 from megatron_mea.outputs import publish as publish
+from megatron_mea.run_folder import RunFolder
 
 _NAME = re.compile(r"step_(\d{8,})")
 COMPLETE, META, TOKENIZER, INDEX = "COMPLETE", "meta.json", "tokenizer", ".metadata"
@@ -58,7 +59,7 @@ def complete_checkpoints(run_dir: str | Path) -> list[tuple[int, Path]]:
 def all_checkpoints(run_dir: str | Path) -> list[tuple[int, Path]]:
     """(step, folder) of all folders with the name of a checkpoint, oldest first; they may be damaged or incomplete."""
     checkpoints = []
-    for path in Path(run_dir, "checkpoints").glob("step_*"):
+    for path in RunFolder(run_dir).checkpoints.glob("step_*"):
         if match := _NAME.fullmatch(path.name):
             checkpoints.append((int(match[1]), path))
 
@@ -260,7 +261,7 @@ def remove(folder: Path) -> None:
 
 def remove_leftovers(run_dir: str | Path) -> None:
     """Removes the scratch folders of interrupted saves."""
-    for scratch in Path(run_dir, "checkpoints").glob(".tmp-step_*"):
+    for scratch in RunFolder(run_dir).checkpoints.glob(".tmp-step_*"):
         shutil.rmtree(scratch, ignore_errors=True)
 
 

@@ -13,8 +13,8 @@ from typing import Any
 from megatron_mea.errors import shorten
 from megatron_mea.inputs import read_json_object
 from megatron_mea.outputs import write_file
+from megatron_mea.run_folder import RunFolder
 
-LEASE = ".lease"
 _MAX_BYTES, _MAX_WORD = 1 << 16, 100
 _CACHE_SECONDS = 1.0
 """Seconds for which `Lease.new_holder` may reuse what it read."""
@@ -35,7 +35,7 @@ class Lease:
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self._path = run_dir / LEASE
+        self._path = RunFolder(run_dir).lease
         self.token = uuid.uuid4().hex[:8]
         self._read_at, self._new_holder = 0.0, ""
 

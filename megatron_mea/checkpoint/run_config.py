@@ -13,6 +13,7 @@ from megatron_mea.config.checks import start_checks
 from megatron_mea.config.load import parse_config, read_tree
 from megatron_mea.config.schema import Config
 from megatron_mea.errors import UserError
+from megatron_mea.run_folder import RunFolder
 
 FIXED_KEYS = (
     "model",
@@ -53,12 +54,13 @@ def _check_own_folder(path: Path, run: Any) -> None:
 
     The run there would begin anew, or go on in the place of this one.
     """
-    if path.name != "config.yaml" or not isinstance(run, dict) or not isinstance(run["dir"], str):
+    if not isinstance(run, dict) or not isinstance(run["dir"], str):
         return
 
-    here = path.resolve().parent
-    # `submit` keeps one in slurm/.
-    for folder in (here, *([here.parent] if here.name == "slurm" else [])):
+    file = path.resolve().parent / path.name
+    for folder in file.parents[:2]:
+        if file not in (RunFolder(folder).config, RunFolder(folder).job_config):
+            continue
         # Containers may mount one folder under two names.
         is_same = os.path.isdir(run["dir"]) and os.path.samefile(run["dir"], folder)
         if complete_checkpoints(folder) and not is_same:

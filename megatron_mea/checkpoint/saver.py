@@ -21,6 +21,7 @@ from megatron_mea.data.begin_token import fit_to_documents
 from megatron_mea.data.tokenizer import copy_tokenizer
 from megatron_mea.errors import RunError
 from megatron_mea.outputs import make_folder
+from megatron_mea.run_folder import RunFolder
 
 T = TypeVar("T")
 _CPU = torch.device("cpu")
@@ -108,7 +109,7 @@ class Saver:
 
     def _write_or_fail(self, metadata: folder.CheckpointMetadata, copies: list[Fragment], start: float) -> None:
         """Body of the thread: writes a checkpoint, or keeps the failure for `wait`."""
-        final = self._dir / "checkpoints" / folder.folder_name(metadata.step)
+        final = RunFolder(self._dir).checkpoints / folder.folder_name(metadata.step)
         token: list[str | None] = [self._lease.token if self._lease else None]
         scratch = final
         try:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_mea.run_folder import RunFolder
+
 MATRIX_PREFIX, OUTPUT_PREFIX = "hlc/", "head_rms/"
 
 
@@ -25,7 +27,7 @@ class HeadHistory:
 
 def read_head_stats(run_dir: Path) -> HeadHistory:
     """The head statistics of a run; empty where it recorded none (`logging.tensorboard: false`, or no validation)."""
-    folder = run_dir / "tensorboard"
+    folder = RunFolder(run_dir).tensorboard
     if not folder.is_dir():
         return HeadHistory({}, {})
 

@@ -13,12 +13,10 @@ import numpy as np
 from megatron_mea.config import Config
 from megatron_mea.config.load import load_config
 from megatron_mea.errors import UserError
-from megatron_mea.inputs import parse_json_object, read_json_object, read_lines
+from megatron_mea.inputs import parse_json_object, read_lines
 from megatron_mea.progress import progress_bar
+from megatron_mea.run_folder import RunFolder
 
-CONFIG, METRICS = "config.yaml", "metrics.jsonl"
-SUBMITTED = "slurm/config.yaml"
-"""Where a sweep or `submit` leaves the configuration of a run that has not begun."""
 _METRIC_KEYS = ("loss", "grad_norm", "validation_loss")
 MAX_ROWS = 1 << 18
 """Of a run with twice as many, neighbours are averaged as they are read: a run may log millions of steps."""
@@ -27,8 +25,6 @@ _BLOCK = 1 << 12
 _MAX_NUMBER = float(1 << 63)
 _SHOWN_BYTES = 50_000_000
 """Of metrics, which take seconds to read."""
-_MAX_REASON = 10_000
-"""Characters of what a job noted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,12 +88,11 @@ def find_runs(paths: Sequence[str]) -> list[RunRecord]:
         run_folders = [path] if _is_run(path) else sorted(filter(_is_run, path.iterdir())) if path.is_dir() else []
         if not run_folders:
             problem = "no such folder" if not path.exists() else "a file" if path.is_file() else "no run in it"
-            raise UserError(
-                where=str(path), got=problem, expected=f"a run folder (with {CONFIG}), or a folder of run folders"
-            )
+            expected = f"a run folder (with {RunFolder(path).config.name}), or a folder of run folders"
+            raise UserError(where=str(path), got=problem, expected=expected)
         folders |= dict.fromkeys(folder.resolve() for folder in run_folders)
 
-    metrics = [folder / METRICS for folder in folders]
+    metrics = [RunFolder(folder).metrics for folder in folders]
     size = sum(path.stat().st_size for path in metrics if path.exists())
     with progress_bar(desc="report", total=size, unit="B", unit_scale=True, disable=size < _SHOWN_BYTES) as progress:
         runs = [read_run(folder, progress.update) for folder in folders]
@@ -106,7 +101,7 @@ def find_runs(paths: Sequence[str]) -> list[RunRecord]:
 
 
 def _is_run(path: Path) -> bool:
-    return any((path / name).is_file() for name in (CONFIG, SUBMITTED))
+    return any(file.is_file() for file in (RunFolder(path).config, RunFolder(path).job_config))
 
 
 def read_run(path: Path, show_progress: Callable[[int], object] = lambda _: None) -> RunRecord:
@@ -116,28 +111,28 @@ def read_run(path: Path, show_progress: Callable[[int], object] = lambda _: None
         show_progress: is called with the bytes of every line of metrics that was read.
     """
     trained, validation = _AveragedRows(("step", "tokens"), "loss", "grad_norm"), _AveragedRows(("tokens",), "loss")
-    problem = ""
-    if (path / METRICS).exists():
+    folder, problem = RunFolder(path), ""
+    if folder.metrics.exists():
         try:
             problem = _read_rows(
-                path=path / METRICS, trained=trained, validation=validation, show_progress=show_progress
+                path=folder.metrics, trained=trained, validation=validation, show_progress=show_progress
             )
         except OSError as error:
             got = error.strerror or str(error)
-            raise UserError(where=str(path / METRICS), got=got, expected="a file that can be read") from None
+            raise UserError(where=str(folder.metrics), got=got, expected="a file that can be read") from None
 
     steps, tokens, loss, grad_norm = np.ascontiguousarray(trained.values().T)
     return RunRecord(
         dir=path,
-        config=_read_config(path / (CONFIG if (path / CONFIG).is_file() else SUBMITTED)),
+        config=_read_config(folder.config if folder.config.is_file() else folder.job_config),
         steps=steps,
         tokens=tokens,
         loss=loss,
         grad_norm=grad_norm,
         validation=validation.values(),
         averaged=trained.group_size,
-        diverged=_read_reason(path / "DIVERGED"),
-        failed=problem or _failure_reason(path),
+        diverged=folder.divergence_reason(),
+        failed=problem or folder.failure_reason(),
     )
 
 
@@ -219,25 +214,3 @@ def _read_rows(
             validation.add(tokens, losses["validation_loss"])
 
     return ""
-
-
-def _read_reason(path: Path) -> str:
-    try:
-        return str(read_json_object(path)["reason"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
-
-
-def _failure_reason(path: Path) -> str:
-    """Why a run failed, as a sweep on this machine or a SLURM job (launch/job.sh) noted it; empty where it did not."""
-    if reason := _read_reason(path / "FAILED"):
-        return reason
-
-    ended = sorted((path / "slurm").glob("ended-*"), key=lambda file: file.stat().st_mtime)
-    if not ended:
-        return ""
-
-    # The first line is the exit status, the rest the reason.
-    with ended[-1].open(encoding="utf-8", errors="replace") as stream:
-        status, _, reason = stream.read(_MAX_REASON).partition("\n")
-    return "" if status.strip() == "0" else reason.strip()

@@ -22,12 +22,12 @@ from megatron_mea.errors import RunError, UserError
 from megatron_mea.inputs import read_last_json_line
 from megatron_mea.outputs import disk_errors, make_folder, reserve_output, write_file
 from megatron_mea.printing import show
+from megatron_mea.run_folder import RunFolder
 from megatron_mea.slurm import scheduler
-from megatron_mea.slurm.job_files import job_config_path, job_files, record_jobs
+from megatron_mea.slurm.job_files import job_files, record_jobs
 from megatron_mea.slurm.resources import Resources, check_resources
 from megatron_mea.slurm.script import Site, render
 from megatron_mea.slurm.submit import check_run, template_values
-from megatron_mea.training import metrics
 from megatron_mea.training.startup import read_run_state
 
 _POLL_SECONDS = 0.2
@@ -98,15 +98,16 @@ def run_here(configs: Sequence[Config], at_once: int = 1) -> str:
     slots: list[_SweepRun | None] = [None] * min(at_once, len(pending))
     failed, done, start = [], 0, time.monotonic()
     count = len(pending)
-    show(f"{len(configs)} runs, {len(configs) - count} of them done before; each writes train.log")
+    log = RunFolder(configs[0].run.dir).train_log.name
+    show(f"{len(configs)} runs, {len(configs) - count} of them done before; each writes {log}")
     try:
         while pending or any(slots):
             for slot, run in enumerate(slots):
                 if run is not None and run.process.poll() is not None:
                     done, slots[slot], failure = done + 1, None, run.failure()
-                    failed += [f"{run.dir}: {failure}"] if failure else []
+                    failed += [f"{run.folder.path}: {failure}"] if failure else []
                     time_left = _format_time((time.monotonic() - start) / done * (count - done))
-                    show(f"run {done} of {count}: {run.dir} {run.result()} | {time_left} left")
+                    show(f"run {done} of {count}: {run.folder.path} {run.result()} | {time_left} left")
                 if slots[slot] is None and pending:
                     slots[slot] = _SweepRun(config=pending.popleft(), slot=slot, slots=len(slots))
             time.sleep(_POLL_SECONDS)
@@ -128,46 +129,44 @@ class _SweepRun:
     """A run of this machine, in a process of its own."""
 
     def __init__(self, *, config: Config, slot: int, slots: int) -> None:
-        self.dir = Path(config.run.dir)
-        self._note, self._failed = self.dir / "slurm" / "failed-sweep", self.dir / metrics.FAILED
-        path = job_config_path(config)
-        with disk_errors(self.dir):
-            make_folder(path.parent)
-            write_file(path, dump_config(config))
-            for marker in (self._note, self._failed):
-                marker.unlink(missing_ok=True)
+        self.folder = folder = RunFolder(config.run.dir)
+        with disk_errors(folder.path):
+            make_folder(folder.slurm)
+            write_file(folder.job_config, dump_config(config))
+            for file in (folder.failure_note, folder.failed):
+                file.unlink(missing_ok=True)
 
-            log = (self.dir / "train.log").open("ab")
+            log = folder.train_log.open("ab")
 
         with log:
-            command = [sys.executable, "-m", "megatron_mea", "train", str(path)]
-            environment = (
-                os.environ | _slot_environment(slot, slots) | {failures.FAILURE_FILE_VARIABLE: str(self._note)}
-            )
+            command = [sys.executable, "-m", "megatron_mea", "train", str(folder.job_config)]
+            note = {failures.FAILURE_FILE_VARIABLE: str(folder.failure_note)}
+            environment = os.environ | _slot_environment(slot, slots) | note
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
     def failure(self) -> str | None:
         """Why it failed, which is left in the folder too; None where it did not."""
-        if self.process.returncode == 0 or (self.dir / metrics.DIVERGED).exists():
+        folder = self.folder
+        if self.process.returncode == 0 or folder.diverged.exists():
             return None
 
-        note = self._note.read_text() if self._note.exists() else ""
-        reason = note.partition("\n")[2].strip() or f"status {self.process.returncode}; see {self.dir}/train.log"
+        note = folder.failure_note.read_text() if folder.failure_note.exists() else ""
+        reason = note.partition("\n")[2].strip() or f"status {self.process.returncode}; see {folder.train_log}"
         try:
-            write_file(self._failed, json.dumps({"status": self.process.returncode, "reason": reason}) + "\n")
+            write_file(folder.failed, json.dumps({"status": self.process.returncode, "reason": reason}) + "\n")
         except OSError as error:
             # The other runs go on, and the reason is told at the end.
-            reason += f" ({self._failed} cannot be written: {error.strerror})"
+            reason += f" ({folder.failed} cannot be written: {error.strerror})"
         return reason
 
     def result(self) -> str:
         """How the run ended, with its last losses, for people."""
-        for marker in (metrics.DIVERGED, metrics.FAILED):
-            if (self.dir / marker).exists():
-                return marker.lower()
+        for mark in (self.folder.diverged, self.folder.failed):
+            if mark.exists():
+                return mark.name.lower()
 
         try:
-            row = read_last_json_line(self.dir / "metrics.jsonl")
+            row = read_last_json_line(self.folder.metrics)
             losses = [f"{key.replace('_', ' ')} {row[key]:.4f}" for key in ("loss", "validation_loss") if key in row]
             return ", ".join([f"at step {row['step']:d}", *losses])
         except (OSError, ValueError, KeyError, TypeError, OverflowError):
@@ -179,13 +178,12 @@ def _has_ended(config: Config) -> bool:
     if read_run_state(config).finished_step is not None:
         return True
 
-    trained = job_config_path(config)
-    diverged = (Path(config.run.dir) / metrics.DIVERGED).exists()
-    if not (diverged and trained.is_file()):
+    folder = RunFolder(config.run.dir)
+    if not (folder.diverged.exists() and folder.job_config.is_file()):
         return False
 
     # An older program wrote fewer keys.
-    return complete_config(read_tree(trained)) == config.model_dump(mode="json")
+    return complete_config(read_tree(folder.job_config)) == config.model_dump(mode="json")
 
 
 def _slot_environment(slot: int, slots: int) -> dict[str, str]:
@@ -227,8 +225,7 @@ def submit_array(
         raise UserError(where="--at-once", got=at_once, expected="at least 1")
 
     warnings = list(dict.fromkeys(line for config in remaining for line in check_run(config, resources)[2]))
-    site, log_folder = Site.read(), out.resolve() / "slurm"
-    path = log_folder / "sweep.sbatch"
+    site, path = Site.read(), RunFolder(out.resolve()).array_script
     options, more_warnings = check_resources(
         configs=remaining, resources=resources, site=site, needs_scheduler=not dry_run
     )
@@ -239,7 +236,7 @@ def submit_array(
         "RUNS": runs,
         "STEPS": remaining[0].steps,
     }
-    script = render(name="sweep.sbatch", site=site, options=options, values=values)
+    script = render(name=path.name, site=site, options=options, values=values)
     warning_lines = [f"warning: {line}" for line in [*warnings, *more_warnings]]
     if dry_run:
         return "\n".join([script, *(f"# {line}" for line in warning_lines)])
@@ -254,7 +251,7 @@ def submit_array(
     lines += [f"  {job}_{index}  {run}" for index, run in enumerate(runs)]
     lines += [
         f"  scheduler     {expected}",
-        f"  logs          {log_folder}/{job}_*.log",
+        f"  logs          {path.parent}/{job}_*.log",
         f"  state         squeue --array --job {job}",
         f"  save, stop    scancel --batch --signal=USR1 {job}_0",
         f"  cancel        scancel {job}",

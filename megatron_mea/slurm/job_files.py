@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_mea.config import Config, dump_config
 from megatron_mea.errors import RunError, UserError
 from megatron_mea.outputs import disk_errors, reserve_output, restored_on_failure, write_file, write_files
+from megatron_mea.run_folder import RunFolder
 from megatron_mea.slurm import scheduler
 
 
@@ -16,7 +17,7 @@ def check_jobs(configs: Sequence[Config]) -> None:
     """Raises UserError where a job that was submitted for one of the runs, alone or in a sweep, waits or runs."""
     jobs = {job.id: job for job in scheduler.pending_or_running_jobs()}
     for config in configs:
-        path = _job_ids_path(config)
+        path = RunFolder(config.run.dir).job_ids
         for job_id in path.read_text().split() if path.is_file() else ():
             if job := jobs.get(job_id):
                 got = f"{config.run.dir}, for which job {job.id} is {job.state}"
@@ -27,7 +28,7 @@ def check_jobs(configs: Sequence[Config]) -> None:
 
 def record_jobs(config: Config, job_ids: Sequence[str]) -> None:
     """Writes the ids of the jobs that were submitted for a run into its folder, for the next `submit` to read."""
-    path = _job_ids_path(config)
+    path = RunFolder(config.run.dir).job_ids
     with disk_errors(path):
         write_file(path, "\n".join(job_ids) + "\n")
 
@@ -42,7 +43,7 @@ def job_files(*, configs: Sequence[Config], path: Path, script: str) -> Iterator
     Raises:
         RunError: a file cannot be written; or the block raised it, with the jobs that were submitted before.
     """
-    texts = {job_config_path(config): dump_config(config) for config in configs} | {path: script}
+    texts = {RunFolder(config.run.dir).job_config: dump_config(config) for config in configs} | {path: script}
     job_ids: list[str] = []
     failure: BaseException | None = None
     with ExitStack() as outputs:
@@ -64,12 +65,3 @@ def job_files(*, configs: Sequence[Config], path: Path, script: str) -> Iterator
         raise RunError(f"{failure}; submitted before: job {', '.join(job_ids)}") from None
     if failure is not None:
         raise failure
-
-
-def job_config_path(config: Config) -> Path:
-    """The configuration in the run folder that its jobs train with."""
-    return Path(config.run.dir) / "slurm" / "config.yaml"
-
-
-def _job_ids_path(config: Config) -> Path:
-    return Path(config.run.dir) / "slurm" / "jobs"

@@ -7,12 +7,11 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from megatron_mea.config import Config
 from megatron_mea.errors import Problem, UserError
-from megatron_mea.inputs import read_json_object
+from megatron_mea.run_folder import RunFolder
 from megatron_mea.slurm import scheduler
 from megatron_mea.slurm.job_files import check_jobs
 from megatron_mea.slurm.script import Site
@@ -167,7 +166,7 @@ def signal_lead(config: Config, resources: Resources) -> int:
     # It imports torch.
     from megatron_mea.plan.plan import make_plan
 
-    heartbeat = read_heartbeat(Path(config.run.dir)) or {}
+    heartbeat = RunFolder(config.run.dir).read_heartbeat() or {}
     save_seconds = _measured(heartbeat, "save_seconds") or checkpoint_bytes(config.model) / (
         _ASSUMED_DISK_BYTES_PER_SECOND * resources.nodes
     )
@@ -180,14 +179,6 @@ def signal_lead(config: Config, resources: Resources) -> int:
     # A validation is the forward pass, a third of a step, of as many global batches.
     validation_seconds = config.evaluation.batches * step_seconds / 3 if config.data.validation else 0.0
     return math.ceil(20 + 2 * (max(save_seconds, _MIN_SECONDS) + max(step_seconds + validation_seconds, _MIN_SECONDS)))
-
-
-def read_heartbeat(run_dir: Path) -> dict[str, Any] | None:
-    """Contents of the run's heartbeat.json, None where it cannot be read."""
-    try:
-        return read_json_object(run_dir / "heartbeat.json")
-    except (OSError, ValueError):
-        return None
 
 
 def _measured(heartbeat: dict[str, Any], key: str) -> float | None:

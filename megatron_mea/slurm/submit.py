@@ -12,13 +12,13 @@ from megatron_mea.config import Config
 from megatron_mea.config.layout import check_layout
 from megatron_mea.config.parallel_dims import ParallelDims
 from megatron_mea.errors import UserError
+from megatron_mea.run_folder import RunFolder
 from megatron_mea.slurm import scheduler
 from megatron_mea.slurm.job_files import job_files, record_jobs
 from megatron_mea.slurm.resources import (
     Resources,
     check_resources,
     longest_signal_lead,
-    read_heartbeat,
     resource_problems,
 )
 from megatron_mea.slurm.script import Site, render
@@ -37,19 +37,18 @@ def submit(*, config: Config, resources: Resources, dry_run: bool) -> str:
     """
     dims, step, warnings = check_run(config, resources)
     site = Site.read()
-    slurm_folder = Path(config.run.dir).resolve() / "slurm"
-    path = slurm_folder / "train.sbatch"
+    run = RunFolder(Path(config.run.dir).resolve())
     options, resource_warnings = check_resources(
         configs=[config], resources=resources, site=site, needs_scheduler=not dry_run
     )
     script = render(
-        name="train.sbatch",
+        name=run.job_script.name,
         site=site,
         options=options,
         values={
-            **template_values(configs=[config], resources=resources, script=path, log="%j.log"),
-            "RUN_DIR": str(slurm_folder.parent),
-            "CONFIG": str(slurm_folder / "config.yaml"),
+            **template_values(configs=[config], resources=resources, script=run.job_script, log="%j.log"),
+            "RUN_DIR": str(run.path),
+            "CONFIG": str(run.job_config),
             "STEPS": config.steps,
         },
     )
@@ -59,9 +58,9 @@ def submit(*, config: Config, resources: Resources, dry_run: bool) -> str:
         return "\n".join([script, *(f"# {line}" for line in warning_lines)])
 
     schedule = scheduler.check_script(script)
-    with job_files(configs=[config], path=path, script=script) as jobs:
+    with job_files(configs=[config], path=run.job_script, script=script) as jobs:
         for _ in range(resources.chain):
-            jobs.append(scheduler.submit(str(path), after=jobs[-1] if jobs else None))
+            jobs.append(scheduler.submit(str(run.job_script), after=jobs[-1] if jobs else None))
             record_jobs(config, jobs)
 
     return "\n".join(
@@ -71,7 +70,7 @@ def submit(*, config: Config, resources: Resources, dry_run: bool) -> str:
             resources=resources,
             dims=dims,
             step=step,
-            path=path,
+            run=run,
             schedule=schedule,
             warning_lines=warning_lines,
         )
@@ -97,7 +96,7 @@ def check_run(config: Config, resources: Resources) -> tuple[ParallelDims, int, 
             where="run.dir", got=got, expected="a run with steps to do", hint="raise training.steps to go on"
         )
 
-    if process := _training_process(Path(config.run.dir)):
+    if process := _training_process(RunFolder(config.run.dir)):
         raise UserError(
             where="run.dir", got=f"{config.run.dir}, which {process} trains", expected="a run that nobody trains now"
         )
@@ -138,13 +137,12 @@ def template_values(*, configs: Sequence[Config], resources: Resources, script: 
     }
 
 
-def _training_process(run_dir: Path) -> str | None:
+def _training_process(run: RunFolder) -> str | None:
     """The process that trains in the run folder, None where it has ended or has had no heartbeat for a while."""
-    heartbeat = read_heartbeat(run_dir)
-    if not heartbeat or time.time() - (run_dir / "heartbeat.json").stat().st_mtime > _HEARTBEAT_TIMEOUT:
+    if not run.read_heartbeat() or time.time() - run.heartbeat.stat().st_mtime > _HEARTBEAT_TIMEOUT:
         return None
 
-    return lease_holder(run_dir)
+    return lease_holder(run.path)
 
 
 def _summary(
@@ -154,7 +152,7 @@ def _summary(
     resources: Resources,
     dims: ParallelDims,
     step: int,
-    path: Path,
+    run: RunFolder,
     schedule: str,
     warning_lines: Sequence[str],
 ) -> Iterator[str]:
@@ -163,10 +161,9 @@ def _summary(
     Args:
         jobs: their ids, in the order of the chain.
         step: at which the run begins.
-        path: of the script.
         schedule: answer of sbatch on when and where the job would start.
     """
-    run_dir, first_job, log = path.parents[1], jobs[0], path.parent / f"{jobs[0]}.log"
+    first_job, log = jobs[0], run.slurm / f"{jobs[0]}.log"
     for previous, job in zip([None, *jobs], jobs, strict=False):
         yield f"Submitted batch job {job}" + (f", after {previous}" if previous else "")
 
@@ -175,13 +172,13 @@ def _summary(
         f"  world size    {resources.world_size} = {resources.nodes} node(s) x {resources.gpus_per_node}: tensor "
         f"{dims.tp} x pipeline {dims.pp} x data {dims.dp}"
     )
-    yield f"  run folder    {run_dir}"
+    yield f"  run folder    {run.path}"
     yield f"  begins        {f'at step {step}, the newest checkpoint' if step else 'anew'}, of {config.steps}"
     yield f"  log           {log}"
-    yield f"  script        {path}"
+    yield f"  script        {run.job_script}"
     yield f"  scheduler     {schedule}"
     yield f"  follow        tail -F {log}"
-    yield f"  state         squeue --job {','.join(jobs)}; cat {run_dir / 'heartbeat.json'}"
+    yield f"  state         squeue --job {','.join(jobs)}; cat {run.heartbeat}"
     yield f"  save, requeue scancel --batch --signal=USR2 {first_job}"
     yield f"  save, stop    scancel --batch --signal=USR1 {first_job}"
     yield f"  cancel        scancel {' '.join(reversed(jobs))}"

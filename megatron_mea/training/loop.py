@@ -23,6 +23,7 @@ from megatron_mea.huggingface.locate import INIT_FROM
 from megatron_mea.huggingface.weights import open_weights
 from megatron_mea.outputs import disk_errors, make_folder
 from megatron_mea.parallel.parameter import parameters_by_name
+from megatron_mea.run_folder import RunFolder
 from megatron_mea.training import distributed, metrics
 from megatron_mea.training.build import build_engine
 from megatron_mea.training.engine import NonFiniteError
@@ -80,8 +81,8 @@ class _Trainer:
         if self.rank == 0:
             folder.remove_leftovers(self.run_dir)
             with disk_errors(self.run_dir):
-                for mark in (metrics.FINISHED, metrics.DIVERGED, metrics.FAILED):
-                    (self.run_dir / mark).unlink(missing_ok=True)
+                for mark in RunFolder(self.run_dir).marks:
+                    mark.unlink(missing_ok=True)
                 for checkpoint, reason in resume_point.quarantined:
                     # A job that was started at the same time may have renamed it.
                     with suppress(FileNotFoundError):
@@ -228,7 +229,7 @@ class _Trainer:
             self.progress.log(f"asked to stop: saved step {self.step}; the same command goes on from here")
         else:
             if self.rank == 0:
-                with disk_errors(self.run_dir / metrics.FINISHED):
+                with disk_errors(RunFolder(self.run_dir).finished):
                     metrics.write_finished(self.run_dir, self.step)
             self.progress.log(f"finished at step {self.step}: {self.run_dir}")
 
@@ -330,7 +331,7 @@ class _Trainer:
             tensors = head_tensors(combinations, self._gather_stages(self.head_outputs.rms(self.grid.tp)))
 
         if self.metrics is not None and not self.lease.new_holder():
-            with disk_errors(self.run_dir / "metrics.jsonl"):
+            with disk_errors(RunFolder(self.run_dir).metrics):
                 self.metrics.write(row=row, extra_scalars=hlc_scalars, tensors=tensors)
 
     def _gather_sample_hashes(self, data: StepData) -> list[str]:

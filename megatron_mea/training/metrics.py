@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 from megatron_mea.config import Config, dump_config
 from megatron_mea.inputs import parse_json_object, read_lines
 from megatron_mea.outputs import flush, remove_leftovers, replace_file, scratch_folder, write_file
+from megatron_mea.run_folder import RunFolder
 
 if TYPE_CHECKING:
     import torch
 
-FINISHED, DIVERGED, FAILED = "FINISHED", "DIVERGED", "FAILED"
-HEARTBEAT = "heartbeat.json"
 _HEARTBEAT_SECONDS = 5.0
 """Seconds between two heartbeats at least."""
 
@@ -33,13 +32,13 @@ class Metrics:
     """
 
     def __init__(self, *, run_dir: Path, step: int | None, tensorboard: bool) -> None:
-        path = run_dir / "metrics.jsonl"
+        path = RunFolder(run_dir).metrics
         _truncate_rows(path, -1 if step is None else step)
         self._file = path.open("a", encoding="utf-8")
         flush(run_dir)
 
         self._tensorboard = None
-        folder = run_dir / "tensorboard"
+        folder = RunFolder(run_dir).tensorboard
         if tensorboard or folder.exists():
             from torch.utils.tensorboard import SummaryWriter
 
@@ -79,7 +78,7 @@ class Heartbeat:
     """heartbeat.json: a small file that is replaced as the run proceeds, for watching it from outside; for rank 0."""
 
     def __init__(self, run_dir: Path) -> None:
-        self._path, self._written_at = run_dir / HEARTBEAT, 0.0
+        self._path, self._written_at = RunFolder(run_dir).heartbeat, 0.0
         self._facts: dict[str, Any] = {}
 
     def beat(self, step: int, facts: Mapping[str, Any], *, force: bool = False) -> None:
@@ -178,14 +177,14 @@ class Progress:
 def write_config(*, config: Config, run_dir: Path, versions: Mapping[str, str]) -> None:
     """Writes config.yaml: the resolved configuration, after a comment with the versions of packages."""
     comment = " ".join(f"{name}={value}" for name, value in versions.items())
-    write_file(run_dir / "config.yaml", f"# {comment}\n{dump_config(config)}")
+    write_file(RunFolder(run_dir).config, f"# {comment}\n{dump_config(config)}")
 
 
 def write_finished(run_dir: Path, step: int) -> None:
     """Writes FINISHED, with the last step of the run."""
-    write_file(run_dir / FINISHED, json.dumps({"step": step}) + "\n")
+    write_file(RunFolder(run_dir).finished, json.dumps({"step": step}) + "\n")
 
 
 def write_diverged(*, run_dir: Path, step: int, reason: str) -> None:
     """Writes DIVERGED for sweeps and reports, to which a learning rate that diverges is a result."""
-    write_file(run_dir / DIVERGED, json.dumps({"step": step, "reason": reason}) + "\n")
+    write_file(RunFolder(run_dir).diverged, json.dumps({"step": step, "reason": reason}) + "\n")

@@ -9,8 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from megatron_mea.config.schema import Profile
 from megatron_mea.outputs import disk_errors
-
-FOLDER = "profile"
+from megatron_mea.run_folder import RunFolder
 
 
 class Profiler:
@@ -26,7 +25,7 @@ class Profiler:
     def __init__(self, *, settings: Profile | None, run_dir: Path, rank: int | None) -> None:
         is_recorder = settings is not None and rank is not None
         self._steps = range(settings.start, settings.start + settings.steps) if is_recorder else range(0)
-        self._dir, self._rank = run_dir / FOLDER, rank
+        self._dir, self._rank = RunFolder(run_dir).profile, rank
         self._profile: profile | None = None
 
     def start_step(self, step: int) -> None:

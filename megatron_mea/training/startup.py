@@ -26,7 +26,7 @@ from megatron_mea.data.corpora import Corpora
 from megatron_mea.data.tokenizer import check_tokenizer_folder, load_tokenizer
 from megatron_mea.errors import UserError
 from megatron_mea.huggingface.locate import INIT_FROM, check_named_model
-from megatron_mea.inputs import read_json_object
+from megatron_mea.run_folder import RunFolder
 from megatron_mea.training.rank_env import RankEnv
 
 if TYPE_CHECKING:
@@ -102,16 +102,16 @@ def read_run_state(config: Config) -> RunState:
     Raises:
         UserError: run.dir is a file, has no checkpoint of the step asked for, or is finished with other settings.
     """
-    run_dir = Path(config.run.dir)
-    for folder in (run_dir, run_dir / "checkpoints"):
+    run = RunFolder(config.run.dir)
+    for folder in (run.path, run.checkpoints):
         if folder.exists() and not folder.is_dir():
             raise UserError(
                 where="run.dir", got=f"{folder}, which is a file", expected="a folder, or a name that is free"
             )
 
-    checkpoints = intact_checkpoints(run_dir)
+    checkpoints = intact_checkpoints(run.path)
     resume_step = requested_resume_step(config.run.resume_from, checkpoints)
-    finished_step = read_finished_step(run_dir)
+    finished_step = run.finished_step()
     if finished_step is None or finished_step < config.steps or resume_step is not None:
         return RunState(checkpoints=checkpoints, resume_step=resume_step, finished_step=None)
 
@@ -119,14 +119,6 @@ def read_run_state(config: Config) -> RunState:
         check_resume(metadata=CheckpointMetadata.read(folder), config=config, fingerprint=None)
 
     return RunState(checkpoints=checkpoints, resume_step=resume_step, finished_step=finished_step)
-
-
-def read_finished_step(run_dir: Path) -> int | None:
-    """The step in FINISHED; None where the run is not finished."""
-    try:
-        return int(read_json_object(run_dir / "FINISHED")["step"])
-    except (OSError, ValueError, KeyError, TypeError, OverflowError):
-        return None
 
 
 def open_corpora(*, config: Config, dims: ParallelDims, state: RunState) -> RunData:

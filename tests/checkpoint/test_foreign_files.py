@@ -25,7 +25,7 @@ from megatron_mea.checkpoint.folder import (
     read_checksums,
     sha256,
 )
-from megatron_mea.checkpoint.lease import LEASE, Lease, lease_holder
+from megatron_mea.checkpoint.lease import Lease, lease_holder
 from megatron_mea.checkpoint.resume import check_resume
 from megatron_mea.checkpoint.run_config import load_run_config
 from megatron_mea.errors import UserError
@@ -47,7 +47,7 @@ HOLDER = {
 def test_whatever_a_lease_holds(tmp_path_factory, raw: bytes) -> None:
     """It names a holder, in one printable line, or nobody."""
     folder = tmp_path_factory.getbasetemp()
-    (folder / LEASE).write_bytes(raw)
+    (folder / ".lease").write_bytes(raw)
     with within_limits(), traced_memory_below(50_000_000):
         lease = Lease(folder)
         for holder in (lease_holder(folder), lease.new_holder(), lease.take()):

@@ -22,8 +22,7 @@ from megatron_mea.config.load import complete_config
 from megatron_mea.config.variants import VARIANTS
 from megatron_mea.errors import UserError
 from megatron_mea.experiments.sweep import _has_ended, combinations
-from megatron_mea.slurm.job_files import job_config_path
-from megatron_mea.training.metrics import DIVERGED
+from megatron_mea.run_folder import RunFolder
 
 CHECKPOINT = "run/checkpoints/step_00000002"
 RESUME = """
@@ -264,12 +263,12 @@ def test_a_sweep_prints_what_its_runs_take_over(old_run):
 def test_a_diverged_run_of_an_older_sweep_has_ended(old_run):
     """Although its configuration lacks the keys that came later."""
     config, _ = load_run_config("run.yaml", ["run.dir=diverged"])
-    path = job_config_path(config)
+    path = RunFolder(config.run.dir).job_config
     path.parent.mkdir(parents=True)
     stored = config.model_dump(mode="json")
     del stored["model"]["qk_norm"], stored["training"]["distillation"]
     path.write_text(yaml.safe_dump(stored))
-    Path("diverged", DIVERGED).touch()
+    RunFolder("diverged").diverged.touch()
     assert not _has_ended(config), "qk_norm is on"
     assert _has_ended(config.model_copy(update={"model": config.model.model_copy(update={"qk_norm": False})}))
 

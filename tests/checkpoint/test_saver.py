@@ -20,7 +20,7 @@ from support.distributed import run_distributed
 from support.engines import config, layout, new_engine, state, train
 
 from megatron_mea.checkpoint import folder
-from megatron_mea.checkpoint.lease import LEASE, Lease
+from megatron_mea.checkpoint.lease import Lease
 from megatron_mea.checkpoint.tensors import Fragment, read_tensors, tensor_shapes
 from megatron_mea.parallel.grid import TensorGroup
 from megatron_mea.parallel.parameter import ParameterSpec, constant
@@ -232,20 +232,20 @@ def test_lease(tmp_path):
     assert first.new_holder(cached=True) != ""
 
     first.end()
-    assert json.loads((tmp_path / LEASE).read_text())["token"] == second.token
+    assert json.loads((tmp_path / ".lease").read_text())["token"] == second.token
     second.end()
     third = Lease(tmp_path)
     assert third.take() is None
 
     # A killed job leaves its lease, with a process id that is free.
-    state_on_disk = json.loads((tmp_path / LEASE).read_text())
+    state_on_disk = json.loads((tmp_path / ".lease").read_text())
     dead = subprocess.Popen(["true"])
     dead.wait()
-    (tmp_path / LEASE).write_text(json.dumps(state_on_disk | {"pid": dead.pid}))
+    (tmp_path / ".lease").write_text(json.dumps(state_on_disk | {"pid": dead.pid}))
     assert Lease(tmp_path).take() is None
-    (tmp_path / LEASE).write_text(json.dumps(state_on_disk | {"host": "elsewhere", "job": "17"}))
+    (tmp_path / ".lease").write_text(json.dumps(state_on_disk | {"host": "elsewhere", "job": "17"}))
     assert Lease(tmp_path).take().startswith("job 17, process ")
 
     for garbage in ("", "{", "[]", "{}"):
-        (tmp_path / LEASE).write_text(garbage)
+        (tmp_path / ".lease").write_text(garbage)
         assert Lease(tmp_path).take() is None

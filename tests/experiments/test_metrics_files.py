@@ -7,6 +7,7 @@ import json
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from megatron_mea.experiments import runs, stability
 from megatron_mea.experiments.runs import find_runs, read_run
 from megatron_mea.experiments.sweep import _SweepRun
 from megatron_mea.inputs import MAX_LINE_BYTES
+from megatron_mea.run_folder import RunFolder
 from megatron_mea.training.metrics import _truncate_rows
 
 ROW = {"step": 3, "tokens": 6144, "loss": 2.5, "grad_norm": 1.0, "validation_loss": 2.75}
@@ -32,6 +34,11 @@ def run(tmp_path_factory) -> Path:
     return write_run(
         folder=tmp_path_factory.mktemp("runs") / "run", variant="mea", lr=1e-3, seed=1, loss=noisy_loss(1)[1][:30]
     )
+
+
+def sweep_result(run: Path) -> str:
+    """How a sweep says that a run has ended, without its process."""
+    return _SweepRun.result(SimpleNamespace(folder=RunFolder(run)))
 
 
 def line(**changes: object) -> bytes:
@@ -103,14 +110,14 @@ def test_a_line_of_a_hundred_megabytes(run, tmp_path) -> None:
     os.truncate(metrics, 100 << 20)
     with traced_memory_below(6 * MAX_LINE_BYTES):
         assert read_run(run).loss.tolist() == [2.5]
-        assert _SweepRun.result(type("Run", (), {"dir": run})()) == "ended"
+        assert sweep_result(run) == "ended"
 
     with metrics.open("ab") as stream:
         stream.write(b"\n" + line(step=4))
     with traced_memory_below(6 * MAX_LINE_BYTES):
         with pytest.raises(UserError, match=r"metrics\.jsonl:2\n.*no row of metrics"):
             read_run(run)
-        assert _SweepRun.result(type("Run", (), {"dir": run})()) == "at step 4, loss 2.5000, validation loss 2.7500"
+        assert sweep_result(run) == "at step 4, loss 2.5000, validation loss 2.7500"
         _truncate_rows(metrics, 4)
     assert metrics.read_bytes() == line() + line(step=4)
 
@@ -120,7 +127,7 @@ def test_a_line_of_a_hundred_megabytes(run, tmp_path) -> None:
 )
 def test_a_last_row_that_is_none(raw, tmp_path) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(raw)
-    assert _SweepRun.result(type("Run", (), {"dir": tmp_path})()) == "ended"
+    assert sweep_result(tmp_path) == "ended"
 
 
 @given(count=st.integers(0, 200), block=st.sampled_from([2, 4]), seed=st.integers(0, 99))
