@@ -25,7 +25,7 @@ ROWS = (
     ("config", "console"),
     ("data",),
     ("parallel",),
-    ("attention",),
+    ("attention", "optimizers"),
     ("model",),
     ("checkpoint",),
     ("huggingface",),

@@ -44,11 +44,8 @@ from torch.futures import Future
 
 from megatron_mea.checkpoint.index import CheckpointReader
 from megatron_mea.errors import UserError
+from megatron_mea.optimizers import is_optimizer_state
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Adam's moments as torch names them; that of parameter `name` is called `exp_avg.name`."""
-STATE_BYTES = 4 * (1 + len(MOMENTS))
-"""Bytes of an element's master weight and moments, float32: its part of a checkpoint."""
 _TORCH_WRITER = "inline_container"
 """Source file of torch that writes files, as its error messages name it."""
 
@@ -198,14 +195,14 @@ def read_fragments(folder: Path, fragments: Iterable[Fragment]) -> None:
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Global shape of every tensor of a checkpoint, moments included."""
+    """Global shape of every tensor of a checkpoint, optimizer state included."""
     entries = CheckpointReader(folder).read_metadata().state_dict_metadata
     return {name: tuple(entry.size) for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
 
 def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Global shape of every parameter of a checkpoint, by exported name."""
-    return {name: shape for name, shape in tensor_shapes(folder).items() if not name.startswith(MOMENTS)}
+    return {name: shape for name, shape in tensor_shapes(folder).items() if not is_optimizer_state(name)}
 
 
 def read_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:

@@ -1,8 +1,11 @@
-"""The sizes with which DeepSpeed's ZeRO runs: the engine sets them, and `plan` counts with them."""
+"""DeepSpeed's configuration; `plan` counts with the sizes of ZeRO that it sets."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from megatron_mea.config.parallel_dims import ParallelDims
+from megatron_mea.config.schema import Config
 
 REUSE_DISTANCE = 1_000_000_000
 """ZeRO 3 keeps gathered parameters that are reused within so many elements."""
@@ -21,7 +24,28 @@ def bucket_elements(num_elements: int) -> int:
     return min(_MAX_BUCKET_ELEMENTS, num_elements)
 
 
-def zero_optimization(*, stage: int, num_elements: int) -> dict[str, Any]:
+def deepspeed_config(*, config: Config, dims: ParallelDims, num_elements: int) -> dict[str, Any]:
+    """DeepSpeed's configuration, for a model of `num_elements` parameters on this rank."""
+    training = config.training
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": training.micro_batch_size,
+        "gradient_accumulation_steps": dims.num_micro_batches,
+        "gradient_clipping": config.optimizer.grad_clip,
+        "zero_optimization": _zero_optimization(stage=dims.zero_stage, num_elements=num_elements),
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+        # Every tensor rank sends its activations to the next stage; sequence parallelism has sharded them already.
+        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
+    }
+    if training.precision == "bf16":
+        settings["bf16"] = {"enabled": True}
+        if not dims.shards_parameters:
+            settings["data_types"] = {"grad_accum_dtype": "fp32"}
+
+    return settings
+
+
+def _zero_optimization(*, stage: int, num_elements: int) -> dict[str, Any]:
     """DeepSpeed's section `zero_optimization` for a rank that holds so many elements of parameters."""
     return {
         "stage": stage,

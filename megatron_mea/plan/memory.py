@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_mea.attention.core import FLOAT32
-from megatron_mea.checkpoint.tensors import STATE_BYTES
+from megatron_mea.optimizers import MASTER_BYTES
 from megatron_mea.parallel.zero import PERSISTENCE_THRESHOLD, REUSE_DISTANCE, bucket_elements
 from megatron_mea.plan.activations import recomputed_activations, stage_activations, step_folds
 from megatron_mea.plan.workload import StageShard, Workload
@@ -23,7 +23,7 @@ class Memory:
         stage: index of the pipeline stage.
         weights: in the parameter dtype; with ZeRO 3 this rank's partition.
         gradients: what is held between micro-batches.
-        master_and_moments: float32 weights and Adam's two moments.
+        master_and_moments: float32 weights and the optimizer's state.
         activations: saved for backward by all micro-batches in flight, and those of one block that are recomputed.
         logits: the loss and its gradient, on the last stage.
         buffers: buckets of gradients, and with ZeRO 3 the parameters that are gathered.
@@ -137,8 +137,8 @@ def _model_states(workload: Workload, stage: StageShard) -> tuple[int, int, int]
         persistent = sum(p.local_numel for p in stage.parameters if p.local_numel <= PERSISTENCE_THRESHOLD)
         weights = int((partition_numel + persistent) * element_bytes)
         # A float32 run updates its partition in place: that is the master.
-        state_bytes = STATE_BYTES - (FLOAT32 if element_bytes == FLOAT32 else 0)
-        return weights, int(partition_numel * element_bytes), int(state_bytes * partition_numel)
+        master_bytes = MASTER_BYTES * local_numel if element_bytes == FLOAT32 else 0
+        return weights, int(partition_numel * element_bytes), (stage.state_bytes - master_bytes) // workload.dims.dp
 
     if workload.dims.zero_stage == 2:
         gradients = partition_numel * FLOAT32 if accumulates or element_bytes < FLOAT32 else 0
@@ -148,7 +148,7 @@ def _model_states(workload: Workload, stage: StageShard) -> tuple[int, int, int]
     else:
         gradients = local_numel * FLOAT32 if accumulates else 0
 
-    return local_numel * element_bytes, int(gradients), int(STATE_BYTES * partition_numel)
+    return local_numel * element_bytes, int(gradients), stage.state_bytes // workload.dims.dp
 
 
 def _buffers_and_update_peak(workload: Workload, stage: StageShard) -> tuple[int, int]:

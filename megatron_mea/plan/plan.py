@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_mea.checkpoint.tensors import STATE_BYTES
 from megatron_mea.config.layout import TEACHER_KEY, check_layout, check_teacher
 from megatron_mea.config.parallel_dims import ParallelDims
 from megatron_mea.config.schema import Config
@@ -17,7 +16,7 @@ from megatron_mea.parallel.parameter import Component
 from megatron_mea.plan.communication import Traffic, communication_per_step
 from megatron_mea.plan.flops import Flops, flops_per_token, stage_flops
 from megatron_mea.plan.memory import Memory, memory_per_stage
-from megatron_mea.plan.workload import Device, Workload
+from megatron_mea.plan.workload import Device, LocalParameter, Workload
 
 MEMORY_COLUMNS = {
     "weights": "weights",
@@ -52,8 +51,12 @@ class Parameters:
 class Plan:
     """Needs of a run; memory and communication are those of the rank of each pipeline stage that holds most.
 
-    `zero_stage` is the configured one, `dims.zero_stage` the one that runs. `stage_flops` are FLOPs a token on each
-    stage, its tensor ranks together.
+    Args:
+        zero_stage: the configured one; `dims.zero_stage` is the one that runs.
+        checkpoint_bytes: of a checkpoint on the disk.
+        checkpoint_copy_bytes: of host memory in which a rank keeps its part of a checkpoint while it is written, and
+            for the next.
+        stage_flops: FLOPs a token on each stage, its tensor ranks together.
     """
 
     world_size: int
@@ -63,19 +66,11 @@ class Plan:
     tokens_per_step: int
     parameters: Parameters
     memory: tuple[Memory, ...]
+    checkpoint_bytes: int
+    checkpoint_copy_bytes: int
     flops: Flops
     stage_flops: tuple[float, ...]
     communication: tuple[Traffic, ...]
-
-    @property
-    def checkpoint_bytes(self) -> int:
-        """Bytes of a checkpoint on the disk."""
-        return STATE_BYTES * self.parameters.total
-
-    @property
-    def checkpoint_copy_bytes(self) -> int:
-        """Bytes of host memory in which a rank keeps its part of a checkpoint while it is written, and for the next."""
-        return STATE_BYTES * max(self.parameters.per_rank) // self.dims.dp
 
 
 def make_plan(config: Config, *, world_size: int | None = None, device: Device = "cuda") -> Plan:
@@ -95,6 +90,8 @@ def make_plan(config: Config, *, world_size: int | None = None, device: Device =
         tokens_per_step=config.tokens_per_step,
         parameters=count_parameters(workload),
         memory=tuple(memory_per_stage(workload)),
+        checkpoint_bytes=sum(p.global_numel * p.state_bytes for p in _unique_parameters(workload)),
+        checkpoint_copy_bytes=max(stage.state_bytes for stage in workload.stages) // dims.dp,
         flops=flops_per_token(workload),
         stage_flops=stage_flops(workload),
         communication=tuple(communication_per_step(workload)),
@@ -113,10 +110,8 @@ def _teacher_workload(*, config: Config, dims: ParallelDims, device: Device) -> 
 
 def count_parameters(workload: Workload) -> Parameters:
     """Elements by part of the model, from the specifications that the decoder's parameters carry."""
-    # By name, since a tied matrix is on two stages.
-    parameters = {parameter.name: parameter for stage in workload.stages for parameter in stage.parameters}
     numels: Counter[Component] = Counter()
-    for parameter in parameters.values():
+    for parameter in _unique_parameters(workload):
         numels[parameter.component] += parameter.global_numel
 
     return Parameters(
@@ -129,6 +124,11 @@ def count_parameters(workload: Workload) -> Parameters:
         norms=numels["norm"],
         per_rank=tuple(stage.local_numel for stage in workload.stages),
     )
+
+
+def _unique_parameters(workload: Workload) -> Iterable[LocalParameter]:
+    """Every parameter of the model once: a tied matrix is on two stages."""
+    return {parameter.name: parameter for stage in workload.stages for parameter in stage.parameters}.values()
 
 
 def as_json(plan: Plan) -> dict[str, Any]:

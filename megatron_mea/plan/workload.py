@@ -14,6 +14,7 @@ from megatron_mea.config.parallel_dims import ParallelDims
 from megatron_mea.config.schema import Config, Model
 from megatron_mea.model.decoder import Decoder, StageLayers
 from megatron_mea.model.stages import pipeline_stages
+from megatron_mea.optimizers import state_bytes
 from megatron_mea.parallel.cross_entropy import chunk_size
 from megatron_mea.parallel.grid import TensorGroup
 from megatron_mea.parallel.parameter import Component, parameters_by_name
@@ -24,12 +25,16 @@ Side = Literal["k", "v"]
 
 @dataclass(frozen=True, kw_only=True)
 class LocalParameter:
-    """One rank's shard of a parameter: `local_numel` elements of `global_numel`."""
+    """One rank's shard of a parameter: `local_numel` elements of `global_numel`.
+
+    `state_bytes` are those of an element's master weight and optimizer state, which a checkpoint stores too.
+    """
 
     name: str
     component: Component
     local_numel: int
     global_numel: int
+    state_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +58,11 @@ class StageShard:
     def local_numel(self) -> int:
         """Elements of all parameters that the rank holds, before ZeRO partitions them."""
         return sum(parameter.local_numel for parameter in self.parameters)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the master weights and the optimizer state of them all, before ZeRO partitions them."""
+        return sum(parameter.local_numel * parameter.state_bytes for parameter in self.parameters)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +215,7 @@ class Workload:
                 component=parameter.spec.component,
                 local_numel=parameter.numel(),
                 global_numel=torch.Size(parameter.spec.global_shape).numel(),
+                state_bytes=state_bytes(parameter.spec),
             )
             for name, parameter in parameters_by_name(decoder).items()
         )

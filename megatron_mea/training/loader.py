@@ -99,6 +99,16 @@ class Prefetcher(Generic[Item]):
         return False
 
 
+def to_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Token ids, position ids and targets, each (batch, seq)."""
+    tensors = [torch.tensor(array) for array in (batch.input_ids, batch.position_ids, batch.targets)]
+    if device.type == "cuda":
+        # From pinned memory the copy is asynchronous.
+        tensors = [tensor.pin_memory() for tensor in tensors]
+
+    return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepData:
     """This rank's micro-batches of a step.

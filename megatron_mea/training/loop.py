@@ -26,10 +26,10 @@ from megatron_mea.parallel.parameter import parameters_by_name
 from megatron_mea.run_folder import RunFolder
 from megatron_mea.training import distributed, metrics
 from megatron_mea.training.build import build_engine
-from megatron_mea.training.engine import NonFiniteError
 from megatron_mea.training.head_stats import HeadOutputs, head_tensors, hlc_statistics
 from megatron_mea.training.initial_weights import read_weights
 from megatron_mea.training.loader import DataStallTimer, Prefetcher, StepData, training_steps, validation_batches
+from megatron_mea.training.nonfinite import NonFiniteError, describe_nonfinite
 from megatron_mea.training.profile import Profiler
 from megatron_mea.training.rate_jump import keep_checkpoint_before_jump
 from megatron_mea.training.replicas import check_replicas
@@ -156,7 +156,9 @@ class _Trainer:
                     stop_requested=partial(self._stop_requested, stop),
                 )
             except NonFiniteError as error:
-                message = self._describe_nonfinite(error, data)
+                message = describe_nonfinite(
+                    error, data=data, config=config, corpora=self.inputs.train, model=self.engine.model
+                )
                 if self.metrics is not None and not self.lease.new_holder():
                     # A full disk must not hide the message.
                     with suppress(OSError):
@@ -175,16 +177,7 @@ class _Trainer:
             if trace is not None:
                 self.progress.log(f"wrote a trace: {trace}")
 
-            row = {
-                "step": step,
-                "tokens": step * config.tokens_per_step,
-                "loss": result.loss,
-                "lr": lr,
-                "grad_norm": result.grad_norm,
-            }
-            if result.distillation_loss is not None:
-                row["distillation_loss"] = result.distillation_loss
-
+            row = {"step": step, "tokens": step * config.tokens_per_step} | result.scalars()
             should_validate = has_validation and (is_last or step % config.evaluation.interval == 0)
             should_log = (
                 should_validate or is_last or step % config.logging.interval == 0 or config.logging.sample_hashes
@@ -212,7 +205,7 @@ class _Trainer:
 
             if should_save:
                 with self.watchdog.extend_timeout(distributed.SAVE_MINUTES):
-                    self.saver.save(self._checkpoint_metadata(), self.engine.fragments(owned=True))
+                    self.saver.save(self._checkpoint_metadata(), self.engine.state.fragments(owned=True))
 
             self._beat(row, force=should_save)
             if should_log or should_save:
@@ -325,7 +318,7 @@ class _Trainer:
             # Every rank takes part in gathering them; rank 0 writes.
             named = parameters_by_name(self.engine.model).items()
             names = [name for name, parameter in named if parameter.spec.component == "hlc"]
-            combinations = {name: self.engine.full_weight(name).cpu() for name in names}
+            combinations = {name: self.engine.state.full_weight(name).cpu() for name in names}
             combinations = self._gather_stages(combinations)
             hlc_scalars = hlc_statistics(combinations)
             tensors = head_tensors(combinations, self._gather_stages(self.head_outputs.rms(self.grid.tp)))
@@ -387,41 +380,10 @@ class _Trainer:
         """Loads a checkpoint into the engine, or else the weights of `run.init_from`, if there are any."""
         if self.metadata is not None and source is not None:
             self.validation_loss = self.metadata.validation_loss
-            read_fragments(source, self.engine.fragments())
+            read_fragments(source, self.engine.state.fragments())
         elif self.weights is not None:
-            read_weights(self.weights.stored, self.engine.fragments(moments=False), INIT_FROM)
+            read_weights(self.weights.stored, self.engine.state.fragments(optimizer_state=False), INIT_FROM)
         else:
             return
 
-        self.engine.sync_after_load(self.step)
-
-    def _describe_nonfinite(self, error: NonFiniteError, data: StepData) -> str:
-        """A message with the step, its samples, and the parameters that are not finite on any rank; collective.
-
-        Nothing was updated, so the newest checkpoint is as good as it was.
-        """
-        first = (data.step - 1) * self.config.training.global_batch_size
-        last = first + self.config.training.global_batch_size - 1
-        lines = [f"step {data.step} stopped before its update: {error}", f"  samples {first} to {last}"]
-
-        local_lines: list[str] = []
-        for index, name in error.micro_batches.items():
-            samples, gradient = data.samples[index], f", first in the gradient of {name}" if name else ""
-            where = f"samples {samples.tolist()}{gradient}; {self.inputs.train.describe(samples)}"
-            local_lines.append(f"  not finite on rank {self.rank}: {where}")
-
-        local_names = [
-            name
-            for name, parameter in parameters_by_name(self.engine.model).items()
-            if not getattr(parameter, "ds_tensor", parameter).isfinite().all()
-        ]
-        ranks: list[tuple[list[str], list[str]]] = [([], [])] * dist.get_world_size()
-        dist.all_gather_object(ranks, (local_lines, local_names))
-        lines += [line for rank_lines, _ in ranks for line in rank_lines]
-        names = dict.fromkeys(name for _, rank_names in ranks for name in rank_names)
-
-        lines.append(f"  parameters that are not finite: {', '.join(names) or 'none'}")
-        lines.append(
-            "  the newest checkpoint is untouched: lower optimizer.lr or look at the samples, and go on from it"
-        )
-        return "\n".join(lines)
+        self.engine.state.sync_after_load(self.step)

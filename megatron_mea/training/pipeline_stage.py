@@ -14,6 +14,8 @@ from megatron_mea.parallel.layers import cross_entropy_sum, kl_divergence_sum
 from megatron_mea.training.teacher import Teacher
 
 Tensors = tuple[torch.Tensor, ...]
+NUM_LOSS_TERMS = 2
+"""Terms that `PipelineStage.compute_loss` sums up: cross-entropy and divergence."""
 
 
 class PipelineStage(nn.Module):
@@ -50,7 +52,7 @@ class PipelineStage(nn.Module):
 
         Returns:
             the objective, summed over all targets that are not `IGNORE_INDEX`; a scalar.
-            (2,) float64: the sums of cross-entropy and divergence (zero without a teacher), in nats.
+            (NUM_LOSS_TERMS,) float64: the sums of cross-entropy and divergence (zero without a teacher), in nats.
         """
         hidden_states, *teacher_states = outputs
         if self.teacher is None or not teacher_states:

@@ -10,6 +10,7 @@ from megatron_mea.errors import RunError
 from megatron_mea.model.decoder import Decoder
 from megatron_mea.parallel.grid import Grid
 from megatron_mea.parallel.parameter import parameters_by_name
+from megatron_mea.training.zero_state import stored_shard
 
 
 class ReplicaError(RunError):
@@ -27,7 +28,7 @@ def check_replicas(*, model: Decoder, grid: Grid, config: Config) -> None:
         ReplicaError: on every rank; names the parameters where this rank takes part in the difference.
     """
     named = parameters_by_name(model)
-    sums = torch.stack([_checksum(getattr(parameter, "ds_tensor", parameter)) for parameter in named.values()])
+    sums = torch.stack([_checksum(stored_shard(parameter)) for parameter in named.values()])
     is_replicated = torch.tensor([parameter.spec.shard_dim is None for parameter in named.values()], device=sums.device)
 
     differs = torch.zeros(len(named), dtype=torch.bool, device=sums.device)

@@ -290,11 +290,11 @@ def check_disk_space(config: Config, *, num_checkpoints: int) -> list[str]:
     while not folder.exists():
         folder = folder.parent
 
-    from megatron_mea.checkpoint.tensors import STATE_BYTES
+    from megatron_mea.model.decoder import parameter_shapes
 
     free, size = shutil.disk_usage(folder).free, checkpoint_bytes(config.model)
-
-    needed = f"{size / 1e9:,.3f} GB for a checkpoint ({STATE_BYTES} bytes a parameter)"
+    num_elements = sum(map(math.prod, parameter_shapes(config.model).values()))
+    needed = f"{size / 1e9:,.3f} GB for a checkpoint ({(size - OVERHEAD_BYTES) // num_elements} bytes a parameter)"
     if free < size:
         got = f"{config.run.dir}, where {free / 1e9:,.3f} GB are free"
         raise UserError(where="run.dir", got=got, expected=f"at least {needed}")
@@ -307,8 +307,10 @@ def check_disk_space(config: Config, *, num_checkpoints: int) -> list[str]:
 
 
 def checkpoint_bytes(model: Model) -> int:
-    """Bytes of one checkpoint: float32 weights, both moments, and everything beside them."""
-    from megatron_mea.checkpoint.tensors import STATE_BYTES
-    from megatron_mea.model.decoder import parameter_shapes
+    """Bytes of one checkpoint: master weights, the optimizer's state, and everything beside them."""
+    from megatron_mea.model.decoder import parameter_specs
+    from megatron_mea.optimizers import state_bytes
 
-    return STATE_BYTES * sum(map(math.prod, parameter_shapes(model).values())) + OVERHEAD_BYTES
+    return OVERHEAD_BYTES + sum(
+        state_bytes(spec) * math.prod(spec.global_shape) for spec in parameter_specs(model).values()
+    )

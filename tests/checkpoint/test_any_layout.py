@@ -103,7 +103,7 @@ def save(*, engine, run_dir: Path, step: int) -> None:
     metadata = CheckpointMetadata(
         step=step, samples=0, tokens=0, config={}, data=[], layout={}, versions={}, validation_loss=None
     )
-    saver.save(metadata, engine.fragments(owned=True))
+    saver.save(metadata, engine.state.fragments(owned=True))
     saver.wait()
 
 
@@ -115,8 +115,8 @@ def load(engine, run_dir: Path) -> int:
 
     step, folder = checkpoints[-1]
     assert find_corruption(folder) is None
-    read_fragments(folder, engine.fragments())
-    engine.sync_after_load(step)
+    read_fragments(folder, engine.state.fragments())
+    engine.state.sync_after_load(step)
 
     expected = torch.load(run_dir / "gathered" / folder.name)
     actual = gather_state(engine)

@@ -125,7 +125,7 @@ def checks_on_this_rank(root: Path) -> None:
 
     saver_module.write_fragments = write_slowly
     expected = {2: state(engine)}
-    saver.save(metadata(2), engine.fragments(owned=True))
+    saver.save(metadata(2), engine.state.fragments(owned=True))
     train(engine=engine, first=3, last=3)
     assert folder.complete_checkpoints(root / "slow") == []
     assert not saver.failed
@@ -133,12 +133,12 @@ def checks_on_this_rank(root: Path) -> None:
     # A second save waits for the first.
     threading.Timer(0.5, may_write.set).start()
     expected[3] = state(engine)
-    saver.save(metadata(3), engine.fragments(owned=True))
+    saver.save(metadata(3), engine.state.fragments(owned=True))
     assert [step for step, _ in folder.complete_checkpoints(root / "slow")] == [2]
     train(engine=engine, first=4, last=4)
     expected[4] = state(engine)
     for step in (4, 5):
-        saver.save(metadata(step), engine.fragments(owned=True))
+        saver.save(metadata(step), engine.state.fragments(owned=True))
     saver.wait()
     torch.distributed.barrier()
 
@@ -155,7 +155,7 @@ def checks_on_this_rank(root: Path) -> None:
 
     # Without async_save the checkpoint is complete when `save` returns.
     saver = new_saver(root / "blocking", async_save=False)
-    saver.save(metadata(1), engine.fragments(owned=True))
+    saver.save(metadata(1), engine.state.fragments(owned=True))
     torch.distributed.barrier()
     assert [step for step, _ in folder.complete_checkpoints(root / "blocking")] == [1]
 
@@ -181,7 +181,7 @@ def checks_on_this_rank(root: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, name, broken)
             saver = new_saver(root / "blocking")
-            saver.save(metadata(9), engine.fragments(owned=True))
+            saver.save(metadata(9), engine.state.fragments(owned=True))
             with pytest.raises(RunError, match="the checkpoint of step 9 could not be written: ") as error:
                 saver.wait()
             assert reason in str(error.value)
@@ -190,7 +190,7 @@ def checks_on_this_rank(root: Path) -> None:
 
         assert [path.name for path in (root / "blocking/checkpoints").iterdir()] == ["step_00000001"]
         with pytest.raises(RunError, match="the checkpoint of step 9 could not be written: "):
-            saver.save(metadata(10), engine.fragments(owned=True))
+            saver.save(metadata(10), engine.state.fragments(owned=True))
 
     # A job that has lost the lease publishes nothing.
     lease = Lease(root / "blocking") if rank == 0 else None
@@ -198,13 +198,13 @@ def checks_on_this_rank(root: Path) -> None:
         assert lease.take() is None
 
     saver = new_saver(root / "blocking", lease=lease)
-    saver.save(metadata(2), engine.fragments(owned=True))
+    saver.save(metadata(2), engine.state.fragments(owned=True))
     saver.wait()
     torch.distributed.barrier()
 
     if rank == 0:
         Lease(root / "blocking").take()
-    saver.save(metadata(3), engine.fragments(owned=True))
+    saver.save(metadata(3), engine.state.fragments(owned=True))
     with pytest.raises(RunError, match="was taken over by process"):
         saver.wait()
     assert [step for step, _ in folder.complete_checkpoints(root / "blocking")] == [1, 2]

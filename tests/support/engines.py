@@ -191,7 +191,7 @@ def state(engine) -> dict[str, torch.Tensor]:
 
     tensors = {}
     for name, parameter in parameters_by_name(engine.model).items():
-        if getattr(parameter, "ds_pipe_replicated", False):
+        if name == "model.embed_tokens.weight" and engine.grid.pipeline_rank > 0:
             continue
 
         full_tensor = parameter.spec.full_tensor
@@ -204,9 +204,9 @@ def state(engine) -> dict[str, torch.Tensor]:
 
 def set_state(*, engine, tensors: dict[str, torch.Tensor], step: int) -> None:
     """Loads full tensors, as `state` returns them, into the engine; collective."""
-    for fragment in engine.fragments():
+    for fragment in engine.state.fragments():
         for offsets, view in fragment.chunks():
             box = tuple(slice(first, first + size) for first, size in zip(offsets, view.shape, strict=True))
             view.copy_(tensors[fragment.name][box])
 
-    engine.sync_after_load(step)
+    engine.state.sync_after_load(step)

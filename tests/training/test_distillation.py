@@ -187,7 +187,7 @@ def gather_state(engine) -> dict[str, torch.Tensor]:
 
 def check_nonfinite(teacher: Path, cases: dict) -> None:
     """Teacher outputs or gradients that are not finite stop the step and leave the engine unchanged."""
-    from megatron_mea.training.engine import NonFiniteError
+    from megatron_mea.training.nonfinite import NonFiniteError
 
     broken = "model.layers.0.mlp.up_proj.weight"
     for name, (parallel, checkpointing) in cases.items():

@@ -19,7 +19,7 @@ STEPS = 6
 def checks_on_this_rank() -> list[tuple[float, float]]:
     """All checks in a single launch; returns (loss, gradient norm) of each step."""
     from megatron_mea.training.distributed import start_distributed, stop_distributed
-    from megatron_mea.training.engine import NonFiniteError
+    from megatron_mea.training.nonfinite import NonFiniteError
     from megatron_mea.training.rank_env import RankEnv
 
     torch.set_num_threads(1)
@@ -80,7 +80,7 @@ def checks_on_this_rank() -> list[tuple[float, float]]:
 
 def check_pipeline(curve: list[tuple[float, float]]) -> None:
     """The same checks on two pipeline stages, with tied embeddings."""
-    from megatron_mea.training.engine import NonFiniteError
+    from megatron_mea.training.nonfinite import NonFiniteError
     from megatron_mea.training.replicas import ReplicaError, check_replicas
 
     rank = torch.distributed.get_rank()
@@ -145,6 +145,7 @@ def gather_state(engine) -> dict[str, torch.Tensor]:
 def check_drift() -> None:
     """A bit of a parameter that differs on a rank is noticed by all, whether data or tensor ranks replicate it."""
     from megatron_mea.training.replicas import ReplicaError, check_replicas
+    from megatron_mea.training.zero_state import stored_shard
 
     world_size, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     replicated, sharded = "model.layers.1.self_attn.head_norm.weight", "model.layers.1.mlp.up_proj.weight"
@@ -154,13 +155,13 @@ def check_drift() -> None:
         for name in (replicated, sharded):
             parameter = parameters_by_name(engine.model)[name]
             if rank == world_size - 1:
-                getattr(parameter, "ds_tensor", parameter).data.view(-1)[3] *= 1 + 2**-23
+                stored_shard(parameter).data.view(-1)[3] *= 1 + 2**-23
             has_replica = world_size > 1 and (name == replicated or size == 1)
             with pytest.raises(ReplicaError, match=name) if has_replica else contextlib.nullcontext():
                 check_replicas(model=engine.model, grid=engine.grid, config=engine.config)
             # Equal again, for the next parameter.
             if rank == world_size - 1:
-                getattr(parameter, "ds_tensor", parameter).data.view(-1)[3] *= 1 - 2**-24
+                stored_shard(parameter).data.view(-1)[3] *= 1 - 2**-24
 
 
 @pytest.mark.slow
@@ -170,17 +171,3 @@ def test_engine(world_size):
     expected, _, _ = plain_training(config())
     for curve in curves:
         np.testing.assert_allclose(curve, expected, rtol=1e-5)
-
-
-def test_head_combinations_are_decayed_on_request():
-    from megatron_mea.model.decoder import Decoder
-    from megatron_mea.training.engine import _parameter_groups
-
-    for decay_hlc in (False, True):
-        settings = config(decay_hlc=decay_hlc)
-        decayed, exempt = _parameter_groups(settings, Decoder(settings.model))
-        group = decayed if decay_hlc else exempt
-        assert any(p.spec.component == "hlc" for p in group["params"])
-        other = exempt if decay_hlc else decayed
-        assert not any(p.spec.component == "hlc" for p in other["params"])
-        assert (decayed["weight_decay"], exempt["weight_decay"]) == (0.1, 0.0)

@@ -94,7 +94,7 @@ def measure_stall(config: Config, root: Path, rounds: int) -> list[dict[str, flo
         nonlocal step
         if kind in savers:
             begin = time.monotonic()
-            savers[kind].save(metadata(step), engine.fragments(owned=True))
+            savers[kind].save(metadata(step), engine.state.fragments(owned=True))
             seconds[f"{kind}, the call"] = time.monotonic() - begin
 
         for _ in range(BLOCK):
@@ -138,12 +138,12 @@ def save_and_load(config: Config, root: Path) -> dict[str, float]:
     """Seconds of copying, of the full save, and of verifying and loading."""
     engine = new_engine(config)
     saver = new_saver(root)
-    saver.save(metadata(1), engine.fragments(owned=True))
+    saver.save(metadata(1), engine.state.fragments(owned=True))
     saver.wait()
     dist.barrier()
 
     begin = time.monotonic()
-    copying = wall_seconds(lambda: saver.save(metadata(2), engine.fragments(owned=True)))
+    copying = wall_seconds(lambda: saver.save(metadata(2), engine.state.fragments(owned=True)))
     saver.wait()
     dist.barrier()
     saving = time.monotonic() - begin
@@ -151,8 +151,8 @@ def save_and_load(config: Config, root: Path) -> dict[str, float]:
 
     def load() -> None:
         assert find_corruption(folder=folder, rank=dist.get_rank(), world_size=dist.get_world_size()) is None
-        read_fragments(folder, engine.fragments())
-        engine.sync_after_load(2)
+        read_fragments(folder, engine.state.fragments())
+        engine.state.sync_after_load(2)
 
     return {"copying": copying, "saving": saving, "loading": wall_seconds(load)}
 

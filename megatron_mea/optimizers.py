@@ -1,0 +1,102 @@
+"""The optimizers, a row each: which parameters one trains, the state that it keeps of them, and how torch builds it.
+
+Engine, checkpoints, disk checks and `plan` read these rows. There is one, which takes every parameter; an optimizer for
+some of them is a row before it, and `build_optimizer` and `initial_state` then choose by the group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron_mea.config import schema
+from megatron_mea.parallel.parameter import ParameterSpec
+
+MASTER_BYTES = torch.float32.itemsize
+"""Bytes of an element's master weight, which the optimizer updates."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSpec:
+    """An optimizer: what it trains, and what it keeps.
+
+    Args:
+        name: of the row.
+        state: its tensors in the shape of a parameter, by the names that torch gives them, with their types.
+        takes: whether it trains a parameter.
+        build: parameter groups, the section `optimizer` and the device -> torch's optimizer.
+    """
+
+    name: str
+    state: Mapping[str, torch.dtype]
+    takes: Callable[[ParameterSpec], bool]
+    build: Callable[[list[dict[str, Any]], schema.Optimizer, torch.device], torch.optim.Optimizer]
+
+
+def _build_adamw(
+    groups: list[dict[str, Any]], settings: schema.Optimizer, device: torch.device
+) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        groups, lr=settings.lr, betas=tuple(settings.betas), eps=settings.eps, fused=device.type == "cuda"
+    )
+
+
+ADAMW = OptimizerSpec(
+    name="adamw",
+    state={"exp_avg": torch.float32, "exp_avg_sq": torch.float32},
+    takes=lambda spec: True,
+    build=_build_adamw,
+)
+OPTIMIZERS = (ADAMW,)
+"""A parameter is trained by the first one that takes it."""
+
+
+def optimizer_of(spec: ParameterSpec) -> OptimizerSpec:
+    """The optimizer that trains a parameter."""
+    return next(optimizer for optimizer in OPTIMIZERS if optimizer.takes(spec))
+
+
+def state_bytes(spec: ParameterSpec) -> int:
+    """Bytes of the master weight and the optimizer state of an element of a parameter: its part of a checkpoint."""
+    return MASTER_BYTES + sum(dtype.itemsize for dtype in optimizer_of(spec).state.values())
+
+
+def state_tensor_name(state: str, parameter: str) -> str:
+    """The name in a checkpoint of a parameter's optimizer state, such as `exp_avg.model.norm.weight`."""
+    return f"{state}.{parameter}"
+
+
+def is_optimizer_state(name: str) -> bool:
+    """Whether a tensor of a checkpoint is optimizer state, and not a weight."""
+    return any(name.startswith(f"{state}.") for optimizer in OPTIMIZERS for state in optimizer.state)
+
+
+def parameter_groups(parameters: Iterable[nn.Parameter], settings: schema.Optimizer) -> list[dict[str, Any]]:
+    """Parameter groups: matrices decay, norms and biases do not, head combinations as `decay_hlc` says."""
+    decayed, exempt = [], []
+    for parameter in parameters:
+        spec = parameter.spec
+        decays = spec.kind == "matrix" and (spec.component != "hlc" or settings.decay_hlc)
+        (decayed if decays else exempt).append(parameter)
+
+    return [
+        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": exempt, "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(
+    groups: list[dict[str, Any]], *, settings: schema.Optimizer, device: torch.device
+) -> torch.optim.Optimizer:
+    """The optimizer of these parameter groups."""
+    return ADAMW.build(groups, settings, device)
+
+
+def initial_state(values: torch.Tensor, *, step_device: torch.device) -> dict[str, torch.Tensor]:
+    """The state of a parameter group, whose master weights lie in one flat tensor, before its first update."""
+    zeros = {name: torch.zeros_like(values, dtype=dtype) for name, dtype in ADAMW.state.items()}
+    return {"step": torch.zeros((), device=step_device)} | zeros
