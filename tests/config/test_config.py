@@ -50,7 +50,7 @@ def test_every_configuration_that_ships_is_valid_and_has_no_warnings(path):
 @given(
     lr=st.floats(1e-9, 1.0),
     steps=st.integers(2, 10**6),
-    text=st.text(st.characters(blacklist_categories=("Cs", "Cc")), min_size=1),
+    text=st.text(st.characters(blacklist_categories=("Cs", "Cc")), min_size=1, max_size=60),
     beta=st.floats(0, 0.999),
 )
 def test_a_written_configuration_loads_to_an_equal_one(lr, steps, text, beta):
