@@ -1,69 +1,119 @@
-"""The command line's verbs and their options, declared for argparse."""
+"""The command line's verbs and their arguments, with types, ranges and defaults."""
 
 from __future__ import annotations
 
-import argparse
+import math
+from argparse import ArgumentError
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
 
 from megatron_mea import __version__
+from megatron_mea.errors import UserError, did_you_mean, shorten
+from megatron_mea.parser import Parser, comma_separated, file_ending, float_where, int_range, one_of, utf8
 
-_SBATCH_VERBS = ("submit", "sweep")
-"""Verbs that pass the arguments behind `--` to sbatch."""
+_VERB_SYNONYMS = {
+    "tokenizer": "train-tokenizer spm sentencepiece bpe vocab",
+    "prepare": "tokenize tokenise preprocess preprocess_data preprocess-data encode",
+    "train": "pretrain pretraining finetune fit run resume",
+    "plan": "estimate memory flops check validate",
+    "submit": "sbatch slurm launch schedule",
+    "sweep": "grid search tune",
+    "report": "plot analyze analyse compare",
+    "inspect": "show info verify",
+    "export": "convert convert-checkpoint save to-hf upload",
+    "import": "convert convert-checkpoint load from-hf",
+    "compress": "prune factorize factorise quantize virtual-heads",
+    "evaluate": "eval test benchmark lm_eval lm-eval perplexity",
+    "generate": "sample chat infer inference predict complete",
+}
+"""{verb: words of other tools}"""
+_OPTION_SYNONYMS = {
+    "--input": "-i --source --files --dataset",
+    "--out": "-o --output --output-dir --output_dir --output-prefix --output-path",
+    "--text-key": "--json-keys --field --column",
+    "--bos": "--append-bos --add-bos",
+    "--force": "--overwrite",
+    "--workers": "-j --jobs --num-proc --num-workers --processes",
+    "--world-size": "-n --nprocs --num-processes --processes --num-gpus --gpus",
+    "--nodes": "-n --nnodes --num-nodes --num_nodes",
+    "--gpus-per-node": "--nproc-per-node --nproc_per_node --ntasks-per-node --gres --gpus",
+    "--time": "-t --walltime --time-limit",
+    "--learning-rates": "--lr --lrs --learning-rate",
+    "--at-once": "-j --jobs --parallel --max-parallel",
+    "--dtype": "--precision --torch-dtype --torch_dtype",
+    "--max-new-tokens": "-n --max-tokens --max-length --max_new_tokens --num-tokens",
+}
+"""{option: words of other tools}"""
 MODEL_HELP = "a checkpoint folder, a run folder (its newest checkpoint) or a Hugging Face folder"
 
 
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    """The verb and its options as a namespace; wrong ones end the process with the usage."""
-    parser, sbatch_options = _build_parser(), []
-    if "--" in argv and argv[0] in _SBATCH_VERBS:
-        split = argv.index("--")
-        argv, sbatch_options = argv[:split], argv[split + 1 :]
+def parse_arguments(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """The verb, and the values of its arguments by name.
 
-    arguments, extra = parser.parse_known_args(argv)
-    # argparse takes no overrides behind an option.
-    if extra and (
-        not hasattr(arguments, "overrides") or any("=" not in argument or argument[0] == "-" for argument in extra)
-    ):
-        parser.error(f"unrecognized arguments: {' '.join(extra)}")
-    if extra:
-        arguments.overrides += extra
+    Raises:
+        UserError: no or an unknown verb, or arguments that it does not take.
+    """
+    parser, verbs = build_parser()
+    name = words[0] if words else ""
+    if name in verbs:
+        return name, verbs[name].parse(words[1:])
 
-    arguments.sbatch_options = sbatch_options
-    return arguments
+    with suppress(ArgumentError):
+        # --help and --version end here.
+        parser.parse_known_args(words[:1])
+
+    got = f"{shorten(name)}, an unknown verb" if words else "nothing"
+    hint = did_you_mean(name, verbs, _VERB_SYNONYMS)
+    raise UserError(where="VERB", got=got, expected=", ".join(verbs), hint=hint or f"see {parser.prog} --help")
 
 
-def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> tuple[Parser, Mapping[str, Parser]]:
+    """The parser of the whole command line, and those of the verbs by name."""
+    parser = Parser(
         prog="megatron-mea",
         description="Distributed pre-training of language models with Multi-head Explicit Attention (MEA).",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
 
-    def add_verb(*, name: str, summary: str, example: str) -> argparse.ArgumentParser:
+    def add_verb(*, name: str, summary: str, example: str) -> Parser:
         return verbs.add_parser(
             name,
             help=summary,
             description=summary,
             epilog=f"example:\n  megatron-mea {name} {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            synonyms=_OPTION_SYNONYMS,
         )
 
-    def add_config_arguments(sub: argparse.ArgumentParser) -> None:
+    def add_config_arguments(sub: Parser) -> None:
         sub.add_argument("config", metavar="CONFIG", help="a YAML file")
-        sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted keys of the YAML and new values")
+        sub.add_argument(
+            "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="dotted keys of the YAML and new values"
+        )
 
-    def add_job_arguments(sub: argparse.ArgumentParser, *, required: bool) -> None:
+    def add_job_arguments(sub: Parser, *, required: bool = False, needs: str = "") -> None:
         sub.usage = f"megatron-mea {sub.prog.split()[-1]} CONFIG [KEY=VALUE ...] [options] [-- SBATCH_OPTION ...]"
         count_default, time_default = ("", "") if required else (" (default: 1)", " (default: 24:00:00)")
 
-        sub.add_argument("--nodes", type=int, required=required, metavar="N", help=f"nodes of a job{count_default}")
+        sub.add_argument(
+            "--nodes",
+            type=int_range(1),
+            needs=needs,
+            required=required,
+            metavar="N",
+            help=f"nodes of a job{count_default}",
+        )
         gpus_help = f"processes a node, one a GPU{count_default}"
-        sub.add_argument("--gpus-per-node", type=int, required=required, metavar="G", help=gpus_help)
+        sub.add_argument(
+            "--gpus-per-node", type=int_range(1), needs=needs, required=required, metavar="G", help=gpus_help
+        )
         time_help = f"limit of a job, H:M:S or D-H:M:S; the run goes on{time_default}"
-        sub.add_argument("--time", required=required, metavar="T", help=time_help)
-        sub.add_argument("--dry-run", action="store_true", help="print the script instead")
+        sub.add_argument("--time", needs=needs, required=required, metavar="T", help=time_help)
+        sub.add_argument("--dry-run", needs=needs, action="store_true", help="print the script instead")
+        sub.pass_on("sbatch_options", needs)
 
-    def add_source_arguments(sub: argparse.ArgumentParser) -> None:
+    def add_source_arguments(sub: Parser) -> None:
         sources_help = (
             "text: .txt, .jsonl, .ndjson, .json.gz (.gz or .zst behind each), .parquet, a folder of those or of "
             "`datasets`, or a hub NAME[:CONFIG]"
@@ -71,9 +121,15 @@ def _build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--input", nargs="+", action="extend", required=True, metavar="SOURCE", help=sources_help)
         sub.add_argument("--text-key", default="text", help="field of a document's text (default: text)")
         split_at_help = "a .txt is one document (file, the default), or is cut into documents at its blank lines"
-        sub.add_argument("--split-at", choices=("file", "blank-lines"), default="file", help=split_at_help)
+        sub.add_argument("--split-at", type=one_of("file", "blank-lines"), default="file", help=split_at_help)
         max_document_help = "a longer document is refused, in bytes of UTF-8 (default: 67108864, 64 MiB)"
-        sub.add_argument("--max-document", type=int, default=64 << 20, metavar="BYTES", help=max_document_help)
+        sub.add_argument(
+            "--max-document",
+            type=int_range(1, 1 << 30, "bytes"),
+            default=64 << 20,
+            metavar="BYTES",
+            help=max_document_help,
+        )
 
     sub = add_verb(
         name="tokenizer",
@@ -81,7 +137,9 @@ def _build_parser() -> argparse.ArgumentParser:
         example="--input corpus.jsonl.gz --vocab-size 32000 --out tokenizer",
     )
     add_source_arguments(sub)
-    sub.add_argument("--vocab-size", type=int, required=True, metavar="N", help="counts every id, special ones too")
+    sub.add_argument(
+        "--vocab-size", type=int_range(1), required=True, metavar="N", help="counts every id, special ones too"
+    )
     sub.add_argument("--out", required=True, metavar="DIR", help="the tokenizer folder to write")
 
     sub = add_verb(
@@ -93,10 +151,16 @@ def _build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--tokenizer", required=True, metavar="DIR", help="a Hugging Face tokenizer folder")
     sub.add_argument("--out", required=True, metavar="PREFIX", help="PREFIX.bin and PREFIX.idx are written")
     sub.add_argument("--split", default="train", help="split of a `datasets` source (default: train)")
-    sub.add_argument("--workers", type=int, default=None, help="processes (default: the cores of this machine)")
+    sub.add_argument("--workers", type=int_range(1), help="processes (default: the cores of this machine)")
     max_broken_help = "part of the lines and rows that may be broken and left out (default: 0.01)"
     sub.add_argument("--bos", action="store_true", help="put the tokenizer's begin token before every document")
-    sub.add_argument("--max-broken", type=float, default=0.01, metavar="SHARE", help=max_broken_help)
+    sub.add_argument(
+        "--max-broken",
+        type=float_where(lambda part: 0 <= part <= 1, "0 to 1"),
+        default=0.01,
+        metavar="SHARE",
+        help=max_broken_help,
+    )
     force_help = "replace other data at PREFIX (default: data of the same input and options is left, other is refused)"
     sub.add_argument("--force", action="store_true", help=force_help)
 
@@ -113,7 +177,7 @@ def _build_parser() -> argparse.ArgumentParser:
         example="configs/quickstart.yaml parallel.tensor_model_parallel_size=2 --world-size 4",
     )
     add_config_arguments(sub)
-    sub.add_argument("--world-size", type=int, metavar="N", help="processes (default: one copy of the model)")
+    sub.add_argument("--world-size", type=int_range(1), metavar="N", help="processes (default: one copy of the model)")
     sub.add_argument("--json", action="store_true", help="for machines: bytes, counts and FLOPs")
 
     sub = add_verb(
@@ -124,7 +188,7 @@ def _build_parser() -> argparse.ArgumentParser:
     add_config_arguments(sub)
     add_job_arguments(sub, required=True)
     chain_help = "jobs in a row, for clusters that forbid to requeue (default: one job that requeues itself)"
-    sub.add_argument("--chain", type=int, default=1, metavar="JOBS", help=chain_help)
+    sub.add_argument("--chain", type=int_range(1), default=1, metavar="JOBS", help=chain_help)
 
     sub = add_verb(
         name="sweep",
@@ -133,14 +197,31 @@ def _build_parser() -> argparse.ArgumentParser:
         example="my.yaml --variants plain,mea --learning-rates 1e-3,3e-3 --seeds 1,2 --out runs/sweep",
     )
     add_config_arguments(sub)
-    sub.add_argument("--variants", metavar="V,...", help="of model.attention_variant (default: the file's)")
-    sub.add_argument("--learning-rates", metavar="LR,...", help="of optimizer.lr (default: the file's)")
-    sub.add_argument("--seeds", metavar="S,...", help="of training.seed (default: the file's)")
+    sub.add_argument(
+        "--variants",
+        type=comma_separated,
+        default=[],
+        metavar="V,...",
+        help="of model.attention_variant (default: the file's)",
+    )
+    sub.add_argument(
+        "--learning-rates",
+        type=comma_separated,
+        default=[],
+        metavar="LR,...",
+        help="of optimizer.lr (default: the file's)",
+    )
+    sub.add_argument(
+        "--seeds", type=comma_separated, default=[], metavar="S,...", help="of training.seed (default: the file's)"
+    )
     sub.add_argument("--out", required=True, metavar="DIR", help="holds a run folder for each")
     sub.add_argument("--submit", action="store_true", help="as a SLURM array; the options below say on what each runs")
-    add_job_arguments(sub, required=False)
+    add_job_arguments(sub, needs="--submit")
     sub.add_argument(
-        "--at-once", type=int, metavar="K", help="runs that may run at the same time (default: all of an array, 1 here)"
+        "--at-once",
+        type=int_range(1),
+        metavar="K",
+        help="runs that may run at the same time (default: all of an array, 1 here)",
     )
 
     sub = add_verb(
@@ -150,9 +231,16 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("paths", nargs="+", metavar="DIR", help="a run folder, or a sweep's --out")
     out_help = "the page; FILE.csv (a row a run), FILE-curves.csv and a PNG a figure are written beside it"
-    sub.add_argument("--out", required=True, metavar="FILE.html", help=out_help)
+    sub.add_argument("--out", required=True, type=file_ending(".html"), metavar="FILE.html", help=out_help)
     tokens_help = "tokens at which the fits are extrapolated"
-    sub.add_argument("--tokens", nargs="+", type=float, default=[], metavar="N", help=tokens_help)
+    sub.add_argument(
+        "--tokens",
+        nargs="+",
+        type=float_where(lambda count: 0 < count < math.inf, "above 0"),
+        default=[],
+        metavar="N",
+        help=tokens_help,
+    )
 
     sub = add_verb(
         name="inspect",
@@ -160,7 +248,7 @@ def _build_parser() -> argparse.ArgumentParser:
         example="runs/quickstart/run/checkpoints/step_00000500",
     )
     path_help = "a checkpoint folder, a run folder (its newest checkpoint), or the PREFIX of prepared data"
-    sub.add_argument("path", metavar="CHECKPOINT", help=path_help)
+    sub.add_argument("path", metavar="PATH", help=path_help)
 
     sub = add_verb(
         name="export",
@@ -169,9 +257,9 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     sub.add_argument("out", metavar="OUT_DIR", help="a folder that does not exist or is empty")
-    sub.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="default fp32: the master weights")
+    sub.add_argument("--dtype", type=one_of("fp32", "bf16"), default="fp32", help="default fp32: the master weights")
     target_help = "stock: plain Llama or Qwen where that is exact; vllm: its cache holds component heads alone"
-    sub.add_argument("--target", choices=("transformers", "stock", "vllm"), default="transformers", help=target_help)
+    sub.add_argument("--target", type=one_of("transformers", "stock", "vllm"), default="transformers", help=target_help)
 
     sub = add_verb(
         name="import",
@@ -190,11 +278,11 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     sub.add_argument("out", metavar="OUT", help="of the same kind as MODEL; does not exist or is empty")
-    size = sub.add_mutually_exclusive_group()
     heads_help = "component heads of the layers: one number, or one for every layer with commas between"
-    size.add_argument("--component-heads", metavar="N", help=heads_help)
-    ratio_help = "size of the cache to that of all composite heads; each layer's number of heads is chosen"
-    size.add_argument("--cache-ratio", type=float, metavar="R", help=ratio_help)
+    sub.add_argument("--component-heads", metavar="N", help=heads_help)
+    ratio_help = "or the size of the cache to that of all composite heads; each layer's number of heads is chosen"
+    ratio = float_where(lambda ratio: 0 < ratio <= 1, "above 0, and at most 1: all composite heads")
+    sub.add_argument("--cache-ratio", type=ratio, excludes="--component-heads", metavar="R", help=ratio_help)
     layers_help = (
         "full, half or deep as in the paper, auto (all, with --cache-ratio), or from 1 on as 5-12,20 or 5-12:2,20:1"
     )
@@ -212,9 +300,17 @@ def _build_parser() -> argparse.ArgumentParser:
         example="runs/quickstart/run --component-heads 1 --data runs/quickstart/data/validation --out sensitivity.json",
     )
     sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    sub.add_argument("--component-heads", type=int, required=True, metavar="N", help="of the layer in question")
+    sub.add_argument(
+        "--component-heads", type=int_range(1), required=True, metavar="N", help="of the layer in question"
+    )
     sub.add_argument("--data", required=True, metavar="PREFIX", help="prepared data")
-    sub.add_argument("--out", required=True, metavar="FILE.json", help="the result; a plot is written to FILE.png")
+    sub.add_argument(
+        "--out",
+        required=True,
+        type=file_ending(".json"),
+        metavar="FILE.json",
+        help="the result; a plot is written to FILE.png",
+    )
     sub.add_argument("--align", action="store_true", help="as in `compress`")
 
     sub = add_verb(
@@ -230,7 +326,12 @@ def _build_parser() -> argparse.ArgumentParser:
 
     sub = add_verb(name="generate", summary="continue a text", example='exported --prompt "In the beginning"')
     sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    sub.add_argument("--prompt", required=True, metavar="TEXT")
-    sub.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
-    sub.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest token")
-    return parser
+    sub.add_argument("--prompt", type=utf8, required=True, metavar="TEXT")
+    sub.add_argument("--max-new-tokens", type=int_range(1), default=64, metavar="N")
+    temperature = float_where(
+        lambda value: value == 0 or 1e-3 <= value < math.inf, "0 (the likeliest token), or 0.001 and more"
+    )
+    sub.add_argument(
+        "--temperature", type=temperature, default=0.0, metavar="T", help="0 (default): the likeliest token"
+    )
+    return parser, verbs.choices

@@ -5,19 +5,18 @@ Each verb checks what it can before it imports torch, which takes seconds.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_mea.arguments import parse_arguments
 from megatron_mea.console import guard_console, outlive_console
-from megatron_mea.errors import UserError, shorten
+from megatron_mea.errors import UserError
 from megatron_mea.failures import exit_status
 from megatron_mea.printing import note, show
 from megatron_mea.training.signals import hangup_signals
@@ -33,12 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run_verb(argv: list[str]) -> None:
-    arguments = parse_arguments(argv)
+    verb, values = parse_arguments(argv)
     # The other verbs remove unfinished output when they are interrupted; `train` saves a checkpoint instead.
     for number in (signal.SIGINT, signal.SIGTERM, *hangup_signals()):
         signal.signal(number, _exit_on_signal)
 
-    _VERBS[arguments.verb](arguments)
+    VERBS[verb](**values)
 
 
 def _exit_on_signal(number: int, frame: object) -> None:
@@ -48,63 +47,53 @@ def _exit_on_signal(number: int, frame: object) -> None:
     sys.exit(128 + number)
 
 
-def _tokenizer(arguments: argparse.Namespace) -> None:
+def _tokenizer(*, input: list[str], vocab_size: int, out: str, text_key: str, split_at: str, max_document: int) -> None:
     from megatron_mea.data.tokenizer import train_tokenizer
 
-    _check_max_document(arguments)
     train_tokenizer(
-        sources=arguments.input,
-        vocab_size=arguments.vocab_size,
-        out=arguments.out,
-        text_key=arguments.text_key,
-        split_at=arguments.split_at,
-        max_document=arguments.max_document,
+        sources=input,
+        vocab_size=vocab_size,
+        out=out,
+        text_key=text_key,
+        split_at=split_at,
+        max_document=max_document,
     )
-    show(f"wrote {arguments.out}: {arguments.vocab_size} ids")
+    show(f"wrote {out}: {vocab_size} ids")
 
 
-def _prepare(arguments: argparse.Namespace) -> None:
+def _prepare(
+    *,
+    input: list[str],
+    tokenizer: str,
+    out: str,
+    workers: int | None,
+    bos: bool,
+    max_broken: float,
+    force: bool,
+    **read_options: Any,
+) -> None:
     from megatron_mea.data.prepare import prepare
     from megatron_mea.data.text_records import ReadOptions
 
-    workers = arguments.workers
-    if workers is None:
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if workers < 1:
-        raise UserError(where="--workers", got=workers, expected="at least 1")
-    if not 0 <= arguments.max_broken <= 1:
-        raise UserError(where="--max-broken", got=arguments.max_broken, expected="0 to 1")
-    _check_max_document(arguments)
-
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     done = prepare(
-        sources=arguments.input,
-        tokenizer_folder=arguments.tokenizer,
-        prefix=arguments.out,
-        options=ReadOptions(
-            text_key=arguments.text_key,
-            split=arguments.split,
-            split_at=arguments.split_at,
-            max_document=arguments.max_document,
-        ),
-        workers=workers,
-        max_broken=arguments.max_broken,
-        bos=arguments.bos,
-        force=arguments.force,
+        sources=input,
+        tokenizer_folder=tokenizer,
+        prefix=out,
+        options=ReadOptions(**read_options),
+        workers=workers or cores,
+        max_broken=max_broken,
+        bos=bos,
+        force=force,
     )
-    files, counts = f"{arguments.out}.bin and .idx", f"{done.documents:,} documents, {done.tokens:,} tokens"
+    files, counts = f"{out}.bin and .idx", f"{done.documents:,} documents, {done.tokens:,} tokens"
     if done.is_new:
         show(f"wrote {files}: {counts}")
     else:
         show(f"left {files} as they are, made of the same input with the same options: {counts}")
 
 
-def _check_max_document(arguments: argparse.Namespace) -> None:
-    # The index counts the tokens of a document with 32 bits, and a record of a file may be six times as large.
-    if not 1 <= arguments.max_document <= 1 << 30:
-        raise UserError(where="--max-document", got=arguments.max_document, expected="1 to 1,073,741,824 bytes")
-
-
-def _train(arguments: argparse.Namespace) -> None:
+def _train(*, config: str, overrides: list[str]) -> None:
     from megatron_mea.training.signals import StopSignal
 
     # Before torch is imported: a signal during that import would kill the process.
@@ -113,20 +102,20 @@ def _train(arguments: argparse.Namespace) -> None:
     from megatron_mea.checkpoint.run_config import load_run_config
     from megatron_mea.training.rank_env import RankEnv
 
-    config, inherited = load_run_config(arguments.config, arguments.overrides)
-    outlive_console(Path(config.run.dir))
+    run_config, inherited = load_run_config(config, overrides)
+    outlive_console(Path(run_config.run.dir))
     _print_inherited(inherited if RankEnv.from_environment().rank == 0 else [])
 
     from megatron_mea.training.run import train
 
-    train(config, stop)
+    train(run_config, stop)
 
 
-def _load_run_config(arguments: argparse.Namespace) -> Config:
+def _load_run_config(path: str, overrides: list[str]) -> Config:
     """The configuration of a run; prints to stderr what its checkpoint decided."""
     from megatron_mea.checkpoint.run_config import load_run_config
 
-    config, inherited = load_run_config(arguments.config, arguments.overrides)
+    config, inherited = load_run_config(path, overrides)
     _print_inherited(inherited)
     return config
 
@@ -136,96 +125,72 @@ def _print_inherited(lines: Sequence[str]) -> None:
         note(line)
 
 
-def _plan(arguments: argparse.Namespace) -> None:
-    if arguments.world_size is not None and arguments.world_size < 1:
-        raise UserError(where="--world-size", got=arguments.world_size, expected="at least 1")
-
-    config = _load_run_config(arguments)
+def _plan(*, config: str, overrides: list[str], world_size: int | None, json: bool) -> None:
+    run_config = _load_run_config(config, overrides)
 
     from megatron_mea.config.layout import check_layout
 
-    check_layout(config, arguments.world_size)
+    check_layout(run_config, world_size)
 
     from megatron_mea.plan.plan import as_json, as_text, make_plan
 
-    plan = make_plan(config, world_size=arguments.world_size)
-    show(json.dumps(as_json(plan), indent=2) if arguments.json else as_text(plan))
+    plan = make_plan(run_config, world_size=world_size)
+    show(dumps(as_json(plan), indent=2) if json else as_text(plan))
 
 
-def _submit(arguments: argparse.Namespace) -> None:
-    config = _load_run_config(arguments)
+def _submit(*, config: str, overrides: list[str], dry_run: bool, sbatch_options: list[str], **resources: Any) -> None:
+    run_config = _load_run_config(config, overrides)
 
     from megatron_mea.slurm.resources import Resources
     from megatron_mea.slurm.submit import submit
 
-    resources = Resources(
-        nodes=arguments.nodes,
-        gpus_per_node=arguments.gpus_per_node,
-        time=arguments.time,
-        chain=arguments.chain,
-        options=tuple(arguments.sbatch_options),
-    )
-    show(submit(config=config, resources=resources, dry_run=arguments.dry_run))
+    requested = Resources(options=tuple(sbatch_options), **resources)
+    show(submit(config=run_config, resources=requested, dry_run=dry_run))
 
 
-def _sweep(arguments: argparse.Namespace) -> None:
+def _sweep(
+    *,
+    config: str,
+    out: str,
+    submit: bool,
+    nodes: int | None,
+    gpus_per_node: int | None,
+    time: str | None,
+    dry_run: bool,
+    sbatch_options: list[str],
+    at_once: int | None,
+    **varied: list[str],
+) -> None:
     from megatron_mea.experiments.sweep import combinations, run_here, submit_array
 
-    def comma_separated(option: str | None) -> list[str]:
-        return option.split(",") if option else []
-
-    out = Path(arguments.out)
-    configs, inherited = combinations(
-        path=arguments.config,
-        overrides=arguments.overrides,
-        variants=comma_separated(arguments.variants),
-        learning_rates=comma_separated(arguments.learning_rates),
-        seeds=comma_separated(arguments.seeds),
-        out=out,
-    )
+    configs, inherited = combinations(path=config, out=Path(out), **varied)
     _print_inherited(inherited)
-
-    defaults = {"nodes": 1, "gpus_per_node": 1, "time": "24:00:00"}
-    requested = {name: value for name in defaults if (value := getattr(arguments, name)) is not None}
-    if not arguments.submit:
-        if requested or arguments.dry_run or arguments.sbatch_options:
-            raise UserError(
-                where="sweep",
-                got="options of a job without --submit",
-                expected="--submit, or none of them: it trains here",
-            )
-        show(run_here(configs, 1 if arguments.at_once is None else arguments.at_once))
+    if not submit:
+        show(run_here(configs, at_once or 1))
         return
 
     from megatron_mea.slurm.resources import Resources
 
-    resources = Resources(**defaults | requested, options=tuple(arguments.sbatch_options))
-    show(
-        submit_array(
-            configs=configs, out=out, resources=resources, at_once=arguments.at_once, dry_run=arguments.dry_run
-        )
+    resources = Resources(
+        nodes=nodes or 1, gpus_per_node=gpus_per_node or 1, time=time or "24:00:00", options=tuple(sbatch_options)
     )
+    show(submit_array(configs=configs, out=Path(out), resources=resources, at_once=at_once, dry_run=dry_run))
 
 
-def _report(arguments: argparse.Namespace) -> None:
-    if not all(0 < count < float("inf") for count in arguments.tokens):
-        raise UserError(where="--tokens", got=arguments.tokens, expected="numbers above 0")
-    if Path(arguments.out).suffix != ".html":
-        raise UserError(where="--out", got=arguments.out, expected="a file that ends in .html")
-
+def _report(*, paths: list[str], out: str, tokens: list[float]) -> None:
     from megatron_mea.experiments.runs import find_runs
 
-    runs = find_runs(arguments.paths)
+    runs = find_runs(paths)
 
     from megatron_mea.experiments.report import report
 
-    report(runs=runs, out=arguments.out, tokens=arguments.tokens)
+    report(runs=runs, out=out, tokens=tokens)
 
 
-def _inspect(arguments: argparse.Namespace) -> None:
+def _inspect(*, path: str) -> None:
     from megatron_mea.checkpoint.folder import checkpoint_folder
 
-    path, prefix = arguments.path, arguments.path.removesuffix(".idx").removesuffix(".bin")
+    prefix = path.removesuffix(".idx").removesuffix(".bin")
     try:
         checkpoint_folder(path)
     except UserError as error:
@@ -244,79 +209,79 @@ def _inspect(arguments: argparse.Namespace) -> None:
     show(inspect(path))
 
 
-def _export(arguments: argparse.Namespace) -> None:
+def _export(*, model: str, out: str, dtype: str, target: str) -> None:
     from megatron_mea.huggingface.locate import check_paths
 
-    check_paths(arguments.model, out=arguments.out)
+    check_paths(model, out=out)
 
     from megatron_mea.huggingface.export import export
 
-    show(export(model=arguments.model, out=arguments.out, dtype=arguments.dtype, kind=arguments.target))
+    show(export(model=model, out=out, dtype=dtype, kind=target))
 
 
-def _import(arguments: argparse.Namespace) -> None:
+def _import(*, source: str, out: str, variant: str | None) -> None:
     from megatron_mea.huggingface.locate import check_hf_folder
     from megatron_mea.outputs import check_free_folder
 
-    check_free_folder(Path(arguments.out))
-    check_hf_folder(Path(arguments.source))
+    check_free_folder(Path(out))
+    check_hf_folder(Path(source))
 
     from megatron_mea.huggingface.importing import import_model
 
-    show(import_model(source=arguments.source, out=arguments.out, variant=arguments.variant))
+    show(import_model(source=source, out=out, variant=variant))
 
 
-def _compress(arguments: argparse.Namespace) -> None:
+def _compress(
+    *,
+    model: str,
+    out: str,
+    component_heads: str | None,
+    cache_ratio: float | None,
+    layers: str | None,
+    calibration: str | None,
+    align: bool,
+) -> None:
     from megatron_mea.huggingface.locate import check_paths
 
-    check_paths(model=arguments.model, out=arguments.out, data={"--calibration": arguments.calibration})
+    check_paths(model=model, out=out, data={"--calibration": calibration})
 
     from megatron_mea.compression.compress import compress
 
     show(
         compress(
-            model=arguments.model,
-            out=arguments.out,
-            heads=arguments.component_heads,
-            ratio=arguments.cache_ratio,
-            layers=arguments.layers,
-            calibration=arguments.calibration,
-            aligned=arguments.align,
+            model=model,
+            out=out,
+            heads=component_heads,
+            ratio=cache_ratio,
+            layers=layers,
+            calibration=calibration,
+            aligned=align,
         )
     )
 
 
-def _sensitivity(arguments: argparse.Namespace) -> None:
-    if Path(arguments.out).suffix != ".json":
-        raise UserError(where="--out", got=arguments.out, expected="a name that ends in .json")
-
+def _sensitivity(*, model: str, component_heads: int, data: str, out: str, align: bool) -> None:
     from megatron_mea.huggingface.locate import check_paths
 
-    check_paths(arguments.model, data={"--data": arguments.data})
+    check_paths(model, data={"--data": data})
 
     from megatron_mea.compression.sensitivity import sensitivity
 
-    sensitivity(
-        model=arguments.model,
-        heads=arguments.component_heads,
-        data=arguments.data,
-        out=arguments.out,
-        aligned=arguments.align,
-    )
+    sensitivity(model=model, heads=component_heads, data=data, out=out, aligned=align)
 
 
-def _evaluate(arguments: argparse.Namespace) -> None:
+def _evaluate(*, model: str, data: str | None, tasks: list[str] | None, out: str | None) -> None:
     from megatron_mea.huggingface.locate import check_paths
 
-    check_paths(arguments.model, data={"--data": arguments.data})
+    check_paths(model, data={"--data": data})
 
     from megatron_mea.outputs import print_and_write, reserve_output
 
-    with reserve_output(arguments.out, folder=False) if arguments.out else nullcontext() as file:
+    with reserve_output(out, folder=False) if out else nullcontext() as file:
         from megatron_mea.huggingface.evaluate import evaluate
 
-        result, table = evaluate(model=arguments.model, data=arguments.data, tasks=arguments.tasks)
-        text = json.dumps(result, indent=1)
+        result, table = evaluate(model=model, data=data, tasks=tasks)
+        text = dumps(result, indent=1)
         try:
             print_and_write(text, {file: f"{text}\n"} if file else {})
         finally:
@@ -325,32 +290,14 @@ def _evaluate(arguments: argparse.Namespace) -> None:
                 note(table)
 
 
-def _generate(arguments: argparse.Namespace) -> None:
-    if arguments.max_new_tokens < 1:
-        raise UserError(where="--max-new-tokens", got=arguments.max_new_tokens, expected="at least 1")
-    if arguments.temperature != 0 and not 1e-3 <= arguments.temperature < float("inf"):
-        raise UserError(
-            where="--temperature", got=arguments.temperature, expected="0 (the likeliest token), or 0.001 and more"
-        )
-
-    try:
-        arguments.prompt.encode()
-    except UnicodeEncodeError:
-        # Bytes of the command line that are no UTF-8 arrive as halves of surrogate pairs.
-        raise UserError(where="--prompt", got=shorten(arguments.prompt), expected="text in UTF-8") from None
-
+def _generate(*, model: str, prompt: str, max_new_tokens: int, temperature: float) -> None:
     from megatron_mea.huggingface.locate import check_paths
 
-    check_paths(arguments.model)
+    check_paths(model)
 
     from megatron_mea.huggingface.generate import generate
 
-    text = generate(
-        model=arguments.model,
-        prompt=arguments.prompt,
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-    )
+    text = generate(model=model, prompt=prompt, max_new_tokens=max_new_tokens, temperature=temperature)
     if sys.stdout.isatty():
         show(text)
     else:
@@ -358,7 +305,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         print(text)
 
 
-_VERBS: dict[str, Callable[[argparse.Namespace], None]] = {
+VERBS: dict[str, Callable[..., None]] = {
     "tokenizer": _tokenizer,
     "prepare": _prepare,
     "train": _train,

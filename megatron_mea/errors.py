@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,18 @@ def shorten(value: object, limit: int = 200) -> str:
     """repr of a value for a message, its middle left out where that is long."""
     text = repr(value)
     return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 4 :]}"
+
+
+def did_you_mean(got: str, known: Iterable[str], synonyms: Mapping[str, str] | None = None) -> str:
+    """A hint at the known names that `got` stands for elsewhere, or at the one it resembles; empty where there is none.
+
+    Args:
+        synonyms: {known name: words of others for it, with spaces between}.
+    """
+    got, known = got.lower(), list(known)
+    meant = [name for name in known if synonyms and got in synonyms.get(name, "").split()]
+    meant = meant or get_close_matches(got, known, n=1)
+    return f"did you mean {' or '.join(meant)}?" if meant else ""
 
 
 class UserError(Exception):

@@ -32,6 +32,7 @@ ROWS = (
     ("compression", "plan", "training"),
     ("slurm",),
     ("experiments",),
+    ("parser",),
     ("arguments",),
     ("cli",),
     ("__main__",),

@@ -185,9 +185,6 @@ def _head_options(
         layers = "full" if ratio is None else AUTO
 
     if ratio is not None:
-        if not 0 < ratio <= 1:
-            raise UserError(where=RATIO, got=ratio, expected="above 0, and at most 1: all composite heads")
-
         choosable = parse_layers("full" if layers == AUTO else layers, len(component_heads))
         if any(chosen is not None for chosen in choosable.values()):
             raise UserError(

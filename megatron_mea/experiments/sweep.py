@@ -86,9 +86,6 @@ def run_here(configs: Sequence[Config], at_once: int = 1) -> str:
         UserError: one has a folder that is none, or is finished with other settings; nothing was trained.
         RunError: some failed; the others were trained all the same.
     """
-    if at_once < 1:
-        raise UserError(where="--at-once", got=at_once, expected="at least 1")
-
     # All of them before the first is trained, which may take days.
     has_ended = {config.run.dir: _has_ended(config) for config in configs}
     with reserve_output(Path(configs[0].run.dir).parent, folder=True):
@@ -221,8 +218,6 @@ def submit_array(
     remaining = [config for config in configs if not _has_ended(config)]
     if not remaining:
         return f"all {len(configs)} runs are done"
-    if at_once is not None and at_once < 1:
-        raise UserError(where="--at-once", got=at_once, expected="at least 1")
 
     warnings = list(dict.fromkeys(line for config in remaining for line in check_run(config, resources)[2]))
     site, path = Site.read(), RunFolder(out.resolve()).array_script

@@ -123,10 +123,6 @@ def check_resources(
 
 def resource_problems(resources: Resources, partition: scheduler.Partition | None) -> Iterator[Problem]:
     """Problems of the resources by themselves and, where it is known, on a partition."""
-    for key in ("nodes", "gpus_per_node", "chain"):
-        if getattr(resources, key) < 1:
-            yield Problem(where=f"--{key.replace('_', '-')}", got=getattr(resources, key), expected="at least 1")
-
     for word in resources.options:
         name = word.partition("=")[0] if word.startswith("--") else word[:2]
         if word.startswith("-") and name in RESERVED_OPTIONS:

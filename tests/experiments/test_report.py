@@ -223,7 +223,7 @@ def test_a_falling_rate_is_said(tmp_path):
         (["run/config.yaml", "--out", "r.html"], "run/config.yaml", "a file"),
         (["run", "--out", "r.pdf"], "--out", "r.pdf"),
         (["run", "--out", "folder.html"], "folder.html", "a folder"),
-        (["run", "--out", "r.html", "--tokens", "-1"], "--tokens", "[-1.0]"),
+        (["run", "--out", "r.html", "--tokens", "-1"], "--tokens", "-1.0"),
         (["broken", "--out", "r.html"], "metrics.jsonl:2", "no row of metrics"),
         (["words", "--out", "r.html"], "metrics.jsonl:2", "no row of metrics"),
         (["strange", "--out", "r.html"], "strange/config.yaml", "an unknown key"),

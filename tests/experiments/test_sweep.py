@@ -227,7 +227,7 @@ def test_a_sweep_that_is_done(desk, ask):
 def test_options_of_a_job_are_refused_where_there_is_none(option, desk, ask):
     status, _, err = ask("sweep", "tiny.yaml", "--out", "out", *option)
     assert status == 2
-    assert "options of a job without --submit" in err
+    assert f"error: {option[0]}\n  got:      no --submit\n" in err
     assert not (desk.folder / "out").exists()
 
 

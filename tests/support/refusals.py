@@ -52,7 +52,7 @@ def check_problems(problems: Sequence[Problem], *expected: Sequence[str]) -> Non
     for problem, row in zip(problems, expected, strict=True):
         for name, text in zip(("where", "got", "expected", "hint"), row, strict=False):
             pattern = re.escape(text).replace(re.escape("..."), ".*")
-            assert re.fullmatch(pattern, getattr(problem, name), re.DOTALL), (name, text, problem)
+            assert re.fullmatch(pattern, str(getattr(problem, name)), re.DOTALL), (name, text, problem)
 
 
 KINDS = ".txt, .parquet or JSON lines (.jsonl, .ndjson; .jsonl, .ndjson or .json with .gz or .zst)"

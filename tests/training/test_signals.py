@@ -151,11 +151,11 @@ def test_the_first_signal_is_remembered():
 def test_an_interruption_while_python_executes_a_string_keeps_its_status(tmp_path: Path) -> None:
     """A module that Python runs with -m ends by the signal where KeyboardInterrupt came out of such a string."""
     (tmp_path / "command.py").write_text(f"""if True:
-        import argparse, sys
+        import sys
         from megatron_mea import cli
         text = "import os; os.kill(os.getpid(), {int(signal.SIGINT)})\\nwhile True: pass"
-        cli.parse_arguments = lambda argv: argparse.Namespace(verb="train")
-        cli._VERBS["train"] = lambda arguments: exec(text)
+        cli.parse_arguments = lambda argv: ("train", {{}})
+        cli.VERBS["train"] = lambda: exec(text)
         sys.exit(cli.main())
     """)
     command = [sys.executable, "-m", "command"]
