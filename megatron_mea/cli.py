@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from json import dumps
 from pathlib import Path
@@ -23,6 +23,7 @@ from megatron_mea.training.signals import hangup_signals
 
 if TYPE_CHECKING:
     from megatron_mea.config import Config
+    from megatron_mea.huggingface.model_folder import ModelFolder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -188,11 +189,11 @@ def _report(*, paths: list[str], out: str, tokens: list[float]) -> None:
 
 
 def _inspect(*, path: str) -> None:
-    from megatron_mea.checkpoint.folder import checkpoint_folder
+    from megatron_mea.huggingface.model_folder import CheckpointFolder
 
     prefix = path.removesuffix(".idx").removesuffix(".bin")
     try:
-        checkpoint_folder(path)
+        checkpoint = CheckpointFolder(path)
     except UserError as error:
         if not any(Path(f"{prefix}.{kind}").exists() for kind in ("idx", "bin")):
             problem = error.problems[0]
@@ -204,31 +205,45 @@ def _inspect(*, path: str) -> None:
         show(inspect_data(prefix))
         return
 
-    from megatron_mea.checkpoint.inspect import inspect
+    from megatron_mea.huggingface.inspect import inspect
 
-    show(inspect(path))
+    show(inspect(checkpoint))
+
+
+def _locate(path: str, *, out: str | None = None, data: Mapping[str, str | None] | None = None) -> ModelFolder:
+    """Finds the MODEL of a command, without torch; the folder `out` is to be written, `data` has PREFIX by option."""
+    from megatron_mea.data.indexed import open_readers
+    from megatron_mea.huggingface.model_folder import ModelFolder
+    from megatron_mea.outputs import check_free_folder
+
+    if out is not None:
+        check_free_folder(Path(out))
+    model = ModelFolder.locate(path)
+    for option, prefix in (data or {}).items():
+        if prefix is not None:
+            open_readers([prefix], option)
+
+    return model
 
 
 def _export(*, model: str, out: str, dtype: str, target: str) -> None:
-    from megatron_mea.huggingface.locate import check_paths
-
-    check_paths(model, out=out)
+    located = _locate(model, out=out)
 
     from megatron_mea.huggingface.export import export
 
-    show(export(model=model, out=out, dtype=dtype, kind=target))
+    show(export(model=located, out=out, dtype=dtype, kind=target))
 
 
 def _import(*, source: str, out: str, variant: str | None) -> None:
-    from megatron_mea.huggingface.locate import check_hf_folder
+    from megatron_mea.huggingface.model_folder import HF_DIR, HFFolder
     from megatron_mea.outputs import check_free_folder
 
     check_free_folder(Path(out))
-    check_hf_folder(Path(source))
+    hf_folder = HFFolder(source, HF_DIR)
 
     from megatron_mea.huggingface.importing import import_model
 
-    show(import_model(source=source, out=out, variant=variant))
+    show(import_model(source=hf_folder, out=out, variant=variant))
 
 
 def _compress(
@@ -241,15 +256,13 @@ def _compress(
     calibration: str | None,
     align: bool,
 ) -> None:
-    from megatron_mea.huggingface.locate import check_paths
-
-    check_paths(model=model, out=out, data={"--calibration": calibration})
+    located = _locate(model, out=out, data={"--calibration": calibration})
 
     from megatron_mea.compression.compress import compress
 
     show(
         compress(
-            model=model,
+            model=located,
             out=out,
             heads=component_heads,
             ratio=cache_ratio,
@@ -261,26 +274,22 @@ def _compress(
 
 
 def _sensitivity(*, model: str, component_heads: int, data: str, out: str, align: bool) -> None:
-    from megatron_mea.huggingface.locate import check_paths
-
-    check_paths(model, data={"--data": data})
+    located = _locate(model, data={"--data": data})
 
     from megatron_mea.compression.sensitivity import sensitivity
 
-    sensitivity(model=model, heads=component_heads, data=data, out=out, aligned=align)
+    sensitivity(model=located, heads=component_heads, data=data, out=out, aligned=align)
 
 
 def _evaluate(*, model: str, data: str | None, tasks: list[str] | None, out: str | None) -> None:
-    from megatron_mea.huggingface.locate import check_paths
-
-    check_paths(model, data={"--data": data})
+    located = _locate(model, data={"--data": data})
 
     from megatron_mea.outputs import print_and_write, reserve_output
 
     with reserve_output(out, folder=False) if out else nullcontext() as file:
         from megatron_mea.huggingface.evaluate import evaluate
 
-        result, table = evaluate(model=model, data=data, tasks=tasks)
+        result, table = evaluate(model=located, data=data, tasks=tasks)
         text = dumps(result, indent=1)
         try:
             print_and_write(text, {file: f"{text}\n"} if file else {})
@@ -291,13 +300,11 @@ def _evaluate(*, model: str, data: str | None, tasks: list[str] | None, out: str
 
 
 def _generate(*, model: str, prompt: str, max_new_tokens: int, temperature: float) -> None:
-    from megatron_mea.huggingface.locate import check_paths
-
-    check_paths(model)
+    located = _locate(model)
 
     from megatron_mea.huggingface.generate import generate
 
-    text = generate(model=model, prompt=prompt, max_new_tokens=max_new_tokens, temperature=temperature)
+    text = generate(model=located, prompt=prompt, max_new_tokens=max_new_tokens, temperature=temperature)
     if sys.stdout.isatty():
         show(text)
     else:

@@ -66,24 +66,6 @@ def all_checkpoints(run_dir: str | Path) -> list[tuple[int, Path]]:
     return sorted(checkpoints)
 
 
-def checkpoint_folder(path: str | Path) -> Path:
-    """`path` itself if it is a checkpoint folder, or the newest checkpoint of a run folder; not verified.
-
-    Raises:
-        UserError: `path` is neither.
-    """
-    path = Path(path)
-    if (path / META).is_file():
-        return path
-
-    checkpoints = complete_checkpoints(path)
-    if not checkpoints:
-        got = "no checkpoint" if path.is_dir() else "a file" if path.exists() else "no such folder"
-        raise UserError(where=str(path), got=got, expected="a checkpoint folder, or a run folder with checkpoints")
-
-    return checkpoints[-1][1]
-
-
 def find_corruption(folder: Path, *, rank: int = 0, world_size: int = 1) -> str | None:
     """The first problem of a checkpoint folder, read against the checksums in COMPLETE; None where it is intact.
 

@@ -75,6 +75,26 @@ class Fragment:
     start: int
     values: torch.Tensor
 
+    @classmethod
+    def empty(
+        cls,
+        name: str,
+        global_shape: tuple[int, ...],
+        *,
+        offsets: tuple[int, ...] | None = None,
+        shape: tuple[int, ...] | None = None,
+    ) -> Fragment:
+        """A box of a global tensor, by default all of it, to be read into new memory."""
+        shape = shape or global_shape
+        return cls(
+            name=name,
+            global_shape=global_shape,
+            global_offset=offsets or (0,) * len(global_shape),
+            local_shape=shape,
+            start=0,
+            values=torch.empty(prod(shape)),
+        )
+
     def chunks(self) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
         """(offsets in the global tensor, view of `values`) of each rectangle; padding is left out."""
         width = prod(self.local_shape[1:])
@@ -207,21 +227,9 @@ def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 def read_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
     """The named full tensors of a checkpoint, float32 on the CPU."""
-    tensors = {name: torch.empty(shape) for name, shape in shapes.items()}
-    fragments = (
-        Fragment(
-            name=name,
-            global_shape=tuple(tensor.shape),
-            global_offset=(0,) * tensor.dim(),
-            local_shape=tuple(tensor.shape),
-            start=0,
-            values=tensor.view(-1),
-        )
-        for name, tensor in tensors.items()
-    )
-
-    read_fragments(folder, fragments)
-    return tensors
+    fragments = {name: Fragment.empty(name, shape) for name, shape in shapes.items()}
+    read_fragments(folder, fragments.values())
+    return {name: fragment.values.view(shapes[name]) for name, fragment in fragments.items()}
 
 
 def copy_fragment(fragment: Fragment, buffer: torch.Tensor) -> Fragment:

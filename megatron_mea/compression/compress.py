@@ -22,8 +22,7 @@ from megatron_mea.data.indexed import open_readers
 from megatron_mea.errors import UserError
 from megatron_mea.huggingface.export import export
 from megatron_mea.huggingface.importing import init_from_instructions
-from megatron_mea.huggingface.locate import is_hf_folder
-from megatron_mea.huggingface.safetensors_reader import scan_safetensors
+from megatron_mea.huggingface.model_folder import CheckpointFolder, HFFolder, ModelFolder
 from megatron_mea.model.decoder import parameter_shapes
 from megatron_mea.outputs import (
     check_free_folder,
@@ -42,7 +41,7 @@ AUTO_TOKENS = 2048
 
 
 def compress(
-    model: str | Path,
+    model: ModelFolder,
     out: str | Path,
     *,
     heads: str | None = None,
@@ -73,7 +72,7 @@ def compress(
     """
     out = Path(out)
     check_free_folder(out)
-    options = _head_options(model=read_model(model), name=str(model), heads=heads, ratio=ratio, layers=layers)
+    options = _head_options(model=read_model(model), name=str(model.path), heads=heads, ratio=ratio, layers=layers)
     if calibration is not None:
         open_readers([calibration], CALIBRATION)
     elif aligned:
@@ -91,7 +90,7 @@ def compress(
                 shortage = f"{calibration} has {windows.tokens} tokens for the {outputs} outputs of a layer's key heads"
                 note(f"warning: {shortage}: what it does not show is lost")
 
-        require_space(out, 4 * sum(map(math.prod, source_model.shapes.values())) + OVERHEAD_BYTES)
+        require_space(out, 4 * sum(map(math.prod, source_model.stored.shapes.values())) + OVERHEAD_BYTES)
         moments = None
         if windows is not None:
             changed = _changed_layers(source_model, options)
@@ -108,8 +107,8 @@ def compress(
         with scratch_folder(out) as scratch:
             checkpoint = scratch / "compressed"
             _write_checkpoint(compressed, checkpoint)
-            if is_hf_folder(model):
-                _, *notes = export(model=checkpoint, out=out, dtype=_stored_dtype(Path(model))).splitlines()
+            if isinstance(model, HFFolder):
+                _, *notes = export(CheckpointFolder(checkpoint), out, dtype=_stored_dtype(model)).splitlines()
             else:
                 publish(checkpoint, out)
                 notes = [init_from_instructions(compressed.model, out)]
@@ -135,13 +134,13 @@ def _write_checkpoint(compressed: CompressedModel, folder: Path) -> None:
 
         write_tensors(folder=folder, shapes=shapes, read=read)
 
-    if checkpoint.tokenizer.is_dir():
+    if checkpoint.tokenizer is not None:
         shutil.copytree(checkpoint.tokenizer, folder / TOKENIZER)
     if (checkpoint.folder / GENERATION).is_file():
         shutil.copy(checkpoint.folder / GENERATION, folder)
 
     config = checkpoint.config.model_copy(update={"model": model})
-    meta, heads = checkpoint.meta, compressed.heads
+    meta, heads = checkpoint.metadata, compressed.heads
     base = meta.origin or f"{Path(source_model.name).name}, step {meta.step:,}"
     note = f"compressed to {sum(heads)} of {_num_composite_heads(compressed)} key/value heads: {base}"
     CheckpointMetadata(
@@ -158,9 +157,9 @@ def _write_checkpoint(compressed: CompressedModel, folder: Path) -> None:
     seal(folder)
 
 
-def _stored_dtype(folder: Path) -> str:
+def _stored_dtype(model: HFFolder) -> str:
     """The dtype of `export` that keeps a Hugging Face folder's own: bf16 where all of its tensors are, else fp32."""
-    dtypes = {tensor.dtype for tensor in scan_safetensors(folder, str(folder)).values()}
+    dtypes = {entry.dtype for entry in model.tensors().entries.values()}
     return "bf16" if dtypes == {"BF16"} else "fp32"
 
 

@@ -100,7 +100,7 @@ class CompressedModel:
         """A box of a parameter in float32."""
         changed = self._changed_parameter(name)
         if changed is None:
-            return self.source_model.read_piece(name=name, offsets=offsets, shape=shape)
+            return self.source_model.stored.read_tensor(name, offsets=offsets, shape=shape)
 
         return changed[tuple(slice(offset, offset + size) for offset, size in zip(offsets, shape, strict=True))].float()
 

@@ -17,6 +17,7 @@ from megatron_mea.data.corpora import IGNORE_INDEX, Batch, corpus_digest
 from megatron_mea.data.indexed import open_readers
 from megatron_mea.data.windows import Windows
 from megatron_mea.errors import UserError
+from megatron_mea.huggingface.model_folder import ModelFolder
 from megatron_mea.inputs import read_json_object
 from megatron_mea.model.decoder import Decoder, StageLayers, single_layers
 from megatron_mea.model.layerwise import load_layer
@@ -28,7 +29,7 @@ Change = tuple[int, int]
 _MAX_LOGITS, _MAX_HIDDEN_BYTES, _MAX_BATCH_SIZE = 1 << 26, 1 << 31, 8
 
 
-def sensitivity(*, model: str | Path, heads: int, data: str, out: str | Path, aligned: bool) -> None:
+def sensitivity(*, model: ModelFolder, heads: int, data: str, out: str | Path, aligned: bool) -> None:
     """Compresses one layer at a time; prints a table, and writes the cross-entropy of each as JSON and as a plot.
 
     Progress is saved in `OUT.part`, from which the same command resumes.
@@ -46,14 +47,14 @@ def sensitivity(*, model: str | Path, heads: int, data: str, out: str | Path, al
     out = Path(out)
     plot, progress_file = out.with_suffix(".png"), Path(f"{out}.part")
     outputs = reserve_output(out, folder=False), reserve_output(plot, folder=False)
-    layers = compressible_layers(model=read_model(model), name=str(model), heads=heads, where="--component-heads")
+    layers = compressible_layers(model=read_model(model), name=str(model.path), heads=heads, where="--component-heads")
     open_readers([data], "--data")
     with outputs[0], outputs[1]:
         with disk_errors(out), open_source_model(model, out) as source_model:
             batch_size, groups = plan_passes(source_model, [(layer, heads) for layer in layers])
             windows = calibration_windows(source_model=source_model, path=data, where="--data", batch=batch_size)
             request = {
-                "model": str(model),
+                "model": str(model.path),
                 "data": data,
                 "component_heads": heads,
                 "aligned": aligned,

@@ -12,15 +12,12 @@ from pathlib import Path
 import torch
 
 from megatron_mea.attention.hlc import fold_weight
-from megatron_mea.checkpoint.folder import CheckpointMetadata, checkpoint_folder, read_checksums
-from megatron_mea.checkpoint.tensors import Fragment, read_fragments, read_tensors, weight_shapes
-from megatron_mea.config.load import parse_config
+from megatron_mea.checkpoint.folder import read_checksums
 from megatron_mea.config.schema import Model
 from megatron_mea.config.variants import VARIANTS, combining_variant
 from megatron_mea.errors import UserError
-from megatron_mea.huggingface.importing import import_model, read_settings
-from megatron_mea.huggingface.locate import is_hf_folder
-from megatron_mea.huggingface.source import CheckpointSource, open_checkpoint
+from megatron_mea.huggingface.importing import as_checkpoint, import_settings
+from megatron_mea.huggingface.model_folder import CheckpointFolder, HFFolder, ModelFolder, StoredTensors
 from megatron_mea.outputs import scratch_folder
 
 SIDES = ("k", "v")
@@ -32,17 +29,17 @@ class SourceModel:
 
     Args:
         name: what the user called it, for messages.
-        shapes: of the parameters, by name.
+        stored: its parameters.
     """
 
     name: str
-    checkpoint: CheckpointSource
-    shapes: dict[str, tuple[int, ...]]
+    checkpoint: CheckpointFolder
+    stored: StoredTensors
 
     @property
     def model(self) -> Model:
         """The settings."""
-        return self.checkpoint.config.model
+        return self.checkpoint.settings()
 
     @property
     def fingerprint(self) -> str:
@@ -53,22 +50,7 @@ class SourceModel:
 
     def read(self, name: str) -> torch.Tensor:
         """A full parameter in float32."""
-        return read_tensors(self.checkpoint.folder, {name: self.shapes[name]})[name]
-
-    def read_piece(self, *, name: str, offsets: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
-        """A box of a parameter in float32."""
-        piece = torch.empty(shape)
-        fragment = Fragment(
-            name=name,
-            global_shape=self.shapes[name],
-            global_offset=offsets,
-            local_shape=shape,
-            start=0,
-            values=piece.view(-1),
-        )
-        read_fragments(self.checkpoint.folder, [fragment])
-
-        return piece
+        return self.stored.read_tensor(name)
 
     def composite_projection(self, layer: int, side: str) -> torch.Tensor:
         """Projection (h d, D) in float64 to the composite heads of a layer (counted from 0) and side.
@@ -85,22 +67,18 @@ class SourceModel:
         return weight
 
 
-def read_model(path: str | Path) -> Model:
+def read_model(source: ModelFolder) -> Model:
     """Reads the settings of MODEL alone, to refuse what cannot be compressed before long work begins.
 
     Raises:
         UserError: they cannot be read, or are of a variant without key and value heads to combine.
     """
-    if is_hf_folder(path):
-        model = read_settings(Path(path))[1]
-    else:
-        model = parse_config(CheckpointMetadata.read(checkpoint_folder(path)).config, needs_data=False).model
-
+    model = import_settings(source)[0] if isinstance(source, HFFolder) else source.settings()
     if combining_variant(model.attention_variant) is None:
         compressible = [name for name in VARIANTS if combining_variant(name)]
         raise UserError(
             where="MODEL",
-            got=f"{path}, of the variant {model.attention_variant}",
+            got=f"{source.path}, of the variant {model.attention_variant}",
             expected=f"one of {', '.join(compressible)}",
         )
 
@@ -108,7 +86,7 @@ def read_model(path: str | Path) -> Model:
 
 
 @contextmanager
-def open_source_model(path: str | Path, out: Path) -> Iterator[SourceModel]:
+def open_source_model(model: ModelFolder, out: Path) -> Iterator[SourceModel]:
     """Opens a checkpoint or run folder, or the temporary import of a Hugging Face folder, while the block lasts.
 
     Args:
@@ -118,10 +96,5 @@ def open_source_model(path: str | Path, out: Path) -> Iterator[SourceModel]:
         UserError: it cannot be read or imported.
     """
     with scratch_folder(out) as scratch:
-        folder = path
-        if is_hf_folder(path):
-            folder = scratch / "imported"
-            import_model(path, folder)
-
-        checkpoint = open_checkpoint(folder)
-        yield SourceModel(name=str(path), checkpoint=checkpoint, shapes=weight_shapes(checkpoint.folder))
+        checkpoint = as_checkpoint(model, scratch / "imported")
+        yield SourceModel(name=str(model.path), checkpoint=checkpoint, stored=checkpoint.tensors())

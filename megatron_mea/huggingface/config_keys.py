@@ -19,8 +19,10 @@ from megatron_mea.inputs import read_json_object
 
 STOCK_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 """model_type of the Hugging Face models that compute what our variant `plain` does."""
+CONFIG_JSON = "config.json"
 MAX_CONFIG_BYTES = 1 << 20
-_MAX_NAMED = 16
+MAX_NAMED = 16
+"""Most keys or tensors that a message names: a folder of something else may have thousands that do not fit."""
 
 _Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
 _Layers = Annotated[int, Field(ge=1, le=MAX_LAYERS)]
@@ -185,12 +187,15 @@ class ConfigJson:
     """A config.json of which every value is understood.
 
     Args:
+        file, where: its path, and the key or argument that named its folder, for messages.
         model_type: one of ours or of `STOCK_MODEL_TYPES`.
         settings: the keys that transformers' configuration class gets; what the file leaves out is not there.
         has_remote_code: whether the folder wants code of its own to be run, which it is not.
         warnings: what was left out and may matter.
     """
 
+    file: Path
+    where: str
     model_type: str
     settings: dict[str, Any]
     has_remote_code: bool
@@ -207,7 +212,7 @@ def read_config_json(path: Path, where: str) -> ConfigJson:
         UserError: it is missing, no JSON object or too large, of an unknown architecture, quantised, or has values of
             other types, out of bounds, or with which a model computes something else; or an adapter is beside it.
     """
-    file, adapter = path / "config.json", path / "adapter_config.json"
+    file, adapter = path / CONFIG_JSON, path / "adapter_config.json"
     if adapter.exists():
         # transformers would add it to the weights, and an import leave it out.
         raise UserError(
@@ -245,10 +250,12 @@ def read_config_json(path: Path, where: str) -> ConfigJson:
 
     warnings = list(_without_foreign_ids(settings, file))
     if unknown:
-        names = ", ".join(_printable(key) for key in unknown[:_MAX_NAMED])
+        names = ", ".join(_printable(key) for key in unknown[:MAX_NAMED])
         warnings.append(f"{file}: keys that a {model_type} does not have are ignored: {names}")
 
     return ConfigJson(
+        file=file,
+        where=where,
         model_type=model_type,
         settings=settings,
         has_remote_code=is_stock and "auto_map" in contents,
@@ -267,7 +274,7 @@ def problems_of_file(*, file: Path, where: str, problems: Iterable[Problem]) -> 
     problems = list(problems)
     return UserError.from_problems(
         Problem(where=where, got=f"{file}: {problem.where} = {_printable(problem.got)}", expected=problem.expected)
-        for problem in problems[:_MAX_NAMED]
+        for problem in problems[:MAX_NAMED]
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,13 +15,13 @@ from megatron_mea.data.corpora import IGNORE_INDEX
 from megatron_mea.data.windows import MAX_WINDOW, open_windows
 from megatron_mea.errors import UserError
 from megatron_mea.huggingface.lm_eval_tasks import accuracy_table, check_lengths, open_tasks, run_tasks
-from megatron_mea.huggingface.source import context_length, load_model
+from megatron_mea.huggingface.model_folder import ModelFolder
 from megatron_mea.progress import progress_bar
 
 _BATCH = 8
 
 
-def evaluate(*, model: str | Path, data: str | None, tasks: Sequence[str] | None) -> tuple[dict[str, Any], str | None]:
+def evaluate(*, model: ModelFolder, data: str | None, tasks: Sequence[str] | None) -> tuple[dict[str, Any], str | None]:
     """Measures cross-entropy and perplexity on data, lm-eval's tasks, or both.
 
     Args:
@@ -34,17 +33,16 @@ def evaluate(*, model: str | Path, data: str | None, tasks: Sequence[str] | None
     """
     tasks_by_name = open_tasks(tasks) if tasks else None
     if tasks_by_name:
-        check_lengths(tasks_by_name, context_length(model))
+        check_lengths(tasks_by_name, model.context_length)
 
-    loaded_model, tokenizer, config = load_model(model)
-    loaded_model.to("cuda" if torch.cuda.is_available() else "cpu")
+    loaded_model = model.as_transformers().to("cuda" if torch.cuda.is_available() else "cpu")
 
-    result: dict[str, Any] = {"model": str(model)}
+    result: dict[str, Any] = {"model": str(model.path)}
     if data is not None or not tasks_by_name:
-        result |= cross_entropy(model=loaded_model, config=config, data=data)
+        result |= cross_entropy(model=loaded_model, config=model.config, data=data)
     table = None
     if tasks_by_name:
-        result["tasks"] = run_tasks(model=loaded_model, tokenizer=tokenizer, tasks=tasks_by_name)
+        result["tasks"] = run_tasks(model=loaded_model, tokenizer=model.load_tokenizer(), tasks=tasks_by_name)
         table = accuracy_table(result["tasks"])
 
     return result, table

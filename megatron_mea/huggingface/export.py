@@ -13,16 +13,14 @@ import torch
 from transformers import GenerationConfig
 
 from megatron_mea.checkpoint.folder import GENERATION, OVERHEAD_BYTES
-from megatron_mea.checkpoint.tensors import read_tensors, weight_shapes
 from megatron_mea.data.corpora import Corpora
-from megatron_mea.data.tokenizer import copy_tokenizer, limit_length, load_tokenizer
+from megatron_mea.data.tokenizer import copy_tokenizer, limit_length
 from megatron_mea.errors import UserError
-from megatron_mea.huggingface.importing import import_model, read_settings
-from megatron_mea.huggingface.locate import is_hf_folder
+from megatron_mea.huggingface.importing import as_checkpoint, import_settings
 from megatron_mea.huggingface.model_card import model_card
+from megatron_mea.huggingface.model_folder import CheckpointFolder, HFFolder, ModelFolder, StoredTensors
 from megatron_mea.huggingface.parity_check import check_parity
 from megatron_mea.huggingface.safetensors_writer import SHARD_BYTES, write_safetensors
-from megatron_mea.huggingface.source import CheckpointSource, open_checkpoint, special_token_ids
 from megatron_mea.huggingface.targets import ExportTarget, make_export_target
 from megatron_mea.outputs import (
     check_free_folder,
@@ -42,7 +40,7 @@ _M_MMAP_THRESHOLD = -3
 
 
 def export(
-    model: str | Path,
+    model: ModelFolder,
     out: str | Path,
     *,
     dtype: str = "fp32",
@@ -52,7 +50,7 @@ def export(
     """Writes weights, configuration, tokenizer, model card and modeling files, then compares logits.
 
     Args:
-        model: a checkpoint or run folder, or a Hugging Face folder, which is exported as its import.
+        model: a Hugging Face folder is exported as its import.
         out: must not exist or be empty; it appears when everything, the comparison included, is done.
         dtype: `fp32` (the master weights) or `bf16`.
         kind: `transformers`, `stock` or `vllm`.
@@ -68,35 +66,26 @@ def export(
     """
     out = Path(out)
     check_free_folder(out)
-    if is_hf_folder(model):
+    if isinstance(model, HFFolder):
         # An impossible target is refused before any weight is read.
-        make_export_target(kind, read_settings(Path(model))[1])
-        with (
-            reserve_output(out, folder=True),
-            disk_errors(out),
-            scratch_folder(out) as scratch,
-        ):
-            checkpoint = scratch / "checkpoint"
-            import_model(model, checkpoint)
-            return export(model=checkpoint, out=out, dtype=dtype, kind=kind, shard_bytes=shard_bytes)
+        make_export_target(kind, import_settings(model)[0])
 
     _return_freed_memory()
-    source = open_checkpoint(model)
-    ids = special_token_ids(source.tokenizer, source.config.model.vocab_size)
-    target = make_export_target(kind, source.config.model, dtype=_DTYPES[dtype], **ids)
-    with reserve_output(out, folder=True), disk_errors(out):
+    with reserve_output(out, folder=True), disk_errors(out), scratch_folder(out) as scratch:
+        source = as_checkpoint(model, scratch / "checkpoint")
+        stored = source.tensors()
+        target = make_export_target(kind, source.settings(), dtype=_DTYPES[dtype], **source.special_token_ids())
         num_elements = sum(prod(recipe.shape) for recipe in target.tensors.values())
         require_space(out, num_elements * _DTYPES[dtype].itemsize + OVERHEAD_BYTES)
 
-        with scratch_folder(out) as scratch:
-            folder = scratch / "export"
-            parity = _write_and_compare(
-                source=source, target=target, folder=folder, dtype=dtype, shard_bytes=shard_bytes
-            )
-            flush_tree(folder)
-            publish(folder, out)
+        folder = scratch / "export"
+        parity = _write_and_compare(
+            source=source, stored=stored, target=target, folder=folder, dtype=dtype, shard_bytes=shard_bytes
+        )
+        flush_tree(folder)
+        publish(folder, out)
 
-    return "\n".join([f"wrote {out}: step {source.meta.step}, {dtype}", *target.notes, parity])
+    return "\n".join([f"wrote {out}: step {source.metadata.step}, {dtype}", *target.notes, parity])
 
 
 def _return_freed_memory() -> None:
@@ -106,18 +95,20 @@ def _return_freed_memory() -> None:
 
 
 def _write_and_compare(
-    *, source: CheckpointSource, target: ExportTarget, folder: Path, dtype: str, shard_bytes: int
+    *,
+    source: CheckpointFolder,
+    stored: StoredTensors,
+    target: ExportTarget,
+    folder: Path,
+    dtype: str,
+    shard_bytes: int,
 ) -> str:
     """Writes all files of the export to `folder`, checks its logits, and describes the result for the user."""
     folder.mkdir()
-    master_shapes = weight_shapes(source.folder)
-
-    def read_master(name: str) -> torch.Tensor:
-        return read_tensors(source.folder, {name: master_shapes[name]})[name]
 
     def read_exported(name: str) -> torch.Tensor:
         recipe = target.tensors[name]
-        return recipe.make(*map(read_master, recipe.sources))
+        return recipe.make(*map(stored.read_tensor, recipe.sources))
 
     shapes = {name: recipe.shape for name, recipe in target.tensors.items()}
     files = write_safetensors(folder, shapes, dtype=_DTYPES[dtype], read=read_exported, shard_bytes=shard_bytes)
@@ -131,7 +122,7 @@ def _write_and_compare(
     for module in target.modules:
         shutil.copy(module.__file__, folder)
 
-    if source.tokenizer.is_dir():
+    if source.tokenizer is not None:
         copy_tokenizer(source.tokenizer, folder)
         limit_length(folder, target.config.max_position_embeddings)
 
@@ -146,11 +137,11 @@ def _write_and_compare(
         files=files,
         dtype=_DTYPES[dtype],
         read_exported=read_exported,
-        model=source.config.model,
-        read_master=read_master,
+        model=source.settings(),
+        read_master=stored.read_tensor,
         tokens=tokens,
     )
-    token_kind = "real" if source.tokenizer.is_dir() else "random"
+    token_kind = "real" if source.tokenizer else "random"
     return (
         f"logits of {parity.tokens} {token_kind} tokens differ from the trainer's by at most {parity.difference:.2g} "
         f"(they reach {parity.scale:.3g})" + ("" if dtype == "fp32" else f", before the rounding to {dtype}")
@@ -163,7 +154,7 @@ def _umask() -> int:
     return mask
 
 
-def _parity_tokens(source: CheckpointSource) -> torch.Tensor:
+def _parity_tokens(source: CheckpointFolder) -> torch.Tensor:
     """Tokens (2, up to 256) for the parity check: of the run's data, else of a sentence, else random ids.
 
     The data may be gone, and an imported checkpoint may lack a tokenizer.
@@ -183,11 +174,10 @@ def _parity_tokens(source: CheckpointSource) -> torch.Tensor:
 
         return torch.from_numpy(batch.input_ids.copy())
 
-    if not source.tokenizer.is_dir():
+    if source.tokenizer is None:
         return torch.randint(vocab, (2, length), generator=torch.Generator().manual_seed(0))
 
-    tokenizer = load_tokenizer(source.tokenizer, str(source.tokenizer))
     text = "In the beginning God created the heaven and the earth. " * 8
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"][:length]
+    ids = source.load_tokenizer()(text, add_special_tokens=False)["input_ids"][:length]
     # An imported tokenizer may have ids beyond the model's.
     return torch.tensor([ids] * 2).clamp(max=vocab - 1)

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
-from megatron_mea.data.tokenizer import load_tokenizer
 from megatron_mea.errors import UserError
-from megatron_mea.huggingface.source import load_model
+from megatron_mea.huggingface.model_folder import ModelFolder
 
 
-def generate(*, model: str | Path, prompt: str, max_new_tokens: int, temperature: float) -> str:
+def generate(*, model: ModelFolder, prompt: str, max_new_tokens: int, temperature: float) -> str:
     """Returns the prompt with its continuation; temperature 0 takes the likeliest token each time.
 
     Raises:
         UserError: MODEL cannot be loaded, or does not take the prompt or so many tokens.
     """
-    loaded, tokenizer_folder, _ = load_model(model)
-    tokenizer = load_tokenizer(tokenizer_folder, str(tokenizer_folder))
+    loaded, tokenizer = model.as_transformers(), model.load_tokenizer()
 
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     length, context = inputs["input_ids"].shape[1], loaded.config.max_position_embeddings

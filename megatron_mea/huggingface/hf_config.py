@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,6 @@ from megatron_mea.huggingface.config_keys import (
     ConfigJson,
     error_reason,
     problems_of_file,
-    read_config_json,
 )
 from megatron_mea.inputs import read_json_object
 
@@ -48,23 +46,6 @@ _GENERATION_KEYS = frozenset((*_GENERATION_BOUNDS, *_SPECIAL_IDS, "do_sample", "
 """Generation settings that are used; beams in groups need code of the hub."""
 _WITHOUT_EFFECT = ("transformers_version", "use_cache", "return_dict_in_generate", "cache_implementation")
 """Generation settings that change no text."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class HFConfig:
-    """The model that a config.json describes.
-
-    Args:
-        model_type: one of ours or of `STOCK_MODEL_TYPES`.
-        model: our section `model`; of a stock model with the variant `plain`.
-        has_remote_code: whether the folder wants code of its own to be run, which it is not.
-        warnings: what was left out and may matter.
-    """
-
-    model_type: str
-    model: Model
-    has_remote_code: bool
-    warnings: tuple[str, ...]
 
 
 def read_generation_config(path: Path, where: str) -> tuple[GenerationConfig | None, list[str]]:
@@ -116,7 +97,7 @@ def read_generation_config(path: Path, where: str) -> tuple[GenerationConfig | N
     return config, [f"{file}: keys that are not used here are ignored: {', '.join(ignored[:16])}"] if ignored else []
 
 
-def transformers_config(config_json: ConfigJson, *, path: Path, where: str) -> PreTrainedConfig:
+def transformers_config(config_json: ConfigJson) -> PreTrainedConfig:
     """The configuration of transformers, or our own, with what the file leaves out filled in.
 
     Raises:
@@ -142,26 +123,22 @@ def transformers_config(config_json: ConfigJson, *, path: Path, where: str) -> P
             raise ValueError("layer_types has sliding_attention, and there is no sliding_window")
     except Exception as error:
         # transformers checks types and values, each with an exception of its own.
-        got = f"{path / 'config.json'}, unreadable ({error_reason(error)})"
-        raise UserError(where=where, got=got, expected="a Hugging Face folder") from None
+        got = f"{config_json.file}, unreadable ({error_reason(error)})"
+        raise UserError(where=config_json.where, got=got, expected="a Hugging Face folder") from None
     finally:
         logging.set_verbosity(verbosity)
 
     return config
 
 
-def read_hf_config(path: Path, where: str) -> HFConfig:
-    """Reads the config.json of a Hugging Face folder.
-
-    Args:
-        where: the key or argument that named the folder, for messages.
+def model_section(config_json: ConfigJson) -> tuple[Model, tuple[str, ...]]:
+    """Our section `model`, of a stock model with the variant `plain`, and warnings: what was left out and may matter.
 
     Raises:
-        UserError: there is no config.json, it cannot be read, or it describes what our model does not compute.
+        UserError: config.json describes what our model does not compute.
     """
-    file, config_json = path / "config.json", read_config_json(path, where)
-    model_type = config_json.model_type
-    config = transformers_config(config_json, path=path, where=where)
+    file, where, model_type = config_json.file, config_json.where, config_json.model_type
+    config = transformers_config(config_json)
     is_stock = model_type in STOCK_MODEL_TYPES
     if is_stock and (problems := list(_settings_problems(config, model_type))):
         raise problems_of_file(file=file, where=where, problems=problems)
@@ -181,9 +158,7 @@ def read_hf_config(path: Path, where: str) -> HFConfig:
     if dropout := getattr(config, "attention_dropout", None):
         warnings.append(f"{file}: attention_dropout = {dropout} is ignored: training has no dropout")
 
-    return HFConfig(
-        model_type=model_type, model=model, has_remote_code=config_json.has_remote_code, warnings=tuple(warnings)
-    )
+    return model, tuple(warnings)
 
 
 def _settings_problems(config: Any, model_type: str) -> Iterator[Problem]:

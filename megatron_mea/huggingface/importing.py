@@ -15,17 +15,10 @@ from megatron_mea.checkpoint.tensors import write_tensors
 from megatron_mea.config.load import parse_config, parse_model
 from megatron_mea.config.schema import Data, Model
 from megatron_mea.config.variants import combining_variant, extending_variants
-from megatron_mea.data.tokenizer import check_tokenizer_folder, copy_tokenizer, load_tokenizer, num_rows
+from megatron_mea.data.tokenizer import copy_tokenizer, load_tokenizer, num_rows
 from megatron_mea.errors import RunError, UserError
 from megatron_mea.huggingface.config_keys import STOCK_MODEL_TYPES
-from megatron_mea.huggingface.hf_config import HFConfig, read_generation_config, read_hf_config
-from megatron_mea.huggingface.locate import SOURCE, check_hf_folder
-from megatron_mea.huggingface.safetensors_reader import (
-    StoredTensor,
-    check_tensors,
-    read_chunk,
-    scan_model,
-)
+from megatron_mea.huggingface.model_folder import CheckpointFolder, HFFolder, ModelFolder, StoredTensors
 from megatron_mea.model.decoder import parameter_shapes, parameter_specs
 from megatron_mea.outputs import (
     check_free_folder,
@@ -43,7 +36,7 @@ _SPARE_BYTES = 1 << 26
 """Space for a checkpoint beyond its tensors: the tokenizer of some vocabularies takes tens of megabytes."""
 
 
-def import_model(source: str | Path, out: str | Path, *, variant: str | None = None) -> str:
+def import_model(source: HFFolder, out: str | Path, *, variant: str | None = None) -> str:
     """Writes the weights of a Hugging Face folder as a checkpoint of step 0, in float32 and without moments.
 
     The folder is untrusted: safetensors alone are read, and no code of it is run. At most a chunk of one tensor is in
@@ -62,25 +55,14 @@ def import_model(source: str | Path, out: str | Path, *, variant: str | None = N
         UserError: the folder is not supported, in whatever way; `out` is not free, or its disk is too small.
         RunError: the disk fails.
     """
-    source, out = Path(source), Path(out)
+    out = Path(out)
     check_free_folder(out)
-    hf_config, model, warnings = read_settings(source, variant)
-
-    tensors = scan_model(path=source, where=SOURCE, num_layers=model.num_hidden_layers, tied=model.tie_word_embeddings)
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    if problems := check_tensors(
-        path=source,
-        where=SOURCE,
-        shapes=shapes,
-        expected=parameter_shapes(hf_config.model),
-        expected_by=f"{source}/config.json",
-    ):
-        raise UserError.from_problems(problems)
-
-    warnings += _import_warnings(source=source, hf_config=hf_config, model=model, tensors=tensors)
-    dtypes = ", ".join(sorted({tensor.dtype for tensor in tensors.values()}))
+    model, warnings = import_settings(source, variant)
+    stored = source.tensors()
+    warnings += _import_warnings(source=source, stored=stored, model=model)
+    dtypes = ", ".join(sorted({entry.dtype for entry in stored.entries.values()}))
     # The name alone: an export of the checkpoint shows it.
-    origin = f"imported from {source.resolve().name} ({hf_config.model_type}, {dtypes}); no moments"
+    origin = f"imported from {source.folder.resolve().name} ({source.config_json.model_type}, {dtypes}); no moments"
     with reserve_output(out, folder=True), disk_errors(out), scratch_folder(out) as scratch:
         count = sum(map(math.prod, parameter_shapes(model).values()))
         require_space(out, 4 * count + _SPARE_BYTES)
@@ -89,7 +71,7 @@ def import_model(source: str | Path, out: str | Path, *, variant: str | None = N
 
         folder = scratch / "checkpoint"
         try:
-            _write_checkpoint(source=source, folder=folder, out=out, model=model, tensors=tensors, origin=origin)
+            _write_checkpoint(stored=stored, folder=folder, out=out, model=model, origin=origin)
         except RuntimeError as error:
             # A full disk reaches torch as a RuntimeError, whose first line is the reason.
             reason = str(error).partition("\n")[0]
@@ -103,65 +85,67 @@ def import_model(source: str | Path, out: str | Path, *, variant: str | None = N
     )
 
 
-def read_settings(source: Path, variant: str | None = None) -> tuple[HFConfig, Model, list[str]]:
-    """Reads the configuration of a Hugging Face folder.
-
-    Returns:
-        The configuration, the `model` section of its import, and warnings.
+def as_checkpoint(model: ModelFolder, folder: Path) -> CheckpointFolder:
+    """The checkpoint of a MODEL; that of a Hugging Face folder is its import, written to `folder`.
 
     Raises:
-        UserError: it is not supported, or cannot be imported as that variant.
+        UserError, RunError: as `import_model`.
     """
-    check_hf_folder(source)
-    hf_config = read_hf_config(source, SOURCE)
-    return hf_config, *_apply_variant(source=source, hf_config=hf_config, variant=variant)
+    if isinstance(model, CheckpointFolder):
+        return model
+
+    import_model(model, folder)
+    return CheckpointFolder(folder)
 
 
-def _apply_variant(*, source: Path, hf_config: HFConfig, variant: str | None) -> tuple[Model, list[str]]:
-    """The `model` section of the checkpoint in the requested variant, and warnings."""
-    source_model = hf_config.model
+def import_settings(source: HFFolder, variant: str | None = None) -> tuple[Model, list[str]]:
+    """The `model` section of the import, in the requested variant, and warnings.
+
+    Raises:
+        UserError: it cannot be imported, or not as that variant.
+    """
+    source_model = source.settings()
     own_variant = source_model.attention_variant
     if variant is None:
         variant = own_variant
-        if hf_config.model_type in STOCK_MODEL_TYPES:
+        if source.config_json.model_type in STOCK_MODEL_TYPES:
             variant = combining_variant(own_variant)
 
     allowed = extending_variants(own_variant)
     if variant not in allowed:
         hint = ""
         if allowed != extending_variants("plain"):
-            hint = f"{source} is of the variant {own_variant}, which another one would drop parameters of"
+            hint = f"{source.folder} is of the variant {own_variant}, which another one would drop parameters of"
         raise UserError(where=_VARIANT, got=variant, expected=", ".join(allowed), hint=hint)
 
     model = parse_model(source_model.model_dump(mode="json") | {"attention_variant": variant})
     if model.has_head_norm and not source_model.has_head_norm:
         return model, [
-            f"{variant} normalises the output of every head, which {source} does not: "
+            f"{variant} normalises the output of every head, which {source.folder} does not: "
             "the logits are other ones until training has made up for it"
         ]
 
     return model, []
 
 
-def _import_warnings(*, source: Path, hf_config: HFConfig, model: Model, tensors: dict[str, StoredTensor]) -> list[str]:
+def _import_warnings(*, source: HFFolder, stored: StoredTensors, model: Model) -> list[str]:
     """Warnings about a folder that can be imported, its tokenizer included.
 
     Raises:
         UserError: there is a tokenizer, or generation settings, and they do not load.
     """
-    warnings = list(hf_config.warnings)
-    if hf_config.has_remote_code:
-        warnings.append(
-            f"{source} brings code of its own (auto_map), which is not run: imported as a {hf_config.model_type}"
-        )
+    folder, warnings = source.folder, list(source.warnings)
+    if source.config_json.has_remote_code:
+        kind = source.config_json.model_type
+        warnings.append(f"{folder} brings code of its own (auto_map), which is not run: imported as a {kind}")
 
-    read_generation_config(source, SOURCE)
-    if any(tensor.dtype == "F64" for tensor in tensors.values()):
-        warnings.append(f"{source} is in float64, and is rounded to float32")
-    if not _has_tokenizer(source):
-        return [*warnings, f"{source} has no tokenizer, so neither has the checkpoint: `generate` will refuse it"]
+    source.generation_config()
+    if any(entry.dtype == "F64" for entry in stored.entries.values()):
+        warnings.append(f"{folder} is in float64, and is rounded to float32")
+    if source.tokenizer is None:
+        return [*warnings, f"{folder} has no tokenizer, so neither has the checkpoint: `generate` will refuse it"]
 
-    num_ids = num_rows(load_tokenizer(source, SOURCE))
+    num_ids = num_rows(source.load_tokenizer())
     if num_ids > model.vocab_size:
         warnings.append(
             f"the tokenizer has {num_ids} ids, and the model only {model.vocab_size}: a run that begins from it gets "
@@ -171,17 +155,8 @@ def _import_warnings(*, source: Path, hf_config: HFConfig, model: Model, tensors
     return warnings
 
 
-def _has_tokenizer(source: Path) -> bool:
-    try:
-        check_tokenizer_folder(source, SOURCE)
-    except UserError:
-        return False
-    return True
-
-
-def _write_checkpoint(
-    *, source: Path, folder: Path, out: Path, model: Model, tensors: dict[str, StoredTensor], origin: str
-) -> None:
+def _write_checkpoint(*, stored: StoredTensors, folder: Path, out: Path, model: Model, origin: str) -> None:
+    source = stored.source
     specs = parameter_specs(model)
     shapes = {name: spec.global_shape for name, spec in specs.items()}
     total = 4 * sum(map(math.prod, shapes.values()))
@@ -189,30 +164,20 @@ def _write_checkpoint(
 
         def read(name: str, *, offsets: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
             bar.update(4 * math.prod(shape))
-            if name in tensors:
-                piece = read_chunk(tensors=tensors, name=name, offsets=offsets, shape=shape)
-                # Without the copy that `piece.isfinite()` makes.
-                if not torch.stack(piece.aminmax()).isfinite().all():
-                    raise UserError(
-                        where=SOURCE,
-                        got=f"{name} in {tensors[name].file}, with numbers that are not finite in float32",
-                        expected="finite numbers",
-                        hint="take the source from before it diverged",
-                    )
-                return piece
+            if name in stored.entries:
+                return stored.read_tensor(name, offsets=offsets, shape=shape)
 
             # A combination or a gain: small, so always one chunk, and its start is not random.
             return specs[name].initialize(shape, torch.Generator())
 
         write_tensors(folder=folder, shapes=shapes, read=read)
 
-    tokenizer = "none"
-    if _has_tokenizer(source):
-        tokenizer = str(source)
-        copy_tokenizer(source, folder / TOKENIZER)
+    tokenizer = "none" if source.tokenizer is None else str(source.tokenizer)
+    if source.tokenizer is not None:
+        copy_tokenizer(source.tokenizer, folder / TOKENIZER)
 
-    if (source / GENERATION).is_file():
-        shutil.copy(source / GENERATION, folder)
+    if (source.folder / GENERATION).is_file():
+        shutil.copy(source.folder / GENERATION, folder)
 
     # The window that `evaluate` uses for a Hugging Face folder.
     data = {"tokenizer": tokenizer, "train": [], "seq_length": min(model.max_position_embeddings, 2048)}

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from megatron_mea.data.tokenizer import load_tokenizer
 from megatron_mea.errors import Problem, UserError
 
 PAPER_TASKS = ("piqa", "openbookqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge")
@@ -116,13 +115,14 @@ def check_lengths(tasks: dict[str, Any], context: int) -> None:
         raise UserError.from_problems(problems)
 
 
-def run_tasks(*, model: PreTrainedModel, tokenizer: Path, tasks: dict[str, Any]) -> dict[str, dict[str, float]]:
+def run_tasks(
+    *, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: dict[str, Any]
+) -> dict[str, dict[str, float]]:
     """Runs tasks; returns each one's metrics, such as `acc` and `acc_stderr` (0 to 1), and its number of `samples`."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    loaded = load_tokenizer(tokenizer, str(tokenizer))
-    harness_model = HFLM(pretrained=model, tokenizer=loaded, batch_size=_BATCH_SIZE)
+    harness_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH_SIZE)
     result = simple_evaluate(model=harness_model, tasks=list(tasks.values()), log_samples=False)
     table = {}
     for name, metrics in result["results"].items():

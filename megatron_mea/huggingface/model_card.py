@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import PurePath
 
-from megatron_mea.huggingface.source import CheckpointSource
+from megatron_mea.huggingface.model_folder import CheckpointFolder
 from megatron_mea.huggingface.targets import ExportTarget
 
 
-def model_card(*, source: CheckpointSource, target: ExportTarget, dtype: str) -> str:
+def model_card(*, source: CheckpointFolder, target: ExportTarget, dtype: str) -> str:
     """The README.md: what the model is, what it was trained on and for how long, and how to load it."""
-    model, meta = source.config.model, source.meta
+    model, meta = source.settings(), source.metadata
     loss = "not measured" if meta.validation_loss is None else f"{meta.validation_loss:.4f} nats a token"
     components = ", ".join(map(str, sorted(set(model.component_heads))))
     total_weight = sum(corpus_meta["weight"] for corpus_meta in meta.data) or 1

@@ -11,13 +11,12 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_mea.checkpoint.tensors import Fragment, row_chunks
 from megatron_mea.errors import Problem, UserError
+from megatron_mea.huggingface.config_keys import CONFIG_JSON, MAX_NAMED
 from megatron_mea.inputs import read_json_object
 
 _DTYPES = ("F32", "BF16", "F16", "F64")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 _DOWNLOAD_HINT = "a download may have stopped: `hf download NAME --local-dir HF_DIR` goes on with it"
-MAX_NAMED = 16
-"""Most names in a message: a folder of something else may have thousands that do not fit."""
 _MAX_INDEX_BYTES = 64 << 20
 """That of a model with 91,000 tensors has 9 million."""
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -87,11 +86,11 @@ def scan_model(*, path: Path, where: str, num_layers: int, tied: bool) -> dict[s
     if num_layers > len(tensors):
         raise UserError(
             where=where,
-            got=f"{path / 'config.json'}: num_hidden_layers = {num_layers}",
+            got=f"{path / CONFIG_JSON}: num_hidden_layers = {num_layers}",
             expected=f"at most {len(tensors)}, as many as the safetensors have tensors",
         )
 
-    return without_tied_head(path=path, where=where, tensors=tensors, tied=tied)
+    return _without_tied_head(path=path, where=where, tensors=tensors, tied=tied)
 
 
 def check_tensors(
@@ -128,7 +127,7 @@ def check_tensors(
     return problems
 
 
-def without_tied_head(
+def _without_tied_head(
     *, path: Path, where: str, tensors: dict[str, StoredTensor], tied: bool
 ) -> dict[str, StoredTensor]:
     """Drops `lm_head.weight` of a model with tied embeddings, where a folder holds the matrix twice.
@@ -140,31 +139,17 @@ def without_tied_head(
         return tensors
 
     shape = tensors[_EMBEDDING].shape
-    equal = (
-        len(shape) == 2
-        and tensors[_HEAD].shape == shape
-        and all(
-            torch.equal(
-                *(read_chunk(tensors=tensors, name=name, offsets=offsets, shape=size) for name in (_EMBEDDING, _HEAD))
-            )
-            for offsets, size in row_chunks(shape, 1 << 24)
-        )
-    )
+    equal = len(shape) == 2 and tensors[_HEAD].shape == shape
+    for offsets, size in row_chunks(shape, 1 << 24) if equal else ():
+        rows = [Fragment.empty(name, shape, offsets=offsets, shape=size) for name in (_EMBEDDING, _HEAD)]
+        fill_fragments(tensors, rows)
+        equal = equal and torch.equal(rows[0].values, rows[1].values)
+
     if not equal:
         got = f"{_HEAD} in {path}, other than {_EMBEDDING}"
         raise UserError(where=where, got=got, expected="equal matrices, or tie_word_embeddings: false in config.json")
 
     return {name: tensor for name, tensor in tensors.items() if name != _HEAD}
-
-
-def read_chunk(
-    *, tensors: Mapping[str, StoredTensor], name: str, offsets: tuple[int, ...], shape: tuple[int, ...]
-) -> torch.Tensor:
-    """float32 copy of a box of a tensor; the file is memory-mapped meanwhile."""
-    piece = torch.empty(shape)
-    with safe_open(tensors[name].file, framework="pt") as file:
-        piece.copy_(file.get_slice(name)[_slices(offsets, shape)])
-    return piece
 
 
 def fill_fragments(tensors: Mapping[str, StoredTensor], fragments: Iterable[Fragment]) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from megatron_mea.config.layout import TEACHER_KEY, check_layout, check_teacher
 from megatron_mea.config.parallel_dims import ParallelDims
 from megatron_mea.config.schema import Config
-from megatron_mea.huggingface.weights import read_model_settings
+from megatron_mea.huggingface.model_folder import ModelFolder
 from megatron_mea.parallel.parameter import Component
 from megatron_mea.plan.communication import Traffic, communication_per_step
 from megatron_mea.plan.flops import Flops, flops_per_token, stage_flops
@@ -103,7 +102,7 @@ def _teacher_workload(*, config: Config, dims: ParallelDims, device: Device) -> 
     if config.training.distillation is None:
         return None
 
-    model = read_model_settings(Path(config.training.distillation.teacher), TEACHER_KEY)
+    model = ModelFolder.locate(config.training.distillation.teacher, TEACHER_KEY).settings()
     check_teacher(config, model)
     return Workload(config=config.model_copy(update={"model": model}), dims=dims, device=device, trains=False)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from megatron_mea.config import Config
-from megatron_mea.huggingface.weights import StoredModel
+from megatron_mea.huggingface.model_folder import StoredTensors
 from megatron_mea.model.decoder import Decoder
 from megatron_mea.model.stages import pipeline_stages
 from megatron_mea.parallel.parameter import init_parameters
@@ -16,7 +16,7 @@ from megatron_mea.training.teacher import make_teacher
 
 
 def build_engine(
-    config: Config, device: torch.device, *, initialized: bool = True, teacher: StoredModel | None = None
+    config: Config, device: torch.device, *, initialized: bool = True, teacher: StoredTensors | None = None
 ) -> Engine:
     """The engine of this rank; collective.
 

@@ -19,7 +19,6 @@ from megatron_mea.checkpoint.saver import Saver
 from megatron_mea.checkpoint.tensors import read_fragments
 from megatron_mea.config import Config
 from megatron_mea.errors import RunError, UserError
-from megatron_mea.huggingface.locate import INIT_FROM
 from megatron_mea.huggingface.weights import open_weights
 from megatron_mea.outputs import disk_errors, make_folder
 from megatron_mea.parallel.parameter import parameters_by_name
@@ -382,7 +381,7 @@ class _Trainer:
             self.validation_loss = self.metadata.validation_loss
             read_fragments(source, self.engine.state.fragments())
         elif self.weights is not None:
-            read_weights(self.weights.stored, self.engine.state.fragments(optimizer_state=False), INIT_FROM)
+            read_weights(self.weights.stored, self.engine.state.fragments(optimizer_state=False))
         else:
             return
 

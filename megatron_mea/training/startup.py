@@ -25,7 +25,7 @@ from megatron_mea.data.begin_token import fits_documents
 from megatron_mea.data.corpora import Corpora
 from megatron_mea.data.tokenizer import check_tokenizer_folder, load_tokenizer
 from megatron_mea.errors import UserError
-from megatron_mea.huggingface.locate import INIT_FROM, check_named_model
+from megatron_mea.huggingface.model_folder import INIT_FROM, ModelFolder, StoredTensors
 from megatron_mea.run_folder import RunFolder
 from megatron_mea.training.rank_env import RankEnv
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from megatron_mea.checkpoint.resume import ResumePoint
-    from megatron_mea.huggingface.weights import StoredModel, WeightSource
+    from megatron_mea.huggingface.weights import WeightSource
 
 _MAX_CHANGES_SHOWN = 20
 """Changed keys that are printed at most: every path of thousands of corpora may have changed."""
@@ -90,7 +90,7 @@ class RunInputs:
     validation: Corpora | None
     begins: bool | None
     weights: WeightSource | None
-    teacher: StoredModel | None
+    teacher: StoredTensors | None
     resume_step: int | None
     warnings: list[str]
     changes: list[str]
@@ -155,10 +155,10 @@ def open_corpora(*, config: Config, dims: ParallelDims, state: RunState) -> RunD
         metadata = CheckpointMetadata.read(state.resume_checkpoint[1])
         changes = check_resume(metadata=metadata, config=config, fingerprint=train.fingerprint())
     elif config.run.init_from is not None:
-        check_named_model(Path(config.run.init_from), INIT_FROM)
+        ModelFolder.locate(config.run.init_from, INIT_FROM)
 
     if config.training.distillation is not None:
-        check_named_model(Path(config.training.distillation.teacher), TEACHER_KEY)
+        ModelFolder.locate(config.training.distillation.teacher, TEACHER_KEY)
 
     return RunData(train=train, validation=validation, warnings=warnings, changes=changes)
 
@@ -195,7 +195,7 @@ def open_run_inputs(
     begins, notes = _begin_token(config=config, train=data.train, tokenizer=tokenizer)
     warnings += notes
     if teacher is not None:
-        warnings += [*teacher.warnings, *tokenizer_warnings(config, teacher)]
+        warnings += [*teacher.source.warnings, *tokenizer_warnings(config, teacher.source)]
 
     warnings += check_disk_space(config, num_checkpoints=len(state.checkpoints))
     return RunInputs(

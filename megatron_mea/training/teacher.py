@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 import torch.distributed as dist
 
-from megatron_mea.checkpoint.folder import TOKENIZER
 from megatron_mea.checkpoint.tensors import Fragment
 from megatron_mea.config.layout import TEACHER_KEY, check_teacher
 from megatron_mea.config.schema import Config, Distillation
 from megatron_mea.data.tokenizer import load_tokenizer
 from megatron_mea.errors import UserError
-from megatron_mea.huggingface.safetensors_reader import check_tensors
-from megatron_mea.huggingface.weights import StoredModel, open_stored_model
-from megatron_mea.model.decoder import Decoder, parameter_shapes
+from megatron_mea.huggingface.model_folder import ModelFolder, StoredTensors
+from megatron_mea.model.decoder import Decoder
 from megatron_mea.model.stages import pipeline_stages
 from megatron_mea.parallel.grid import Grid
 from megatron_mea.training.initial_weights import read_weights
 
 
-def open_teacher(config: Config, *, rank: int = 0, world_size: int = 1) -> StoredModel | None:
+def open_teacher(config: Config, *, rank: int = 0, world_size: int = 1) -> StoredTensors | None:
     """Opens the teacher of `training.distillation` and checks it against the model; None where none is configured.
 
     Each of `world_size` callers verifies its share of a checkpoint's files.
@@ -32,30 +28,16 @@ def open_teacher(config: Config, *, rank: int = 0, world_size: int = 1) -> Store
     if config.training.distillation is None:
         return None
 
-    stored = open_stored_model(
-        path=Path(config.training.distillation.teacher), key=TEACHER_KEY, rank=rank, world_size=world_size
-    )
-    check_teacher(config, stored.model)
-
-    expected = parameter_shapes(stored.model)
-    if problems := check_tensors(
-        path=stored.folder,
-        where=TEACHER_KEY,
-        shapes=stored.shapes,
-        expected=expected,
-        expected_by="the teacher's own settings",
-    ):
-        raise UserError.from_problems(problems)
-
+    source = ModelFolder.locate(config.training.distillation.teacher, TEACHER_KEY)
+    stored = source.tensors(rank=rank, world_size=world_size)
+    check_teacher(config, source.settings())
     return stored
 
 
-def tokenizer_warnings(config: Config, teacher: StoredModel) -> list[str]:
+def tokenizer_warnings(config: Config, teacher: ModelFolder) -> list[str]:
     """A warning where the teacher has a tokenizer whose ids differ from those of `data.tokenizer`."""
-    checkpoint_tokenizer = teacher.folder / TOKENIZER
     try:
-        folder = checkpoint_tokenizer if checkpoint_tokenizer.is_dir() else teacher.folder
-        teacher_tokenizer = load_tokenizer(folder, TEACHER_KEY)
+        teacher_tokenizer = teacher.load_tokenizer()
     except UserError:
         # A model without its tokenizer may teach.
         return []
@@ -88,7 +70,7 @@ class Teacher:
         return self.decoder.logits(x)
 
 
-def make_teacher(*, stored: StoredModel, config: Config, grid: Grid, device: torch.device) -> Teacher:
+def make_teacher(*, stored: StoredTensors, config: Config, grid: Grid, device: torch.device) -> Teacher:
     """Builds this rank's part of the teacher and reads its weights; collective.
 
     Raises:
@@ -96,9 +78,10 @@ def make_teacher(*, stored: StoredModel, config: Config, grid: Grid, device: tor
     """
     settings = config.training.distillation
     assert settings is not None
+    source, model = stored.source, stored.source.settings()
 
     opened = [""] * dist.get_world_size()
-    dist.all_gather_object(opened, str(stored.folder))
+    dist.all_gather_object(opened, str(source.folder))
     if len(set(opened)) > 1:
         got = f"{' and '.join(sorted(set(opened)))}, on different ranks"
         raise UserError(
@@ -108,8 +91,8 @@ def make_teacher(*, stored: StoredModel, config: Config, grid: Grid, device: tor
             hint="name a checkpoint: the run that is named saves newer ones",
         )
 
-    stage = pipeline_stages(stored.model, grid.dims.pp)[grid.pipeline_rank]
-    decoder = Decoder(config=stored.model, tp=grid.tp, stage=stage, document_mask=config.data.document_mask)
+    stage = pipeline_stages(model, grid.dims.pp)[grid.pipeline_rank]
+    decoder = Decoder(config=model, tp=grid.tp, stage=stage, document_mask=config.data.document_mask)
     specs_and_values = [(parameter.spec, parameter.data.view(-1)) for parameter in decoder.parameters()]
     fragments = [
         Fragment(
@@ -122,5 +105,5 @@ def make_teacher(*, stored: StoredModel, config: Config, grid: Grid, device: tor
         )
         for spec, values in specs_and_values
     ]
-    read_weights(stored, fragments, TEACHER_KEY)
+    read_weights(stored, fragments)
     return Teacher(decoder.to(device, torch.bfloat16 if config.training.precision == "bf16" else None), settings)

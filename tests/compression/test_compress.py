@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM
 from megatron_mea.checkpoint.folder import CheckpointMetadata, find_corruption
 from megatron_mea.checkpoint.tensors import read_tensors, weight_shapes
 from megatron_mea.cli import main
-from megatron_mea.compression import source_model as source_model_module
 from megatron_mea.compression.calibrate import calibration_windows, head_moments
 from megatron_mea.compression.compress import _head_options, compress
 from megatron_mea.compression.compressed_model import Factoriser
@@ -28,7 +27,8 @@ from megatron_mea.config.variants import VARIANTS, combining_variant
 from megatron_mea.data.indexed import IndexedReader, IndexedWriter
 from megatron_mea.errors import UserError
 from megatron_mea.exported.modeling_mea import MEAForCausalLM
-from megatron_mea.huggingface.source import load_model
+from megatron_mea.huggingface import importing
+from megatron_mea.huggingface.model_folder import ModelFolder
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -75,7 +75,7 @@ def test_the_model_is_the_original_with_its_heads_replaced(kind, align, tmp_path
     assert f"; in the layers 1: {HEADS}, 2: 2, 3: 1" in output
 
     before, compressed = weights(original), weights(out)
-    with open_source_model(original, tmp_path / "x") as source_model:
+    with open_source_model(ModelFolder.locate(original), tmp_path / "x") as source_model:
         heads = [4, 2, 1]
         factoriser = Factoriser(source_model=source_model, moments=None, aligned=align)
         overwritten = dict(before)
@@ -170,9 +170,9 @@ class TestOptions:
         self, options, key, tmp_path, monkeypatch
     ):
         original = save_source_model("llama", tmp_path / "in")
-        monkeypatch.setattr(source_model_module, "import_model", None)
+        monkeypatch.setattr(importing, "import_model", None)
         with pytest.raises(UserError) as raised:
-            compress(model=original, out=tmp_path / "deep/out", **options)
+            compress(ModelFolder.locate(original), out=tmp_path / "deep/out", **options)
 
         assert raised.value.problems[0].where == key
         assert not (tmp_path / "deep").exists()
@@ -184,14 +184,14 @@ class TestCalibration:
     def test_moments_are_those_of_the_outputs(self, kind, tiny, tmp_path):
         """Against transformers' layers, whose projections are watched."""
         original = save_source_model(kind=kind, folder=tmp_path / "in", tokenizer=tiny.tokenizer)
-        with open_source_model(original, tmp_path / "x") as source_model:
+        with open_source_model(ModelFolder.locate(original), tmp_path / "x") as source_model:
             windows = calibration_windows(
                 source_model=source_model, path=str(tiny.train), where="--calibration", tokens=500
             )
             moments = head_moments(source_model=source_model, windows=windows, layers={1, 2})
             assert set(moments) == {(layer, side) for layer in (1, 2) for side in "kv"}
 
-            model = load_model(original)[0].double()
+            model = ModelFolder.locate(original).as_transformers().double()
             tensors, seen = weights(original), []
             model.model.layers[2].self_attn.register_forward_pre_hook(
                 lambda _, args, kwargs: seen.append(kwargs.get("hidden_states", *args[:1]).detach()), with_kwargs=True
@@ -229,7 +229,7 @@ class TestCalibration:
             assert (out / "tokenizer.model").is_file() or (out / "tokenizer.json").is_file()
             compressed[bool(option)] = weights(out)
 
-        with open_source_model(original, tmp_path / "x") as source_model:
+        with open_source_model(ModelFolder.locate(original), tmp_path / "x") as source_model:
             windows = calibration_windows(
                 source_model=source_model, path=str(tiny.train), where="--calibration", tokens=4096
             )

@@ -16,6 +16,7 @@ from megatron_mea.compression.compress import measure_costs
 from megatron_mea.compression.compressed_model import Factoriser
 from megatron_mea.compression.sensitivity import _read_progress
 from megatron_mea.compression.source_model import open_source_model
+from megatron_mea.huggingface.model_folder import ModelFolder
 
 pytestmark = pytest.mark.slow
 
@@ -108,7 +109,7 @@ def test_what_is_kept_depends_on_tokens_weights_and_settings(original, tiny, tmp
 
 def test_costs_are_never_negative_and_never_fall_with_fewer_heads(original, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(compress, "AUTO_TOKENS", 128)
-    with open_source_model(original, tmp_path / "x") as source_model:
+    with open_source_model(ModelFolder.locate(original), tmp_path / "x") as source_model:
         options = [list(range(1, before + 1)) for before in source_model.model.component_heads]
         costs = measure_costs(
             source_model=source_model,

@@ -226,7 +226,7 @@ def test_tasks_that_generate_more_than_the_context(exported, whole, tmp_path, ca
         )
 
     assert main(["evaluate", str(whole), "--tasks", str(files["fits"])]) == 0
-    monkeypatch.setattr("megatron_mea.huggingface.evaluate.load_model", None)
+    monkeypatch.setattr("megatron_mea.huggingface.model_folder.ModelFolder.as_transformers", None)
     for model in (whole, exported):
         for names in (["long"], ["fits", "long", "none", "odd"]):
             capsys.readouterr()

@@ -24,6 +24,7 @@ from megatron_mea.exported import attention_mea
 from megatron_mea.exported.modeling_mea import MEAForCausalLM
 from megatron_mea.huggingface import export as export_module
 from megatron_mea.huggingface.export import export
+from megatron_mea.huggingface.model_folder import ModelFolder, StoredTensors
 
 pytestmark = pytest.mark.slow
 
@@ -162,7 +163,7 @@ def test_bfloat16(whole, tmp_path, capsys):
 def test_shards(exported, whole, tmp_path):
     """Shards within the limit, an index as transformers writes it, and the same tensors as in a single file."""
     out = tmp_path / "out"
-    export(model=whole, out=out, shard_bytes=30_000)
+    export(ModelFolder.locate(whole), out=out, shard_bytes=30_000)
     files = sorted(out.glob("*.safetensors"))
     assert len(files) > 2
 
@@ -211,7 +212,7 @@ def test_chat_template(whole, tmp_path):
     (folder / "tokenizer" / "chat_template.jinja").write_text(template)
     (folder / "tokenizer/additional_chat_templates").mkdir()
     (folder / "tokenizer/additional_chat_templates/tool_use.jinja").write_text("tools")
-    export(run, tmp_path / "out")
+    export(ModelFolder.locate(run), tmp_path / "out")
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
     message = [{"role": "user", "content": "speak"}]
@@ -225,11 +226,11 @@ def test_chat_template(whole, tmp_path):
 
 def test_one_layer_at_a_time(whole, tmp_path, monkeypatch):
     """Nothing reads more than one tensor, and what the check fills a layer with is let go of again."""
-    alive, most, double = [], 0, torch.Tensor.double
+    alive, most, double, read_fragments = [], 0, torch.Tensor.double, StoredTensors.read
 
-    def read(folder: Path, shapes: dict) -> dict:
-        assert len(shapes) == 1
-        return read_tensors(folder, shapes)
+    def read(stored: StoredTensors, fragments: list) -> list[str]:
+        assert len(fragments) == 1
+        return read_fragments(stored, fragments)
 
     def counted(tensor: torch.Tensor) -> torch.Tensor:
         nonlocal most
@@ -238,9 +239,9 @@ def test_one_layer_at_a_time(whole, tmp_path, monkeypatch):
         most = max(most, sum(reference() is not None for reference in alive))
         return result
 
-    monkeypatch.setattr(export_module, "read_tensors", read)
+    monkeypatch.setattr(StoredTensors, "read", read)
     monkeypatch.setattr(torch.Tensor, "double", counted)
-    export(whole, tmp_path / "out")
+    export(ModelFolder.locate(whole), tmp_path / "out")
     folder = complete_checkpoints(whole)[-1][1]
     layer = [name for name in weight_shapes(folder) if ".layers.1." in name]
 

@@ -6,7 +6,6 @@ import json
 import math
 import resource
 import shutil
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,11 +25,10 @@ from megatron_mea.config.load import parse_model
 from megatron_mea.config.schema import MAX_LAYERS, MAX_SIZE
 from megatron_mea.errors import UserError
 from megatron_mea.huggingface.config_keys import KNOWN_KEYS, STOCK_MODEL_TYPES, read_config_json
-from megatron_mea.huggingface.hf_config import read_hf_config, to_hf_config, transformers_config
+from megatron_mea.huggingface.hf_config import model_section, to_hf_config, transformers_config
 from megatron_mea.huggingface.importing import import_model
-from megatron_mea.huggingface.source import load_model
+from megatron_mea.huggingface.model_folder import HFFolder, ModelFolder
 from megatron_mea.huggingface.targets import make_export_target
-from megatron_mea.huggingface.weights import StoredModel, open_stored_model
 
 OLD_YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
 WINDOW = {"use_sliding_window": True, "sliding_window": 512}
@@ -150,12 +148,12 @@ def test_all_tensors_that_are_no_weights_are_named(dtype, broken, folder, capsys
 def test_the_attention_function_is_ours(folder):
     """A folder could name a kernel of the hub."""
     edit_json(folder / "config.json", _attn_implementation="eager")
-    model, _, _ = load_model(folder)
+    model = ModelFolder.locate(folder).as_transformers()
     assert model.config._attn_implementation == "sdpa"
 
     edit_json(folder / "config.json", attn_implementation="kernels-community/flash")
     with pytest.raises(UserError, match="attn_implementation = kernels-community/flash"):
-        load_model(folder)
+        ModelFolder.locate(folder)
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +192,7 @@ def test_any_description_is_understood_or_refused(data, descriptions, tmp_path_f
     folder = tmp_path_factory.getbasetemp() / "any"
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(contents))
-    for read in (read_config_json, read_hf_config):
+    for read in (read_config_json, lambda *arguments: model_section(read_config_json(*arguments))):
         problems = []
         with within_limits():
             try:
@@ -215,14 +213,9 @@ def test_no_memory_is_taken_by_the_sizes_of_a_description(key, folder):
     largest = MAX_LAYERS if key == "num_hidden_layers" else MAX_SIZE
     edit_json(folder / "config.json", **{key: largest})
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for read in (load_model, partial(import_model, out="made"), partial(open_stored_model, key="run.init_from")):
-        try:
-            stored = read(folder)
-        except UserError:
-            continue
-
-        # What reads no weights compares with the run's own shapes.
-        assert isinstance(stored, StoredModel)
+    for read in (HFFolder.as_transformers, HFFolder.tensors, lambda source: import_model(source, "made")):
+        with pytest.raises(UserError, match=key if key == "num_hidden_layers" else "of shape|config.json"):
+            read(HFFolder(folder, "run.init_from"))
 
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000
 
@@ -273,7 +266,7 @@ def test_what_transformers_writes_is_understood(name, descriptions, tmp_path):
     assert config_json.settings.keys() <= contents.keys()
     assert not config_json.settings.keys() & OF_TRANSFORMERS_4.keys()
 
-    config = transformers_config(config_json, path=tmp_path, where="--from")
+    config = transformers_config(config_json)
     for key in ("eos_token_id", "layer_types", "head_dim", "num_component_heads"):
         if key in PUBLISHED[name]:
             assert getattr(config, key) == contents[key]
@@ -290,7 +283,7 @@ def test_what_is_left_out_is_said_once(kind, descriptions, tmp_path):
         "attention_dropout": 0.1,
     }
     (tmp_path / "config.json").write_text(json.dumps(descriptions[kind] | changes))
-    warnings = read_hf_config(tmp_path, "--from").warnings
+    warnings = model_section(read_config_json(tmp_path, "--from"))[1]
     assert [warning.split("config.json: ")[1].split(" is ")[0] for warning in warnings] == [
         f"eos_token_id = {[2, 10**9]}",
         "pad_token_id = -1",
@@ -348,7 +341,7 @@ def test_generation_settings_that_are_not_used_are_left_out(key, is_imported, fo
     file = folder / "generation_config.json"
     file.write_text(json.dumps({"eos_token_id": [2], "min_length": 0, "diversity_penalty": 0.0, "guidance_scale": 1}))
     if is_imported:
-        import_model(folder, "made")
+        import_model(ModelFolder.locate(folder), "made")
         folder, file = Path("made"), Path("made/generation_config.json")
 
     def output() -> tuple[str, str]:
@@ -369,5 +362,5 @@ def test_generation_settings_that_are_not_used_are_left_out(key, is_imported, fo
 
 
 def test_an_export_of_ours_passes(tmp_path):
-    model, _, _ = load_model(save_export(tmp_path / "export"))
+    model = ModelFolder.locate(save_export(tmp_path / "export")).as_transformers()
     assert model.config.model_type == "mea"

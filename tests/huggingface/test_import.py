@@ -26,7 +26,7 @@ from megatron_mea.config.variants import VARIANTS
 from megatron_mea.data.tokenizer import copy_tokenizer, load_tokenizer
 from megatron_mea.exported.modeling_mea import MEAForCausalLM
 from megatron_mea.huggingface.hf_config import from_hf_config, to_hf_config
-from megatron_mea.huggingface.source import load_model
+from megatron_mea.huggingface.model_folder import ModelFolder
 
 
 def model_settings(export: Path) -> dict[str, Any]:
@@ -181,7 +181,7 @@ class TestStock:
         assert main(["import", str(source), str(tmp_path / "checkpoint")]) == 0
 
         assert find_corruption(tmp_path / "checkpoint") is None
-        assert load_model(tmp_path / "checkpoint")[0].generation_config.eos_token_id == [2, 7]
+        assert ModelFolder.locate(tmp_path / "checkpoint").as_transformers().generation_config.eos_token_id == [2, 7]
 
         for target in ("transformers", "stock"):
             assert main(["export", str(tmp_path / "checkpoint"), str(tmp_path / target), "--target", target]) == 0
@@ -369,10 +369,11 @@ class TestPieces:
         script = (
             "import resource, sys\n"
             "from megatron_mea.huggingface.importing import import_model\n"
+            "from megatron_mea.huggingface.model_folder import ModelFolder\n"
             "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-            "import_model(sys.argv[1], sys.argv[3])\n"
+            "import_model(ModelFolder.locate(sys.argv[1]), sys.argv[3])\n"
             "before = peak()\n"
-            "import_model(sys.argv[2], sys.argv[4])\n"
+            "import_model(ModelFolder.locate(sys.argv[2]), sys.argv[4])\n"
             "print(peak() - before)\n"
         )
         small = save_stock_model("llama", tmp_path / "small")

@@ -17,6 +17,7 @@ from support.hf_folders import edit_config_json, save_export, save_stock_model
 from megatron_mea.cli import main
 from megatron_mea.data.tokenizer import copy_tokenizer
 from megatron_mea.huggingface import importing
+from megatron_mea.huggingface.model_folder import StoredTensors
 
 
 @pytest.fixture(scope="module")
@@ -287,12 +288,12 @@ class TestPlace:
         assert not list(tmp_path.iterdir())
 
     def test_an_end_half_way_leaves_nothing(self, models, tmp_path, monkeypatch):
-        def interrupted(tensors, name, offsets, shape):
+        def interrupted(stored, name, *, offsets, shape):
             if "layers.1" in name:
                 raise SystemExit(143)
             return torch.zeros(shape)
 
-        monkeypatch.setattr(importing, "read_chunk", interrupted)
+        monkeypatch.setattr(StoredTensors, "read_tensor", interrupted)
         with pytest.raises(SystemExit):
             main(["import", str(models / "llama"), str(tmp_path / "deep/out")])
 

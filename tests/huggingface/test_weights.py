@@ -20,6 +20,7 @@ from megatron_mea.errors import UserError
 from megatron_mea.exported.modeling_mea import MEAForCausalLM
 from megatron_mea.huggingface import weights
 from megatron_mea.huggingface.hf_config import to_hf_config
+from megatron_mea.huggingface.model_folder import ModelFolder
 from megatron_mea.huggingface.weights import open_weights
 
 SIZES = {
@@ -128,7 +129,9 @@ def test_what_changes_the_function_alone_is_told(settings, changes, keys, tmp_pa
 def test_a_value_that_a_description_leaves_out_is_the_one_of_its_model_type(tmp_path):
     source = save_stock_model("llama", tmp_path / "llama")
     edit_config_json(source, "rms_norm_eps", "rope_parameters", "head_dim", num_key_value_heads=None)
-    assert problems(source, plain_model("llama")) == [("model.num_key_value_heads", "2")]
+    assert ModelFolder.locate(source).settings().num_key_value_heads == 4
+    name = "model.layers.0.self_attn.k_proj.weight"
+    assert problems(source, plain_model("llama"))[0] == ("run.init_from", f"{name} of shape (8, 16) in {source}")
 
     edit_config_json(source, num_key_value_heads=2)
     assert [line.split(", and ")[1] for line in open_weights(source, plain_model("llama")).warnings] == [
@@ -183,7 +186,7 @@ class TestAddedRows:
             full[:32], full[32:35] = stored[name], stored[name].mean(0)
             for row, column, rows, columns, start, count in shards:
                 values = torch.zeros(count)
-                opened.stored.read(
+                opened.stored.fill(
                     [
                         Fragment(
                             name=name,

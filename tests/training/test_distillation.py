@@ -33,7 +33,7 @@ from megatron_mea.checkpoint.tensors import read_tensors, tensor_shapes
 from megatron_mea.config import Config, load_config
 from megatron_mea.data.tokenizer import copy_tokenizer, train_tokenizer
 from megatron_mea.errors import UserError
-from megatron_mea.huggingface.weights import StoredModel
+from megatron_mea.huggingface.model_folder import ModelFolder
 from megatron_mea.parallel.grid import NO_TP, TensorGroup
 from megatron_mea.parallel.layers import IGNORE_INDEX, kl_divergence_sum
 from megatron_mea.parallel.parameter import parameters_by_name
@@ -290,9 +290,12 @@ def test_a_teacher_that_lacks_a_tensor_is_refused(teacher, tmp_path):
 def test_another_tokenizer_is_a_warning(tiny, tmp_path):
     train_tokenizer(sources=[str(tiny.train.with_suffix(".jsonl"))], vocab_size=380, out=tmp_path / "other")
     run = load_config(tiny.config)
-    for folder, num_warnings in ((tiny.tokenizer, 0), (tmp_path / "other", 1), (tmp_path, 0)):
-        stored = StoredModel(model=run.model, shapes={}, read=lambda fragments: None, folder=folder)
-        assert len(tokenizer_warnings(run, stored)) == num_warnings
+    for number, (tokenizer, num_warnings) in enumerate(((tiny.tokenizer, 0), (tmp_path / "other", 1), (None, 0))):
+        teacher = llama(tmp_path / f"teacher-{number}")
+        if tokenizer is not None:
+            copy_tokenizer(tokenizer, teacher)
+
+        assert len(tokenizer_warnings(run, ModelFolder.locate(teacher))) == num_warnings
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from support.hf_folders import save_stock_model
 from megatron_mea.checkpoint.tensors import Fragment
 from megatron_mea.cli import main
 from megatron_mea.errors import UserError
-from megatron_mea.huggingface.weights import StoredModel, open_stored_model
+from megatron_mea.huggingface.model_folder import ModelFolder, StoredTensors
 from megatron_mea.training.initial_weights import read_weights
 
 NAMES = ("model.layers.1.self_attn.k_proj.weight", "model.norm.weight")
@@ -28,7 +29,7 @@ def alone() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def fragments(stored: StoredModel) -> list[Fragment]:
+def fragments(stored: StoredTensors) -> list[Fragment]:
     """All tensors, each with a padded row, which is left as it is: not finite."""
     return [
         Fragment(
@@ -53,20 +54,20 @@ def test_of_a_hugging_face_folder(broken, kind, tmp_path):
             tensors[name].view(-1)[-1] = torch.nan if name == NAMES[0] else -torch.inf
         save_file(tensors, file, {"format": "pt"})
 
-    stored = open_stored_model(source, "run.init_from")
+    stored = ModelFolder.locate(source, "run.init_from").tensors()
     read = fragments(stored)
     if not broken:
-        read_weights(stored, read, "run.init_from")
+        read_weights(stored, read)
         assert all(view.isfinite().all() for fragment in read for _, view in fragment.chunks())
         return
 
     with pytest.raises(UserError) as refused:
-        read_weights(stored, read, "run.init_from")
+        read_weights(stored, read)
 
     assert [problem.where for problem in refused.value.problems] == ["run.init_from"] * len(broken)
     for problem, name in zip(refused.value.problems, broken, strict=True):
-        assert str(problem.got).startswith(f"{name} in {stored.files[name]}, ")
-        assert name in load_file(stored.files[name])
+        assert str(problem.got).startswith(f"{name} in {stored.entries[name].file}, ")
+        assert name in load_file(stored.entries[name].file)
 
 
 @pytest.mark.slow
@@ -74,14 +75,14 @@ def test_of_a_checkpoint(tmp_path):
     """That of a run that had diverged."""
     source = save_stock_model("llama", tmp_path / "llama")
     assert main(["import", str(source), str(tmp_path / "checkpoint")]) == 0
-    stored = open_stored_model(tmp_path / "checkpoint", "training.distillation.teacher")
+    stored = ModelFolder.locate(tmp_path / "checkpoint", "training.distillation.teacher").tensors()
 
     def read_broken(fragments: list[Fragment]) -> None:
-        stored.read(fragments)
+        stored.fill(fragments)
         fragments[0].values[0] = torch.nan
 
-    broken = StoredModel(model=stored.model, shapes=stored.shapes, read=read_broken, folder=stored.folder)
-    read_weights(stored, fragments(stored), "training.distillation.teacher")
+    broken = replace(stored, fill=read_broken)
+    read_weights(stored, fragments(stored))
     first, folder = next(iter(stored.shapes)), Path(tmp_path / "checkpoint")
     with pytest.raises(UserError, match=f"{first} in {folder}, with numbers"):
-        read_weights(broken, fragments(broken), "training.distillation.teacher")
+        read_weights(broken, fragments(broken))

@@ -26,6 +26,7 @@ from megatron_mea.compression.sensitivity import losses_of_changes
 from megatron_mea.compression.source_model import SourceModel, open_source_model
 from megatron_mea.data.corpora import IGNORE_INDEX
 from megatron_mea.data.windows import Windows
+from megatron_mea.huggingface.model_folder import ModelFolder
 
 METHODS = ("weights", "weights, aligned", "outputs", "outputs, aligned")
 
@@ -83,7 +84,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     results = Results(arguments.out)
-    with open_source_model(arguments.model, arguments.out) as source_model:
+    with open_source_model(ModelFolder.locate(arguments.model), arguments.out) as source_model:
         validation = calibration_windows(
             source_model=source_model, path=arguments.validation, where="--validation", tokens=arguments.tokens
         )

@@ -81,6 +81,7 @@ def make_checkpoint(folder: Path) -> int:
 def measure(*, checkpoint: Path, out: Path, kind: str, dtype: str) -> dict[str, Any]:
     """Exports; returns peak, time and the last line that the export says."""
     from megatron_mea.huggingface.export import export
+    from megatron_mea.huggingface.model_folder import ModelFolder
 
     before, peak, done = status_bytes("RssAnon"), 0, threading.Event()
 
@@ -91,7 +92,7 @@ def measure(*, checkpoint: Path, out: Path, kind: str, dtype: str) -> dict[str, 
 
     watcher, begin = threading.Thread(target=watch), time.monotonic()
     watcher.start()
-    report = export(model=checkpoint, out=out, dtype=dtype, kind=kind)
+    report = export(model=ModelFolder.locate(checkpoint), out=out, dtype=dtype, kind=kind)
     seconds = time.monotonic() - begin
     done.set()
     watcher.join()

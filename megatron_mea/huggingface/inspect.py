@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
-from megatron_mea.checkpoint.folder import CheckpointMetadata, checkpoint_folder, find_corruption
-from megatron_mea.errors import UserError
+from megatron_mea.huggingface.model_folder import CheckpointFolder
 
 
-def inspect(path: str | Path) -> str:
+def inspect(checkpoint: CheckpointFolder) -> str:
     """Step, tokens, layout, versions, parameter table and integrity, as text.
 
     Raises:
-        UserError: there is no checkpoint, or it is damaged.
+        UserError: it is damaged.
     """
-    folder = checkpoint_folder(path)
-    problem = find_corruption(folder)
-    if problem is not None:
-        raise UserError(
-            where=str(folder), got=problem, expected="a whole checkpoint", hint="use an older one of the run"
-        )
-
-    metadata = CheckpointMetadata.read(folder)
+    checkpoint.verify()
+    folder, metadata = checkpoint.folder, checkpoint.metadata
 
     # Imports torch, which takes longer than the checks above.
     from megatron_mea.checkpoint.tensors import weight_shapes
