@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -72,12 +73,12 @@ def models(tmp_path_factory) -> Path:
     """`hf`, a small Llama; `run`, a run folder with two checkpoints, both its import."""
     root = tmp_path_factory.mktemp("models")
     save_stock_model("llama", root / "hf")
-    for step in (7, 8):
-        assert main(["import", str(root / "hf"), str(root / f"run/checkpoints/step_0000000{step}")]) == 0
-
+    assert main(["import", str(root / "hf"), str(root / "run/checkpoints/step_00000007")]) == 0
+    shutil.copytree(root / "run/checkpoints/step_00000007", root / "run/checkpoints/step_00000008")
     return root
 
 
+@pytest.mark.slow
 def test_the_three_kinds(models):
     newest = models / "run/checkpoints/step_00000008"
     hf, run, checkpoint = (ModelFolder.locate(path, "a.key") for path in (models / "hf", models / "run", newest))
@@ -105,13 +106,13 @@ def test_the_three_kinds(models):
 def checkpoint(models, tmp_path, monkeypatch) -> Path:
     """A checkpoint to change."""
     monkeypatch.chdir(tmp_path)
-    assert main(["import", str(models / "hf"), "checkpoint"]) == 0
-    return Path("checkpoint")
+    return shutil.copytree(models / "run/checkpoints/step_00000007", Path("checkpoint"))
 
 
 VERBS = ["generate {} --prompt a", "export {} out", "compress {} out --component-heads 1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_checkpoint_that_contradicts_itself_is_refused(verb, checkpoint, capsys):
     """Its checksums hold, and its tensors are not those of its configuration."""
@@ -128,6 +129,7 @@ def test_a_checkpoint_that_contradicts_itself_is_refused(verb, checkpoint, capsy
     assert not Path("out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
 def test_numbers_of_a_checkpoint_that_are_not_finite(verb, checkpoint, capsys):
     shapes, name = weight_shapes(checkpoint), "model.layers.1.self_attn.k_proj.weight"
