@@ -68,6 +68,19 @@ def parse_arguments(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
     raise UserError(where="VERB", got=got, expected=", ".join(verbs), hint=hint or f"see {parser.prog} --help")
 
 
+def _option_hint(name: str, options: list[str]) -> str:
+    return did_you_mean(name, options, _OPTION_SYNONYMS)
+
+
+def _option_or_key_hint(name: str, options: list[str]) -> str:
+    """A hint at an option, or at the key of the configuration that is an option elsewhere, as `--lr`."""
+    from megatron_mea.config.keys import meant_keys, namesakes
+
+    words = name.lstrip("-").replace("-", "_").split(".")
+    keys = [f"{key}=VALUE" for key in (meant_keys(words) if len(words) > 1 else namesakes(words[0]))]
+    return did_you_mean(name, [*options, *keys], _OPTION_SYNONYMS | dict.fromkeys(keys, name.lower()))
+
+
 def build_parser() -> tuple[Parser, Mapping[str, Parser]]:
     """The parser of the whole command line, and those of the verbs by name."""
     parser = Parser(
@@ -78,15 +91,17 @@ def build_parser() -> tuple[Parser, Mapping[str, Parser]]:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
 
     def add_verb(*, name: str, summary: str, example: str) -> Parser:
-        return verbs.add_parser(
+        sub = verbs.add_parser(
             name,
             help=summary,
             description=summary,
             epilog=f"example:\n  megatron-mea {name} {example}",
-            synonyms=_OPTION_SYNONYMS,
         )
+        sub.option_hint = _option_hint
+        return sub
 
     def add_config_arguments(sub: Parser) -> None:
+        sub.option_hint = _option_or_key_hint
         sub.add_argument("config", metavar="CONFIG", help="a YAML file")
         sub.add_argument(
             "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="dotted keys of the YAML and new values"

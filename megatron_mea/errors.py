@@ -48,9 +48,9 @@ def did_you_mean(got: str, known: Iterable[str], synonyms: Mapping[str, str] | N
     Args:
         synonyms: {known name: words of others for it, with spaces between}.
     """
-    got, known = got.lower(), list(known)
-    meant = [name for name in known if synonyms and got in synonyms.get(name, "").split()]
-    meant = meant or get_close_matches(got, known, n=1)
+    got, names = got.lower(), {name.lstrip("-"): name for name in known}
+    meant = [name for name in names.values() if synonyms and got in synonyms.get(name, "").split()]
+    meant = meant or [names[match] for match in get_close_matches(got.lstrip("-"), names, n=1)]
     return f"did you mean {' or '.join(meant)}?" if meant else ""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -81,17 +81,13 @@ def comma_separated(text: str) -> list[str]:
 class Parser(argparse.ArgumentParser):
     """Takes options and positional arguments in any order, and raises UserError where argparse would exit.
 
-    Args:
-        synonyms: {option: words of others for it}.
-
     Attributes:
-        hint: for the name of an unknown option that resembles none of the parser's.
+        option_hint: a hint for an unknown option, from its name and the names of all options.
     """
 
-    def __init__(self, *, synonyms: Mapping[str, str] | None = None, **settings: Any) -> None:
+    def __init__(self, **settings: Any) -> None:
+        self.option_hint: Callable[[str, list[str]], str] = did_you_mean
         self._rest = ""
-        self.hint: Callable[[str], str] = lambda name: ""
-        self._synonyms = synonyms or {}
         self._declared: list[argparse.Action] = []
         self._needs: dict[str, str] = {}
         self._excludes: dict[str, str] = {}
@@ -195,7 +191,7 @@ class Parser(argparse.ArgumentParser):
         unknown = [word.partition("=")[0] for word in surplus if _is_option(word)]
         options = [name for action in self._declared for name in action.option_strings]
         for name in unknown:
-            hint = did_you_mean(name, options, self._synonyms) or self.hint(name)
+            hint = self.option_hint(name, options)
             yield Problem(where=name, got="an unknown option", expected=f"options of `{self.prog}`", hint=hint)
 
         if not unknown:

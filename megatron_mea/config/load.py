@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import math
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from megatron_mea.config.checks import cross_checks
+from megatron_mea.config.keys import nested_sections, unknown_key_hints
 from megatron_mea.config.schema import Config, Model, OffValue
+from megatron_mea.config.synonyms import VALUE_SYNONYMS
 from megatron_mea.config.yaml_reader import MAX_BYTES, InvalidYaml, parse_yaml
-from megatron_mea.errors import Problem, UserError, shorten
+from megatron_mea.errors import Problem, UserError, did_you_mean, shorten
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -92,7 +94,7 @@ def complete_config(tree: dict[str, Any]) -> dict[str, Any]:
 def _complete_section(section: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any]:
     complete = dict(tree)
     for name, field in section.model_fields.items():
-        if list(_nested_sections(field.annotation)) == [field.annotation]:
+        if list(nested_sections(field.annotation)) == [field.annotation]:
             # A section by itself, not one of a list or of a union.
             if name in tree or not field.is_required():
                 complete[name] = _complete_section(field.annotation, tree.get(name) or {})
@@ -205,12 +207,8 @@ def _validation_problems(error: ValidationError) -> Iterator[Problem]:
         seen.add(where)
 
         if item["type"] == "extra_forbidden":
-            yield Problem(
-                where=where,
-                got="an unknown key",
-                expected="keys of the configuration",
-                hint=f"did you mean {_nearest_key(path)}?",
-            )
+            for key, hint in unknown_key_hints(path, item["input"]):
+                yield Problem(where=key, got="an unknown key", expected="keys of the configuration", hint=hint)
         elif item["type"] == "missing":
             yield Problem(where=where, got="nothing", expected="a value: the key is required")
         elif item["type"] in ("too_short", "too_long"):
@@ -219,52 +217,25 @@ def _validation_problems(error: ValidationError) -> Iterator[Problem]:
             yield Problem(where=where, got=f"a list of {len(item['input'])}", expected=bound.format_map(item["ctx"]))
         else:
             if item["type"].startswith("union_tag"):
+                got = item["ctx"].get("tag", item["input"])
                 yield Problem(
-                    where=f"{where}.rope_type", got=shorten(item["input"]), expected="linear, dynamic, yarn or llama3"
+                    where=f"{where}.rope_type",
+                    got=shorten(got),
+                    expected="linear, dynamic, yarn or llama3",
+                    hint=did_you_mean(str(got), ("linear", "dynamic", "yarn", "llama3"), VALUE_SYNONYMS),
                 )
                 continue
 
             expected = item["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
             if item["type"] == "string_type" and not isinstance(item["input"], (dict, list)):
                 expected += ": quote the value"
-            yield Problem(where=where, got=shorten(item["input"]), expected=expected)
-
-
-def _nearest_key(path: list[str]) -> str:
-    """The known key closest to an unknown one: a similar one of its section, else the most similar of all sections."""
-    section = ".".join(part for part in path[:-1] if not part.isdigit())
-    keys = known_keys()
-    for candidates, cutoff in (
-        ({key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == section}, 0.6),
-        ({key.rpartition(".")[2]: key for key in keys}, 0.0),
-    ):
-        matches = difflib.get_close_matches(path[-1], list(candidates), n=1, cutoff=cutoff)
-        if matches:
-            return candidates[matches[0]]
-
-    return keys[0]
+            # The choices of a Literal; other types have no `expected` in their context.
+            choices = re.findall("'([^']*)'", item.get("ctx", {}).get("expected", ""))
+            hint = did_you_mean(str(item["input"]), choices, VALUE_SYNONYMS) if choices else ""
+            yield Problem(where=where, got=shorten(item["input"]), expected=expected, hint=hint)
 
 
 def _key_path(loc: tuple[int | str, ...]) -> list[str]:
     """The dotted path of a pydantic location, without the union members that pydantic adds."""
     union_members = {"linear", "dynamic", "yarn", "llama3", "int", "float", "newest"}
     return [str(part) for part in loc if not (isinstance(part, str) and (part in union_members or "[" in part))]
-
-
-def known_keys() -> list[str]:
-    """Every dotted key of the configuration, sections included."""
-    return list(_dotted_keys(Config, ""))
-
-
-def _dotted_keys(section: type[BaseModel], prefix: str) -> Iterator[str]:
-    for name, field in section.model_fields.items():
-        yield prefix + name
-        for nested in _nested_sections(field.annotation):
-            yield from _dotted_keys(nested, f"{prefix}{name}.")
-
-
-def _nested_sections(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in getattr(annotation, "__args__", ()):
-        yield from _nested_sections(argument)

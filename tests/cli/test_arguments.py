@@ -267,6 +267,17 @@ REFUSED = [  # command, (where, got, expected, hint) of each problem
         ]
     ),
     ("export M O --output=x", ("--output", "an unknown option", "...", "see ...")),
+    *(
+        (f"train c {option}", (name, "an unknown option", "...", f"did you mean {key}=VALUE? see ..."))
+        for option, name, key in [
+            ("--lr 3", "--lr", "optimizer.lr"),
+            ("--optimizer.lr=3", "--optimizer.lr", "optimizer.lr"),
+            ("--optimizer.learning-rat 3", "--optimizer.learning-rat", "optimizer.lr"),
+            ("--Micro-Batch-Size=3", "--Micro-Batch-Size", "training.micro_batch_size"),
+            ("--tensor-model-parallel-size 2", "--tensor-model-parallel-size", "parallel.tensor_model_parallel_size"),
+            ("--tp 2", "--tp", "parallel.tensor_model_parallel_size"),
+        ]
+    ),
     (
         "sweep c --output o",
         ("--output", "an unknown option", "options of `megatron-mea sweep`", "did you mean --out?"),

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from support.limits import within_limits
 
 from megatron_mea.config import Config
+from megatron_mea.config.keys import known_keys
 from megatron_mea.config.layout import check_layout
-from megatron_mea.config.load import dump_config, known_keys, load_config
+from megatron_mea.config.load import dump_config, load_config
 from megatron_mea.errors import UserError
 from megatron_mea.plan.plan import as_json, as_text, make_plan
 

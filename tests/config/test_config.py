@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 
 from megatron_mea.config import dump_config, load_config
 from megatron_mea.config.checks import config_warnings, start_checks
-from megatron_mea.config.load import known_keys, parse_config
+from megatron_mea.config.keys import known_keys, meant_keys
+from megatron_mea.config.load import parse_config
 from megatron_mea.config.parallel_dims import ParallelDims
 from megatron_mea.config.schema import Config
+from megatron_mea.config.synonyms import KEY_SYNONYMS, VALUE_SYNONYMS
 from megatron_mea.errors import Problem, UserError
 from megatron_mea.training.schedule import learning_rate
 
@@ -99,11 +101,24 @@ def test_overrides_are_yaml(tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "nearest"),
     [
-        ("optimizer.learning_rate", 1, "schedule.min_lr_ratio"),
+        ("optimizer.learning_rate", 1, "optimizer.lr"),
         ("optimizer.weight_decy", 1, "optimizer.weight_decay"),
+        ("optimizer.Weight-Decay", 1, "optimizer.weight_decay"),
         ("training.lr", 1, "optimizer.lr"),
+        ("training.batch_size", 1, "training.global_batch_size"),
+        ("training.interval", 1, "evaluation.interval or checkpoint.interval or logging.interval"),
+        ("training.steps_", 1, "training.steps"),
+        ("schedule.steps", 1, "training.steps"),
+        ("parallel.tp", 1, "parallel.tensor_model_parallel_size"),
+        ("model.num_layers", 1, "model.num_hidden_layers"),
+        ("micro_batchsize", {}, "training.micro_batch_size"),
+        ("lr", {}, "optimizer.lr"),
         ("modle", {}, "model"),
+        ("optim", {"lr": 1}, "optimizer"),
+        ("eval", {"batches": 1}, "evaluation"),
+        ("job", {"dump_folder": "x"}, "run.dir"),
         ("data.train", [{"paht": "x"}], "data.train.path"),
+        ("model.rope_scaling", {"rope_type": "yarn", "fator": 2}, "model.rope_scaling.factor"),
     ],
 )
 def test_an_unknown_key_names_the_nearest(key, value, nearest):
@@ -111,6 +126,51 @@ def test_an_unknown_key_names_the_nearest(key, value, nearest):
     with pytest.raises(UserError) as error:
         parse(**{section: {name: value} if name else value})
     assert any(problem.hint == f"did you mean {nearest}?" for problem in error.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "nearest"),
+    [
+        ("model.attention_variant", "mae", "mea"),
+        ("model.attention_variant", "GQA", "plain"),
+        ("model.rope_scaling", {"rope_type": "ntk", "factor": 2}, "dynamic"),
+        ("training.precision", "bfloat16", "bf16"),
+        ("training.activation_checkpointing", True, "full"),
+        ("schedule.kind", "Cosin", "cosine"),
+    ],
+)
+def test_an_unknown_choice_names_the_nearest(key, value, nearest):
+    section, _, name = key.partition(".")
+    with pytest.raises(UserError) as error:
+        parse(**{section: {name: value}})
+    assert [problem.hint for problem in error.value.problems] == [f"did you mean {nearest}?"]
+
+
+@pytest.mark.parametrize(("key", "has"), [("model.xyzzy", "model has vocab_size, "), ("job", "the configuration has ")])
+def test_an_unknown_key_that_resembles_none_names_its_siblings(key, has):
+    section, _, name = key.partition(".")
+    with pytest.raises(UserError) as error:
+        parse(**{section: {name: 1} if name else {}})
+    assert error.value.problems[0].hint.startswith(has)
+
+
+def test_synonyms():
+    """Each names one key that exists, and stands there in the form in which unknown keys are looked up."""
+    words = [word for names in KEY_SYNONYMS.values() for word in names.split()]
+    assert len(words) >= 60
+    assert len(words) == len(set(words))
+    assert set(KEY_SYNONYMS) <= set(known_keys())
+    assert not set(words) & {key.rpartition(".")[2] for key in known_keys()}
+    for key, names in KEY_SYNONYMS.items():
+        for word in names.split():
+            assert meant_keys(["training", word.upper().replace("_", "-")]) == [key]
+
+
+def test_synonyms_of_values():
+    schema = str(Config.model_json_schema())
+    for value, names in VALUE_SYNONYMS.items():
+        assert f"'{value}'" in schema
+        assert names == names.lower()
 
 
 class TestSchedule:
