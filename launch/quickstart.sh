@@ -54,7 +54,7 @@ say "done in $(( SECONDS - installed )) s after $(( installed - began )) s of in
 cat <<TEXT
   $work/tokenizer          the tokenizer
   $work/data               train and validation tokens (.bin/.idx)
-  $work/run                metrics.jsonl, tensorboard/, checkpoints/, config.yaml
+  $work/run                metrics.jsonl, heads.jsonl, tensorboard/, checkpoints/
   $work/export             the Hugging Face folder
   next: $PYTHON -m megatron_mea generate $work/export --prompt "To be" --temperature 0.8
         $PYTHON -m tensorboard.main --logdir $work/run/tensorboard

@@ -34,6 +34,8 @@ class RunFolder:
     """The resolved configuration, after a comment with the versions of packages."""
     metrics = _entry("metrics.jsonl")
     """A row a logged step or validation: step, tokens, losses, rates."""
+    heads = _entry("heads.jsonl")
+    """A row a validation: the matrices that combine heads, and the size of each head's output."""
     tensorboard = _entry("tensorboard")
     """Event files of TensorBoard, which nothing reads back."""
     checkpoints = _entry("checkpoints")

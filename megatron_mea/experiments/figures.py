@@ -81,17 +81,15 @@ def draw_combinations(history: HeadHistory) -> dict[str, bytes]:
     images = {}
     for kind, parameters in kinds.items():
         parameters = _evenly_spaced(parameters)
-        times = sorted(
-            {0, (len(history.matrices[parameters[0]][0]) - 1) // 2, len(history.matrices[parameters[0]][0]) - 1}
-        )
+        last = len(history.steps) - 1
+        times = sorted({0, last // 2, last})
         figure = Figure((5, 1.7 * len(parameters)), layout="constrained")
         grid = figure.subplots(len(parameters), len(times), squeeze=False)
-        largest = max(np.abs(matrix).max() for parameter in parameters for matrix in history.matrices[parameter][1])
+        largest = max(np.abs(history.matrices[parameter]).max() for parameter in parameters)
         for row, parameter in zip(grid, parameters, strict=True):
-            steps, matrices = history.matrices[parameter]
             for axes, time in zip(row, times, strict=True):
-                image = axes.imshow(matrices[time], cmap="RdBu_r", vmin=-largest, vmax=largest)
-                axes.set_title(f"layer {_layer_of(parameter)}, step {steps[time]}", fontsize=8)
+                image = axes.imshow(history.matrices[parameter][time], cmap="RdBu_r", vmin=-largest, vmax=largest)
+                axes.set_title(f"layer {_layer_of(parameter)}, step {history.steps[time]}", fontsize=8)
                 axes.set(xticks=[], yticks=[])
 
         figure.colorbar(image, ax=grid, shrink=0.8)
@@ -111,7 +109,7 @@ def draw_head_outputs(history: HeadHistory) -> bytes | None:
     figure = Figure((5, 1.5 * len(layers) + 0.6), layout="constrained")
     grid = figure.subplots(len(layers), 1, sharex=True, squeeze=False)
     for axes, layer in zip(grid[:, 0], layers, strict=True):
-        axes.plot(*history.outputs[layer], lw=1, marker=".", ms=3)
+        axes.plot(history.steps, history.outputs[layer], lw=1, marker=".", ms=3)
         axes.set(yscale="log")
         axes.set_title(f"layer {_layer_of(layer)}", fontsize=8)
 

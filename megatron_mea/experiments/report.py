@@ -14,6 +14,7 @@ from megatron_mea.experiments.results import Result, differences, evaluate_runs
 from megatron_mea.experiments.runs import RunRecord
 from megatron_mea.outputs import print_and_write, reserve_output
 from megatron_mea.printing import show
+from megatron_mea.run_folder import RunFolder
 
 COLUMNS = ("variant", "lr", "seed", "L0", "L0_low", "L0_high", "alpha", "stable", "best")
 
@@ -58,8 +59,12 @@ def _draw_figures(results: Sequence[Result]) -> tuple[dict[str, tuple[str, bytes
 
         variant_results = [result for result in results if result.run.variant == variant]
         shown = next((result for result in variant_results if result.best), variant_results[0])
-        history = read_head_stats(shown.run.dir)
         label = f"{variant}, rate {shown.run.lr:g}, seed {shown.run.seed}"
+        try:
+            history = read_head_stats(shown.run.dir)
+        except OverflowError as error:
+            notes.append(f"{label}: {error}.")
+            continue
 
         for kind, png in figures.draw_combinations(history).items():
             figures_by_name[f"{kind}-{variant}"] = (f"{label}: {kind} over training.", png)
@@ -70,7 +75,8 @@ def _draw_figures(results: Sequence[Result]) -> tuple[dict[str, tuple[str, bytes
                 png,
             )
         else:
-            notes.append(f"{label}: no records of heads, which training makes at validations with logging.tensorboard.")
+            heads = RunFolder(shown.run.dir).heads.name
+            notes.append(f"{label}: no records of heads ({heads}, a row a validation; older runs have none).")
 
     return figures_by_name, notes
 

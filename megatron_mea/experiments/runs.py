@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from megatron_mea.inputs import parse_json_object, read_lines
 from megatron_mea.progress import progress_bar
 from megatron_mea.run_folder import RunFolder
 
+T = TypeVar("T")
 _METRIC_KEYS = ("loss", "grad_norm", "validation_loss")
 MAX_ROWS = 1 << 18
 """Of a run with twice as many, neighbours are averaged as they are read: a run may log millions of steps."""
@@ -112,14 +114,17 @@ def read_run(path: Path, show_progress: Callable[[int], object] = lambda _: None
     """
     trained, validation = _AveragedRows(("step", "tokens"), "loss", "grad_norm"), _AveragedRows(("tokens",), "loss")
     folder, problem = RunFolder(path), ""
-    if folder.metrics.exists():
-        try:
-            problem = _read_rows(
-                path=folder.metrics, trained=trained, validation=validation, show_progress=show_progress
-            )
-        except OSError as error:
-            got = error.strerror or str(error)
-            raise UserError(where=str(folder.metrics), got=got, expected="a file that can be read") from None
+    expected = "a JSON object of numbers: step, tokens"
+    try:
+        for row in read_rows(
+            folder.metrics, _parse_row, kind="metrics", expected=expected, show_progress=show_progress
+        ):
+            if "loss" in row:
+                trained.add(row["step"], row["tokens"], row["loss"], row.get("grad_norm", math.nan))
+            if "validation_loss" in row:
+                validation.add(row["tokens"], row["validation_loss"])
+    except OverflowError as error:
+        problem = str(error)
 
     steps, tokens, loss, grad_norm = np.ascontiguousarray(trained.values().T)
     return RunRecord(
@@ -184,33 +189,55 @@ class _AveragedRows:
         return np.concatenate([groups[:, -1, : self._progress], groups[:, :, self._progress :].mean(1)], axis=1)
 
 
-def _read_rows(
-    *, path: Path, trained: _AveragedRows, validation: _AveragedRows, show_progress: Callable[[int], object]
-) -> str:
-    """Adds the rows of metrics up to a number that no run has; returns what is wrong there, empty where nothing is."""
+def read_rows(
+    path: Path,
+    parse: Callable[[bytes], T],
+    *,
+    kind: str,
+    expected: str,
+    show_progress: Callable[[int], object] = lambda _: None,
+) -> Iterator[T]:
+    """What `parse` makes of each line of a file that a run writes; nothing where there is none.
+
+    A last line of which it makes nothing (ValueError, KeyError, TypeError) is left out: it may be half-written.
+
+    Args:
+        kind, expected: of rows, for messages.
+        show_progress: is called with the bytes of every line.
+
+    Raises:
+        UserError: another line is no row, or the file cannot be read.
+        OverflowError: `parse` raised it; names the line.
+    """
     broken = 0
-    for number, line in enumerate(read_lines(path), 1):
-        show_progress(len(line))
-        if broken:
-            expected = "a JSON object of numbers: step, tokens"
-            raise UserError(where=f"{path}:{broken}", got="no row of metrics", expected=expected)
+    try:
+        for number, line in enumerate(read_lines(path) if path.exists() else (), 1):
+            show_progress(len(line))
+            if broken:
+                raise UserError(where=f"{path}:{broken}", got=f"no row of {kind}", expected=expected)
 
-        try:
-            row = parse_json_object(line)
-            step, tokens = float(row["step"]), float(row["tokens"])
-            losses = {name: float(row[name]) for name in _METRIC_KEYS if row.get(name) is not None}
-            if not all(0 <= number < _MAX_NUMBER for number in (step, tokens)):
-                raise OverflowError
-        except OverflowError:
-            return f"{path}:{number} has a number that no run has"
-        except (ValueError, KeyError, TypeError):
-            # The last line may be half-written.
-            broken = number
-            continue
+            try:
+                yield parse(line)
+            except OverflowError:
+                raise OverflowError(f"{path}:{number} has a number that no run has") from None
+            except (ValueError, KeyError, TypeError):
+                broken = number
+    except OSError as error:
+        got = error.strerror or str(error)
+        raise UserError(where=str(path), got=got, expected="a file that can be read") from None
 
-        if "loss" in losses:
-            trained.add(step, tokens, losses["loss"], losses.get("grad_norm", math.nan))
-        if "validation_loss" in losses:
-            validation.add(tokens, losses["validation_loss"])
 
-    return ""
+def check_count(value: Any) -> float:
+    """A number of steps or tokens; raises OverflowError where no run has so many."""
+    count = float(value)
+    if not 0 <= count < _MAX_NUMBER:
+        raise OverflowError
+
+    return count
+
+
+def _parse_row(line: bytes) -> dict[str, float]:
+    """Step, tokens, and what else of `_METRIC_KEYS` a row of metrics has."""
+    row = parse_json_object(line)
+    counts = {name: check_count(row[name]) for name in ("step", "tokens")}
+    return counts | {name: float(row[name]) for name in _METRIC_KEYS if row.get(name) is not None}

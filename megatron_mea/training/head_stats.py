@@ -1,10 +1,11 @@
-"""Statistics of attention heads for TensorBoard: the size of their outputs, and the matrices that combine them."""
+"""Statistics of attention heads at validations: the size of their outputs, and the matrices that combine them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +13,10 @@ from torch import nn
 from megatron_mea.attention.mea import MultiheadExplicitAttention
 from megatron_mea.parallel.collectives import all_gather
 from megatron_mea.parallel.grid import TensorGroup
+
+_MATRIX_PREFIX, _OUTPUT_PREFIX = "hlc/", "head_rms/"
+_MAX_ELEMENTS = 1 << 18
+"""Elements of matrices in a row of heads.jsonl, each 14 characters at most: longer lines are not read back."""
 
 
 class HeadOutputs:
@@ -66,22 +71,44 @@ class HeadOutputs:
         return rms_by_layer
 
 
-def hlc_statistics(combinations: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Root mean square and condition number of every head combination (h', h), by its exported name."""
+def head_tensors(combinations: dict[str, torch.Tensor], rms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors by the names that trackers and heads.jsonl give them.
+
+    `hlc/...` are the head combinations (h', h), `head_rms/...` the RMS (heads,) of the heads' outputs.
+    """
+    matrices = {f"{_MATRIX_PREFIX}{_short_name(name)}": matrix for name, matrix in combinations.items()}
+    return matrices | {f"{_OUTPUT_PREFIX}{_short_name(name)}": values for name, values in rms.items()}
+
+
+def hlc_statistics(tensors: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Root mean square and condition number of every head combination among `head_tensors`."""
     statistics = {}
-    for name, matrix in combinations.items():
+    for name, matrix in _matrices(tensors).items():
+        if not matrix.isfinite().all():
+            # A learning rate that diverges; svdvals would raise.
+            continue
+
         singular_values = torch.linalg.svdvals(matrix)
-        short_name = _short_name(name)
+        short_name = name.removeprefix(_MATRIX_PREFIX)
         statistics[f"hlc_rms/{short_name}"] = matrix.pow(2).mean().sqrt().item()
         statistics[f"hlc_condition/{short_name}"] = (singular_values[0] / singular_values[-1].clamp_min(1e-12)).item()
 
     return statistics
 
 
-def head_tensors(combinations: dict[str, torch.Tensor], rms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors written to TensorBoard: `hlc/...` the matrices, `head_rms/...` the size of the heads' outputs."""
-    matrices = {f"hlc/{_short_name(name)}": matrix for name, matrix in combinations.items()}
-    return matrices | {f"head_rms/{_short_name(name)}": values for name, values in rms.items()}
+def head_row(tensors: Mapping[str, torch.Tensor]) -> dict[str, list]:
+    """`head_tensors` as lists, of six significant digits; without the matrices of a model that has very large ones."""
+    matrices = _matrices(tensors)
+    left_out = matrices if sum(matrix.numel() for matrix in matrices.values()) > _MAX_ELEMENTS else {}
+    return {name: _rounded(tensor.tolist()) for name, tensor in tensors.items() if name not in left_out}
+
+
+def _matrices(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(_MATRIX_PREFIX)}
+
+
+def _rounded(value: Any) -> Any:
+    return [_rounded(item) for item in value] if isinstance(value, list) else float(f"{value:.6g}")
 
 
 def _short_name(name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import closing, nullcontext, suppress
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,11 +25,12 @@ from megatron_mea.parallel.parameter import parameters_by_name
 from megatron_mea.run_folder import RunFolder
 from megatron_mea.training import distributed, metrics
 from megatron_mea.training.build import build_engine
-from megatron_mea.training.head_stats import HeadOutputs, head_tensors, hlc_statistics
+from megatron_mea.training.head_stats import HeadOutputs, head_tensors
 from megatron_mea.training.initial_weights import read_weights
 from megatron_mea.training.loader import DataStallTimer, Prefetcher, StepData, training_steps, validation_batches
 from megatron_mea.training.nonfinite import NonFiniteError, describe_nonfinite
 from megatron_mea.training.profile import Profiler
+from megatron_mea.training.progress import Progress
 from megatron_mea.training.rate_jump import keep_checkpoint_before_jump
 from megatron_mea.training.replicas import check_replicas
 from megatron_mea.training.schedule import learning_rate
@@ -71,7 +72,7 @@ class _Trainer:
         watchdog.mark()
         self.metadata = folder.CheckpointMetadata.read(resume_point.source) if resume_point.source else None
         self.step = self.metadata.step if self.metadata else 0
-        self.progress = metrics.Progress(config=config, rank=self.rank, step=self.step, clock=watchdog.clock)
+        self.progress = Progress(config=config, rank=self.rank, step=self.step, clock=watchdog.clock)
         if self.rank == 0 and self.metadata is not None:
             notes += keep_checkpoint_before_jump(run_dir=self.run_dir, metadata=self.metadata, config=config)
         for line in describe_start(config=config, inputs=inputs, device=device, resume_point=resume_point, notes=notes):
@@ -109,7 +110,7 @@ class _Trainer:
         )
         distributed.leave_timeouts_to_watchdog()
         self.metrics, self.heartbeat = None, None
-        self.head_outputs = HeadOutputs(self.engine.model) if config.logging.tensorboard else None
+        self.head_outputs = HeadOutputs(self.engine.model)
         self.stragglers = StragglerDetector(
             model=self.engine.model,
             grid=self.grid,
@@ -126,9 +127,8 @@ class _Trainer:
         if self.rank == 0:
             resume_step = self.step if resume_point.source is not None else None
             with disk_errors(self.run_dir):
-                metrics.write_config(config=config, run_dir=self.run_dir, versions=self.versions)
                 self.metrics = metrics.Metrics(
-                    run_dir=self.run_dir, step=resume_step, tensorboard=config.logging.tensorboard
+                    config=config, versions=self.versions, step=resume_step, log=self.progress.log
                 )
 
             self.heartbeat = metrics.Heartbeat(self.run_dir)
@@ -312,19 +312,17 @@ class _Trainer:
     def _record(self, row: dict) -> None:
         """Prints and writes a row of the metrics; with a validation loss also head statistics. Collective."""
         self.progress.report(row)
-        hlc_scalars = tensors = None
-        if "validation_loss" in row and self.head_outputs is not None:
+        tensors = None
+        if "validation_loss" in row:
             # Every rank takes part in gathering them; rank 0 writes.
             named = parameters_by_name(self.engine.model).items()
             names = [name for name, parameter in named if parameter.spec.component == "hlc"]
             combinations = {name: self.engine.state.full_weight(name).cpu() for name in names}
             combinations = self._gather_stages(combinations)
-            hlc_scalars = hlc_statistics(combinations)
             tensors = head_tensors(combinations, self._gather_stages(self.head_outputs.rms(self.grid.tp)))
 
         if self.metrics is not None and not self.lease.new_holder():
-            with disk_errors(RunFolder(self.run_dir).metrics):
-                self.metrics.write(row=row, extra_scalars=hlc_scalars, tensors=tensors)
+            self.metrics.write(row, tensors)
 
     def _gather_sample_hashes(self, data: StepData) -> list[str]:
         """A digest of every sample of the global batch, in its order; collective over the data group."""
@@ -349,8 +347,7 @@ class _Trainer:
 
         count = self.config.evaluation.batches * self.engine.grid.dims.num_micro_batches
         batches = validation_batches(corpora=corpora, config=self.config, grid=self.grid)
-        recording = self.head_outputs.recording() if self.head_outputs is not None else nullcontext()
-        with closing(Prefetcher(batches, self.data_stall)) as prefetcher, recording:
+        with closing(Prefetcher(batches, self.data_stall)) as prefetcher, self.head_outputs.recording():
             self.validation_loss = self.engine.evaluate(iter(prefetcher), count)
 
         return self.validation_loss

@@ -1,4 +1,4 @@
-"""Files that a run writes beside checkpoints (metrics.jsonl, TensorBoard, config.yaml, FINISHED), and its output."""
+"""The record of a run beside its checkpoints: configuration, rows of metrics and heads, heartbeat, how it ended."""
 
 from __future__ import annotations
 
@@ -8,96 +8,93 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from megatron_mea.config import Config, dump_config
 from megatron_mea.inputs import parse_json_object, read_lines
-from megatron_mea.outputs import flush, remove_leftovers, replace_file, scratch_folder, write_file
+from megatron_mea.outputs import disk_errors, flush, remove_leftovers, replace_file, scratch_folder, write_file
 from megatron_mea.run_folder import RunFolder
-
-if TYPE_CHECKING:
-    import torch
+from megatron_mea.training.head_stats import head_row, hlc_statistics
+from megatron_mea.training.loggers import Trackers
 
 _HEARTBEAT_SECONDS = 5.0
 """Seconds between two heartbeats at least."""
+_NO_SCALARS = ("step", "tokens", "sample_hashes")
 
 
 class Metrics:
-    """Appends rows to metrics.jsonl, and the same scalars to TensorBoard; for rank 0.
+    """Writes config.yaml, then rows to metrics.jsonl and heads.jsonl, and passes them to the trackers; for rank 0.
 
     Args:
+        versions: of packages, for the comment in config.yaml.
         step: the step after which the run resumes; None: step 0. Later rows and a half-written last line are
             removed; the rows before stay as they are, byte for byte.
-        tensorboard: write to TensorBoard. If not, later rows of an earlier TensorBoard folder are purged all the same.
+        log: prints a line.
+
+    Raises:
+        OSError: the disk refuses.
     """
 
-    def __init__(self, *, run_dir: Path, step: int | None, tensorboard: bool) -> None:
-        path = RunFolder(run_dir).metrics
-        _truncate_rows(path, -1 if step is None else step)
-        self._file = path.open("a", encoding="utf-8")
-        flush(run_dir)
-
-        self._tensorboard = None
-        folder = RunFolder(run_dir).tensorboard
-        if tensorboard or folder.exists():
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._tensorboard = SummaryWriter(folder, purge_step=0 if step is None else step + 1)
-            if not tensorboard:
-                # The purge is on disk, for a later run that writes here again.
-                self._tensorboard.close()
-                self._tensorboard = None
-
-    def write(
-        self,
-        row: Mapping[str, Any],
-        *,
-        extra_scalars: Mapping[str, float] | None = None,
-        tensors: Mapping[str, torch.Tensor] | None = None,
+    def __init__(
+        self, *, config: Config, versions: Mapping[str, str], step: int | None, log: Callable[[str], None]
     ) -> None:
-        """Writes a row and flushes it to disk; `extra_scalars` and `tensors` go to TensorBoard only."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        run = RunFolder(config.run.dir)
+        comment = " ".join(f"{name}={version}" for name, version in versions.items())
+        config_text = f"# {comment}\n{dump_config(config)}"
+        write_file(run.config, config_text)
 
-        if self._tensorboard is not None:
-            scalars = {key: value for key, value in row.items() if key not in ("step", "tokens", "sample_hashes")}
-            for key, value in {**scalars, **(extra_scalars or {})}.items():
-                self._tensorboard.add_scalar(key, value, row["step"])
+        self._metrics, self._heads = _RowFile(run.metrics, step), _RowFile(run.heads, step)
+        self._trackers = Trackers(run=run, settings=config.logging, step=step, log=log)
+        self._trackers.for_each(lambda tracker: tracker.text("config", config_text, step or 0))
 
-            for key, tensor in (tensors or {}).items():
-                self._tensorboard.add_tensor(key, tensor, row["step"])
+    def write(self, row: Mapping[str, Any], head_tensors: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Writes a row, and at a validation the statistics of heads, to disk.
+
+        Args:
+            head_tensors: as `head_stats.head_tensors` makes them.
+
+        Raises:
+            RunError: the disk refuses.
+        """
+        self._metrics.write(row)
+        step, tensors = row["step"], head_tensors or {}
+        if tensors:
+            self._heads.write({"step": step, "tokens": row["tokens"]} | head_row(tensors))
+
+        scalars = {name: value for name, value in row.items() if name not in _NO_SCALARS} | hlc_statistics(tensors)
+        self._trackers.for_each(lambda tracker: tracker.scalars(scalars, step))
+        if tensors:
+            self._trackers.for_each(lambda tracker: tracker.tensors(tensors, step))
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._heads.close()
+        self._trackers.for_each(lambda tracker: tracker.close())
+
+
+class _RowFile:
+    """A file of JSON rows, one a line; rows after `step` are removed as `Metrics` has it."""
+
+    def __init__(self, path: Path, step: int | None) -> None:
+        _truncate_rows(path, -1 if step is None else step)
+        self._path, self._file = path, path.open("a", encoding="utf-8")
+        flush(path.parent)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Writes a row and flushes it to disk; raises RunError where the disk refuses."""
+        with disk_errors(self._path):
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-
-
-class Heartbeat:
-    """heartbeat.json: a small file that is replaced as the run proceeds, for watching it from outside; for rank 0."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self._path, self._written_at = RunFolder(run_dir).heartbeat, 0.0
-        self._facts: dict[str, Any] = {}
-
-    def beat(self, step: int, facts: Mapping[str, Any], *, force: bool = False) -> None:
-        """Writes step, time and the newest `facts`, unless it was written within the last seconds; `force`: anyway."""
-        self._facts |= facts
-        if not force and time.monotonic() - self._written_at < _HEARTBEAT_SECONDS:
-            return
-
-        self._written_at = time.monotonic()
-        job = {"job": os.environ["SLURM_JOB_ID"]} if "SLURM_JOB_ID" in os.environ else {}
-        content = {"step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **self._facts, **job}
-
-        # A heartbeat does not end a run: on a full disk metrics and checkpoints raise.
-        with contextlib.suppress(OSError):
-            replace_file(self._path, json.dumps(content) + "\n")
 
 
 def _truncate_rows(path: Path, step: int) -> None:
-    """Removes the rows of steps after `step` from metrics.jsonl, and what is no row; the others stay, byte for byte."""
+    """Removes the rows of steps after `step` from a file, and what is no row; the others stay, byte for byte."""
     remove_leftovers(path)
     if not path.exists() or all(_is_row(line, step) for line in read_lines(path)):
         return
@@ -120,64 +117,26 @@ def _is_row(line: bytes, last_step: int) -> bool:
         return False
 
 
-class Progress:
-    """Prints lines on rank 0, with training rate and time left.
+class Heartbeat:
+    """heartbeat.json: a small file that is replaced as the run proceeds, for watching it from outside; for rank 0."""
 
-    Args:
-        step: the step after which training begins.
-        clock: in seconds.
-    """
+    def __init__(self, run_dir: Path) -> None:
+        self._path, self._written_at = RunFolder(run_dir).heartbeat, 0.0
+        self._facts: dict[str, Any] = {}
 
-    def __init__(self, *, config: Config, rank: int, step: int, clock: Callable[[], float]) -> None:
-        self.config, self.rank, self.first_step, self._clock = config, rank, step, clock
-        self._interval_step = step
-        self.start()
+    def beat(self, step: int, facts: Mapping[str, Any], *, force: bool = False) -> None:
+        """Writes step, time and the newest `facts`, unless it was written within the last seconds; `force`: anyway."""
+        self._facts |= facts
+        if not force and time.monotonic() - self._written_at < _HEARTBEAT_SECONDS:
+            return
 
-    def start(self) -> None:
-        """Starts the clocks when training begins, without the time before."""
-        self._training_start = self._interval_start = self._clock()
+        self._written_at = time.monotonic()
+        job = {"job": os.environ["SLURM_JOB_ID"]} if "SLURM_JOB_ID" in os.environ else {}
+        content = {"step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **self._facts, **job}
 
-    def log(self, line: str) -> None:
-        """Prints a line, on rank 0 only."""
-        if self.rank == 0:
-            print(line, flush=True)
-
-    def tokens_per_second(self, step: int) -> float:
-        """Tokens per second, over all ranks, of the training steps since the last `mark`."""
-        seconds = max(self._clock() - self._interval_start, 1e-9)
-        return (step - self._interval_step) * self.config.tokens_per_step / seconds
-
-    def mark(self, step: int) -> None:
-        """Starts a new interval for the rate after validation, logging or a save, which are no training."""
-        self._interval_start, self._interval_step = self._clock(), step
-
-    def report(self, row: Mapping[str, Any]) -> None:
-        """Prints a row of the metrics as a line."""
-        step, last = row["step"], self.config.steps
-        parts = [f"step {step}/{last}"]
-        if "loss" in row:
-            seconds_per_step = (self._clock() - self._training_start) / max(step - self.first_step, 1)
-            time_left = time.strftime("%H:%M:%S", time.gmtime(seconds_per_step * (last - step)))
-            days = int(seconds_per_step * (last - step) // 86400)
-            parts += [
-                f"loss {row['loss']:.4f}",
-                *([f"distillation loss {row['distillation_loss']:.4f}"] if "distillation_loss" in row else []),
-                f"lr {row['lr']:.3g}",
-                f"grad norm {row['grad_norm']:.3g}",
-                f"{row['tokens_per_second']:,.0f} tokens/s",
-                f"{f'{days} d ' if days else ''}{time_left} left",
-            ]
-
-        if "validation_loss" in row:
-            parts.append(f"validation loss {row['validation_loss']:.4f}")
-
-        self.log(" | ".join(parts))
-
-
-def write_config(*, config: Config, run_dir: Path, versions: Mapping[str, str]) -> None:
-    """Writes config.yaml: the resolved configuration, after a comment with the versions of packages."""
-    comment = " ".join(f"{name}={value}" for name, value in versions.items())
-    write_file(RunFolder(run_dir).config, f"# {comment}\n{dump_config(config)}")
+        # A heartbeat does not end a run: on a full disk metrics and checkpoints raise.
+        with contextlib.suppress(OSError):
+            replace_file(self._path, json.dumps(content) + "\n")
 
 
 def write_finished(run_dir: Path, step: int) -> None:

@@ -133,18 +133,6 @@ def test_old_checkpoints_that_are_links(config, tmp_path):
     assert (archive / "COMPLETE").exists()
 
 
-def test_later_tensorboard_rows_are_purged_though_it_is_off_meanwhile(config):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    run, tensorboard = config.parent / "run", "logging.tensorboard=true"
-    train(config, "run", tensorboard, "training.steps=6", "optimizer.lr=0.01")
-    train(config, "run", "run.resume_from=2", "training.steps=4", "optimizer.lr=0.02")
-    output = train(config, "run", "run.resume_from=2", "training.steps=8", "optimizer.lr=0.02", tensorboard)
-    assert "this run has gone back to step 2 before (run.resume_from), and goes on from its newest" in output
-    events = EventAccumulator(str(run / "tensorboard")).Reload().Scalars("loss")
-    assert [event.step for event in events] == [1, 2, 5, 6, 7, 8]
-
-
 def test_a_file_named_checkpoints_is_refused(config):
     (config.parent / "run").mkdir()
     (config.parent / "run/checkpoints").touch()

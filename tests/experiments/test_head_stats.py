@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support.foreign import DEEP, VALUES, examples
+from support.limits import traced_memory_below, within_limits
 from support.models import decoder_and_tensors, name_of, small_model
 from support.reference import attention, rms_norm
 
+from megatron_mea.config.load import parse_config
+from megatron_mea.errors import UserError
+from megatron_mea.experiments import read_head_stats as read_module
 from megatron_mea.experiments.read_head_stats import read_head_stats
+from megatron_mea.inputs import MAX_LINE_BYTES
 from megatron_mea.parallel.grid import NO_TP
-from megatron_mea.training.head_stats import HeadOutputs, head_tensors
+from megatron_mea.training.head_stats import HeadOutputs, head_row, head_tensors, hlc_statistics
 from megatron_mea.training.metrics import Metrics
 
 CASES = [
@@ -70,23 +85,118 @@ def test_pairs_are_heads():
     assert {tuple(values.shape) for values in outputs.rms(NO_TP).values()} == {(4,)}
 
 
+def write_heads(run: Path, *, steps: Iterable[int], resumed: int | None = None, scale: float = 1.0) -> None:
+    """Records made-up heads at `steps`, as a run does, in which everything else is off."""
+    tree = {"data": {"tokenizer": "none", "train": []}, "logging": {"tensorboard": False}, "run": {"dir": str(run)}}
+    metrics = Metrics(config=parse_config(tree, needs_data=False), versions={}, step=resumed, log=pytest.fail)
+    for step in steps:
+        named = {"model.layers.1.self_attn.hlc_k.weight": torch.full((2, 4), float(scale * step))}
+        rms = {"model.layers.1.self_attn": torch.arange(4.0) / 3 + step}
+        metrics.write({"step": step, "tokens": 10 * step}, head_tensors(named, rms))
+
+    metrics.close()
+
+
 def test_what_is_written_is_read(tmp_path):
-    """Through TensorBoard's files, and without what a run that went back to an earlier step had written later."""
-    matrices = {step: torch.full((2, 4), float(step)) for step in (0, 10, 20)}
-    for resumed in (None, 10):
-        metrics = Metrics(run_dir=tmp_path, step=resumed, tensorboard=True)
-        for step in matrices if resumed is None else (20,):
-            named = {"model.layers.1.self_attn.hlc_k.weight": matrices[step] + (resumed or 0)}
-            rms = {"model.layers.1.self_attn": torch.arange(4.0) + step}
-            metrics.write(row={"step": step, "tokens": step}, extra_scalars={}, tensors=head_tensors(named, rms))
-        metrics.close()
+    """Without what a run that went back to an earlier step had written later, and without half of a row."""
+    write_heads(tmp_path, steps=(0, 10, 20))
+    path = tmp_path / "heads.jsonl"
+    before = path.read_bytes()
+    with path.open("ab") as stream:
+        stream.write(b'{"step": 10, "hlc')
+
+    assert read_head_stats(tmp_path).steps == [0, 10, 20]
+    write_heads(tmp_path, steps=(20,), resumed=10, scale=2)
+    assert path.read_bytes().splitlines()[:2] == before.splitlines()[:2]
+    assert not (tmp_path / "tensorboard").exists()
 
     history = read_head_stats(tmp_path)
-    steps, recorded = history.matrices["layers.1.self_attn.hlc_k"]
-    assert steps == [0, 10, 20]
-    assert [float(matrix[0, 0]) for matrix in recorded] == [0, 10, 30]
+    assert history.steps == [0, 10, 20]
+    assert {name: values.shape for name, values in history.matrices.items()} == {"layers.1.self_attn.hlc_k": (3, 2, 4)}
+    assert history.matrices["layers.1.self_attn.hlc_k"][:, 0, 0].tolist() == [0, 10, 40]
+    assert history.outputs["layers.1.self_attn"][2] == pytest.approx([20, 61 / 3, 62 / 3, 21], rel=1e-5)
+    assert json.loads(path.read_text().splitlines()[-1])["head_rms/layers.1.self_attn"] == [20, 20.3333, 20.6667, 21]
+    assert read_head_stats(tmp_path / "none").steps == []
 
-    steps, recorded = history.outputs["layers.1.self_attn"]
-    assert recorded.shape == (3, 4)
-    assert recorded[2].tolist() == [20, 21, 22, 23]
-    assert read_head_stats(tmp_path / "none").matrices == {}
+
+def test_matrices_that_would_make_a_line_too_long_are_left_out():
+    """The longest numbers of the largest row that is written, by which a line stays within what is read back."""
+    names = [f"model.layers.{layer}.self_attn.hlc_k.weight" for layer in range(64)]
+    matrices = {name: torch.full((64, 64), -1.234567e-30) for name in names}
+    rms = {"model.layers.0.self_attn": torch.ones(2)}
+    row = head_row(head_tensors(matrices, rms))
+    assert len(row) == 65
+    assert len(json.dumps(row)) < MAX_LINE_BYTES
+
+    matrices["model.layers.64.self_attn.hlc_k.weight"] = torch.ones(1, 1)
+    assert head_row(head_tensors(matrices, rms)).keys() == {"head_rms/layers.0.self_attn"}
+
+
+def test_matrices_of_a_run_that_diverges():
+    tensors = {"hlc/layers.0.hlc_k": torch.tensor([[1.0, math.inf]]), "hlc/layers.0.hlc_v": torch.eye(2)}
+    assert hlc_statistics(tensors).keys() == {"hlc_rms/layers.0.hlc_v", "hlc_condition/layers.0.hlc_v"}
+    assert json.loads(json.dumps(head_row(tensors)))["hlc/layers.0.hlc_k"] == [[1.0, math.inf]]
+
+
+ROW = {
+    "step": 3,
+    "tokens": 30,
+    "hlc/layers.0.self_attn.hlc_k": [[1.0, 2.0], [3.0, 4.0]],
+    "head_rms/layers.0.self_attn": [1.0, 0.5],
+}
+
+
+def line(**changes: object) -> bytes:
+    return json.dumps(ROW | changes).encode() + b"\n"
+
+
+@given(
+    lines=st.lists(
+        st.just(line())
+        | st.builds(lambda key, value: line(**{key: value}), st.sampled_from([*ROW, "hlc/x", "new"]), VALUES)
+        | st.binary(max_size=30)
+        | st.sampled_from([b"[]\n", DEEP + b"\n", line()[:20], line(**{"hlc/layers.0.self_attn.../x": [[1.0]]})]),
+        max_size=5,
+    )
+)
+@examples(150)
+def test_whatever_the_file_holds(tmp_path_factory, lines):
+    """A history that can be drawn, or one message."""
+    path = tmp_path_factory.getbasetemp() / "heads.jsonl"
+    path.write_bytes(b"".join(lines))
+    with within_limits(), traced_memory_below(20_000_000), contextlib.suppress(UserError, OverflowError):
+        history = read_head_stats(path.parent)
+        assert {*history.matrices, *history.outputs} <= {"layers.0.self_attn.hlc_k", "layers.0.self_attn"}
+        for values in (*history.matrices.values(), *history.outputs.values()):
+            assert len(values) == len(history.steps) > 0
+            assert np.isfinite(values).all()
+            assert values.size
+
+
+@pytest.mark.parametrize(
+    ("raw", "steps"),
+    [
+        (line() + line(**{"head_rms/layers.0.self_attn": [1.0, math.inf]}) + line(step=5), [3, 5]),
+        (line() + line(**{"head_rms/layers.0.self_attn": [1.0]}) + line(step=5), [3, 5]),
+        (line() + line(**{f"hlc/layers.0.self_attn.{kind}": [[1.0]] for kind in "abcdefgh"}), [3]),
+        (line() + line(**{"head_rms/layers.0.self_attn": [1.0] * 1025}), [3]),
+        (line() + line()[:-9], [3]),
+    ],
+)
+def test_rows_that_are_left_out(tmp_path, raw, steps):
+    (tmp_path / "heads.jsonl").write_bytes(raw)
+    assert read_head_stats(tmp_path).steps == steps
+
+
+def test_memory_does_not_grow_with_the_validations(tmp_path, monkeypatch):
+    """Of many rows the first and the last are kept, and some in between at equal distances."""
+    monkeypatch.setattr(read_module, "_MAX_ROWS", 16)
+    with (tmp_path / "heads.jsonl").open("wb") as stream:
+        stream.writelines(line(step=step) for step in range(10_001))
+
+    with traced_memory_below(300_000):
+        steps = read_head_stats(tmp_path).steps
+    assert steps == [*range(0, 10_001, 1024), 10_000]
+
+    monkeypatch.setattr(read_module, "_MAX_ELEMENTS", 24)
+    assert read_head_stats(tmp_path).steps == [*range(0, 10_001, 4096), 10_000]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from support.curves import noisy_loss, write_run
-from torch.utils.tensorboard import SummaryWriter
 
 from megatron_mea.cli import main
 from megatron_mea.experiments.results import best_rate, cautions, differences, evaluate_runs
@@ -40,18 +39,18 @@ def sweep(tmp_path_factory) -> Path:
         write_run(folder=out / f"{variant}-lr0.01-seed1", variant=variant, lr=0.01, seed=1, loss=loss)
 
     (out / "slurm").mkdir()
-    random = torch.Generator().manual_seed(0)
+    random = np.random.default_rng(0)
     # Heads are drawn of the best run, which noise may make any of these.
     for run in out.glob("mea-*"):
-        board = SummaryWriter(run / "tensorboard")
-        for step in (0, 100, 200, 300, 400):
-            for layer in range(6):
-                for matrix_name in ("hlc_k", "hlc_v"):
-                    matrix = torch.eye(4) + 1e-3 * step * torch.randn(4, 4, generator=random)
-                    board.add_tensor(f"hlc/layers.{layer}.self_attn.{matrix_name}", matrix, step)
-                board.add_tensor(f"head_rms/layers.{layer}.self_attn", torch.rand(8, generator=random) + 0.1, step)
-
-        board.close()
+        with (run / "heads.jsonl").open("w") as stream:
+            for step in (0, 100, 200, 300, 400):
+                row = {"step": step, "tokens": 0}
+                for layer in range(6):
+                    for matrix_name in ("hlc_k", "hlc_v"):
+                        matrix = np.eye(4) + 1e-3 * step * random.normal(size=(4, 4))
+                        row[f"hlc/layers.{layer}.self_attn.{matrix_name}"] = matrix.tolist()
+                    row[f"head_rms/layers.{layer}.self_attn"] = (random.random(8) + 0.1).tolist()
+                stream.write(json.dumps(row) + "\n")
 
     return out
 
@@ -226,6 +225,7 @@ def test_a_falling_rate_is_said(tmp_path):
         (["run", "--out", "r.html", "--tokens", "-1"], "--tokens", "-1.0"),
         (["broken", "--out", "r.html"], "metrics.jsonl:2", "no row of metrics"),
         (["words", "--out", "r.html"], "metrics.jsonl:2", "no row of metrics"),
+        (["heads", "--out", "r.html"], "heads.jsonl:1", "no row of head statistics"),
         (["strange", "--out", "r.html"], "strange/config.yaml", "an unknown key"),
         (["run", "--out", "run/config.yaml/r.html"], "error: run/config.yaml/r.html", "exists"),
     ],
@@ -238,6 +238,8 @@ def test_what_cannot_be_reported(arguments, where, message, tmp_path, monkeypatc
     (tmp_path / "broken/metrics.jsonl").write_text("\n".join([lines[0], "{", *lines[2:]]))
     write_run(folder=tmp_path / "words", variant="mea", lr=1e-3, seed=1, loss=noisy_loss(1)[1][:40])
     (tmp_path / "words/metrics.jsonl").write_text("\n".join([lines[0], lines[1].replace(" 1,", ' "one",'), *lines[2:]]))
+    write_run(folder=tmp_path / "heads", variant="mea", lr=1e-3, seed=1, loss=noisy_loss(1)[1][:40])
+    (tmp_path / "heads/heads.jsonl").write_text('{"step": 0}\n{"step": 1}\n')
     write_run(
         folder=tmp_path / "strange",
         variant="mea",

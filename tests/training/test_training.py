@@ -236,9 +236,9 @@ def test_a_layout_changes_rounding_only(config, whole, tmp_path):
     # Two stages of two tensor ranks recorded the same head statistics at step 20 as one process.
     actual, expected = (read_head_stats(config.parent / name) for name in ("layout", "whole"))
     assert actual.matrices.keys() == expected.matrices.keys()
-    for name, (expected_steps, expected_outputs) in expected.outputs.items():
-        steps, outputs = actual.outputs[name]
-        assert outputs[steps.index(20)] == pytest.approx(expected_outputs[expected_steps.index(20)], rel=1e-3)
+    at_20, expected_at_20 = actual.steps.index(20), expected.steps.index(20)
+    for name, outputs in expected.outputs.items():
+        assert actual.outputs[name][at_20] == pytest.approx(outputs[expected_at_20], rel=1e-3)
 
     output = train(config, "layout", "parallel.zero_stage=3", processes=2)
     assert "changed since then: parallel.tensor_model_parallel_size: 2 -> 1" in output
