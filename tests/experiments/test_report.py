@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import json
 import shutil
@@ -12,6 +13,7 @@ import pytest
 from support.curves import noisy_loss, write_run
 
 from megatron_mea.cli import main
+from megatron_mea.experiments.page import render
 from megatron_mea.experiments.results import best_rate, cautions, differences, evaluate_runs
 from megatron_mea.experiments.runs import find_runs
 
@@ -192,6 +194,20 @@ def test_runs_that_failed_or_diverged_before_they_had_a_loss_are_reported(tmp_pa
     assert "no &lt;luck&gt; at all" in text
     assert "no <luck>" not in text
     assert "unknown</span> (failed)" in text
+
+
+def test_names_of_strangers_are_escaped(tmp_path):
+    loss, script = noisy_loss(1)[1][:30], """<script>alert("it's")<!--"""
+    run = write_run(folder=tmp_path / script, variant="mea", lr=1e-3, seed=1, loss=loss, finished=False)
+    (run / "FAILED").write_text(json.dumps({"step": 1, "status": 1, "reason": f"{script} {run}"}))
+    (run / "metrics.jsonl").unlink()
+    results = evaluate_runs(find_runs([str(tmp_path)]))
+    text = render(results=results, differences=[], tokens=[], figures={script: (script, b"PNG")}, notes=[script])
+    assert "<script" not in text
+    assert "<!--" not in text
+    # The reason and the name of the run, the caption twice and the note; nothing ends an attribute.
+    assert text.count("&lt;script&gt;alert(&#34;it&#39;s&#34;)&lt;!--") == 5
+    assert f'src="data:image/png;base64,{base64.b64encode(b"PNG").decode()}"' in text
 
 
 def test_what_makes_runs_hard_to_compare_is_said(tmp_path):
