@@ -82,7 +82,7 @@ def no_parity(monkeypatch) -> None:
 @pytest.fixture
 def one_engine(monkeypatch) -> Iterator[None]:
     """Trains in this process with one process group and one engine, which take seconds to make."""
-    from megatron_mea.training import distributed, loop
+    from megatron_mea.training import distributed, run_start
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -94,7 +94,7 @@ def one_engine(monkeypatch) -> Iterator[None]:
     stop = distributed.stop_distributed
     monkeypatch.setattr(distributed, "start_distributed", once(distributed.start_distributed))
     monkeypatch.setattr(distributed, "stop_distributed", lambda: None)
-    monkeypatch.setattr(loop, "build_engine", once(loop.build_engine))
+    monkeypatch.setattr(run_start, "build_engine", once(run_start.build_engine))
     yield
     stop()
 

@@ -25,7 +25,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_mea import __version__
 from megatron_mea.errors import UserError, shorten
@@ -33,6 +33,10 @@ from megatron_mea.inputs import read_json_object
 from megatron_mea.outputs import flush
 from megatron_mea.outputs import publish as publish
 from megatron_mea.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from megatron_mea.config import Config
+    from megatron_mea.config.parallel_dims import ParallelDims
 
 _NAME = re.compile(r"step_(\d{8,})")
 COMPLETE, META, TOKENIZER, INDEX = "COMPLETE", "meta.json", "tokenizer", ".metadata"
@@ -265,6 +269,38 @@ class CheckpointMetadata:
     versions: dict[str, str]
     validation_loss: float | None
     origin: str = ""
+
+    @classmethod
+    def of_step(
+        cls,
+        step: int,
+        *,
+        config: Config,
+        dims: ParallelDims,
+        data: list[dict[str, Any]],
+        versions: dict[str, str],
+        validation_loss: float | None,
+    ) -> CheckpointMetadata:
+        """The metadata of a run's checkpoint of `step`.
+
+        Args:
+            data: the fingerprint of its corpora.
+        """
+        return cls(
+            step=step,
+            samples=step * config.training.global_batch_size,
+            tokens=step * config.tokens_per_step,
+            config=config.model_dump(mode="json"),
+            data=data,
+            layout={
+                "tensor_model_parallel_size": dims.tp,
+                "pipeline_model_parallel_size": dims.pp,
+                "data_parallel_size": dims.dp,
+                "zero_stage": config.parallel.zero_stage,
+            },
+            versions=versions,
+            validation_loss=validation_loss,
+        )
 
     def write(self, folder: Path) -> None:
         """Writes meta.json into `folder`."""

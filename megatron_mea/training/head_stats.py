@@ -8,11 +8,15 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from megatron_mea.attention.mea import MultiheadExplicitAttention
 from megatron_mea.parallel.collectives import all_gather
 from megatron_mea.parallel.grid import TensorGroup
+from megatron_mea.parallel.parameter import parameters_by_name
+from megatron_mea.training.callbacks import Callback, Record
+from megatron_mea.training.engine import Engine
 
 _MATRIX_PREFIX, _OUTPUT_PREFIX = "hlc/", "head_rms/"
 _MAX_ELEMENTS = 1 << 18
@@ -113,3 +117,31 @@ def _rounded(value: Any) -> Any:
 
 def _short_name(name: str) -> str:
     return name.removesuffix(".weight").removeprefix("model.")
+
+
+class HeadStatistics(Callback):
+    """Puts the statistics of all heads into the record of every validation; collective."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self._outputs = engine, HeadOutputs(engine.model)
+
+    @contextmanager
+    def validation(self, record: Record) -> Iterator[None]:
+        with self._outputs.recording():
+            yield
+
+        named = parameters_by_name(self._engine.model).items()
+        names = [name for name, parameter in named if parameter.spec.component == "hlc"]
+        combinations = self._gather_stages({name: self._engine.state.full_weight(name).cpu() for name in names})
+        rms = self._gather_stages(self._outputs.rms(self._engine.grid.tp))
+        record.head_tensors.update(head_tensors(combinations, rms))
+
+    def _gather_stages(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors of all pipeline stages, by name; collective over the pipeline group."""
+        grid = self._engine.grid
+        if grid.dims.pp == 1:
+            return tensors
+
+        stages: list[dict[str, torch.Tensor]] = [{}] * grid.dims.pp
+        dist.all_gather_object(stages, tensors, group=grid.mpu.get_pipe_parallel_group())
+        return {name: value for stage in stages for name, value in stage.items()}

@@ -1,11 +1,9 @@
-"""The record of a run beside its checkpoints: configuration, rows of metrics and heads, heartbeat, how it ended."""
+"""The record of a run beside its checkpoints: configuration, rows of metrics and heads, how it ended."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,13 +12,11 @@ import torch
 
 from megatron_mea.config import Config, dump_config
 from megatron_mea.inputs import parse_json_object, read_lines
-from megatron_mea.outputs import disk_errors, flush, remove_leftovers, replace_file, scratch_folder, write_file
+from megatron_mea.outputs import disk_errors, flush, remove_leftovers, scratch_folder, write_file
 from megatron_mea.run_folder import RunFolder
 from megatron_mea.training.head_stats import head_row, hlc_statistics
 from megatron_mea.training.loggers import Trackers
 
-_HEARTBEAT_SECONDS = 5.0
-"""Seconds between two heartbeats at least."""
 _NO_SCALARS = ("step", "tokens", "sample_hashes")
 
 
@@ -115,28 +111,6 @@ def _is_row(line: bytes, last_step: int) -> bool:
         return line.endswith(b"\n") and parse_json_object(line)["step"] <= last_step
     except (ValueError, KeyError, TypeError):
         return False
-
-
-class Heartbeat:
-    """heartbeat.json: a small file that is replaced as the run proceeds, for watching it from outside; for rank 0."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self._path, self._written_at = RunFolder(run_dir).heartbeat, 0.0
-        self._facts: dict[str, Any] = {}
-
-    def beat(self, step: int, facts: Mapping[str, Any], *, force: bool = False) -> None:
-        """Writes step, time and the newest `facts`, unless it was written within the last seconds; `force`: anyway."""
-        self._facts |= facts
-        if not force and time.monotonic() - self._written_at < _HEARTBEAT_SECONDS:
-            return
-
-        self._written_at = time.monotonic()
-        job = {"job": os.environ["SLURM_JOB_ID"]} if "SLURM_JOB_ID" in os.environ else {}
-        content = {"step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **self._facts, **job}
-
-        # A heartbeat does not end a run: on a full disk metrics and checkpoints raise.
-        with contextlib.suppress(OSError):
-            replace_file(self._path, json.dumps(content) + "\n")
 
 
 def write_finished(run_dir: Path, step: int) -> None:

@@ -10,11 +10,24 @@ from megatron_mea.errors import RunError
 from megatron_mea.model.decoder import Decoder
 from megatron_mea.parallel.grid import Grid
 from megatron_mea.parallel.parameter import parameters_by_name
+from megatron_mea.training.callbacks import Callback, TrainedStep
 from megatron_mea.training.zero_state import stored_shard
 
 
 class ReplicaError(RunError):
     """Ranks hold different values of what should be one parameter."""
+
+
+class ReplicaCheck(Callback):
+    """Checks every `interval` steps, before the weights are validated or saved; an interval of None: never."""
+
+    def __init__(self, *, model: Decoder, grid: Grid, config: Config) -> None:
+        self._arguments = {"model": model, "grid": grid, "config": config}
+        self._interval = config.training.replica_check_interval
+
+    def on_update(self, trained: TrainedStep) -> None:
+        if self._interval and trained.step % self._interval == 0:
+            check_replicas(**self._arguments)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from megatron_mea.model.decoder import Decoder
 from megatron_mea.parallel.grid import Grid
+from megatron_mea.training.callbacks import Callback, TrainedStep
 from megatron_mea.training.clock import AwakeClock
 
 SLOW_RATIO = 1.25
@@ -23,7 +24,7 @@ _NOISE_SECONDS = 0.02
 """Seconds above the median up to which a rank is no straggler: too short to tell from noise."""
 
 
-class StragglerDetector:
+class StragglerDetector(Callback):
     """Times the forward passes of this rank's part of the model, and compares the ranks.
 
     The time excludes waiting for other stages and for the gradients of other data ranks. The ranks of a tensor group
@@ -49,6 +50,11 @@ class StragglerDetector:
         self._hosts_and_stages: list[tuple[str, int]] = [("", 0)] * dist.get_world_size()
         dist.all_gather_object(self._hosts_and_stages, (socket.gethostname(), grid.pipeline_rank))
         model.forward_hidden = self._time_calls(model.forward_hidden)
+
+    def on_log(self, trained: TrainedStep) -> list[str]:
+        scalars, warnings = self.report()
+        trained.record.row.update(scalars)
+        return warnings
 
     def report(self) -> tuple[dict[str, float], list[str]]:
         """Compares the mean time of a forward pass since the last call between the ranks; collective.

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import gzip
 import json
+from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 from support import runs
+from support.steps import trained
 
 from megatron_mea.config.schema import Profile
 from megatron_mea.errors import RunError
+from megatron_mea.run_folder import RunFolder
 from megatron_mea.training.profile import Profiler
 
 
@@ -30,30 +34,37 @@ def test_a_run_writes_a_trace_of_the_configured_steps(tiny, tmp_path):
     assert count_steps(trace) == 2
 
 
+def new_profiler(*, settings: Profile | None, tmp_path: Path, rank: int | None = 0) -> tuple[Profiler, list[str]]:
+    """A profiler, and the lines that it prints."""
+    lines: list[str] = []
+    folder = RunFolder(tmp_path)
+    return Profiler(settings=settings, folder=folder, rank=rank, watchdog=MagicMock(), log=lines.append), lines
+
+
 @pytest.mark.parametrize(("first", "last"), [(3, 6), (4, 5)])
 def test_what_is_left_of_the_steps_is_recorded(tmp_path, first, last):
     """A run that resumes among the configured steps, or is asked to stop."""
-    profiler = Profiler(settings=Profile(start=3, steps=4), run_dir=tmp_path, rank=1)
-    traces = []
+    profiler, lines = new_profiler(settings=Profile(start=3, steps=4), tmp_path=tmp_path, rank=1)
     for step in range(first - (first == 3), last + 1):
-        profiler.start_step(step)
-        traces.append(profiler.end_step(step, last=step == last))
+        assert not lines
+        profiler.on_step_begin(step)
+        profiler.on_update(trained(step, last=step == last))
 
-    assert traces[:-1] == [None] * (len(traces) - 1)
-    assert traces[-1].name == f"steps_{first:08d}-{last:08d}_rank_1.json.gz"
+    trace = tmp_path / f"profile/steps_{first:08d}-{last:08d}_rank_1.json.gz"
+    assert lines == [f"wrote a trace: {trace}"]
+    assert trace.is_file()
 
 
 def test_nothing_is_recorded_elsewhere_and_a_disk_that_refuses_is_named(tmp_path):
-    for profiler in (
-        Profiler(settings=None, run_dir=tmp_path, rank=0),
-        Profiler(settings=Profile(start=1, steps=1), run_dir=tmp_path, rank=None),
-    ):
-        profiler.start_step(1)
-        assert profiler.end_step(1, last=True) is None
+    for settings, rank in ((None, 0), (Profile(start=1, steps=1), None)):
+        profiler, lines = new_profiler(settings=settings, tmp_path=tmp_path, rank=rank)
+        profiler.on_step_begin(1)
+        profiler.on_update(trained(1, last=True))
+        assert not lines
 
     assert not list(tmp_path.iterdir())
     (tmp_path / "profile").write_text("")
-    profiler = Profiler(settings=Profile(start=1, steps=1), run_dir=tmp_path, rank=0)
-    profiler.start_step(1)
+    profiler, _ = new_profiler(settings=Profile(start=1, steps=1), tmp_path=tmp_path)
+    profiler.on_step_begin(1)
     with pytest.raises(RunError, match="profile"):
-        profiler.end_step(1, last=False)
+        profiler.on_update(trained(1))

@@ -62,7 +62,8 @@ def test_leaving_the_process_group_is_watched_too(monkeypatch):
     from megatron_mea.training import loop
 
     calls = MagicMock()
-    monkeypatch.setattr(loop, "_Trainer", MagicMock())
+    monkeypatch.setattr(loop, "start_run", MagicMock())
+    monkeypatch.setattr(loop, "Trainer", MagicMock())
     monkeypatch.setattr(loop, "Watchdog", calls.watchdog)
     monkeypatch.setattr(loop.distributed, "start_distributed", MagicMock())
     monkeypatch.setattr(loop.distributed, "stop_distributed", calls.leave)
