@@ -40,7 +40,7 @@ def run(*, config: Config, inputs: RunInputs, stop: StopSignal) -> None:
 
 
 class Trainer:
-    """Trains a started run on this rank; all methods are collective."""
+    """Trains a started run on this rank; every rank calls the same methods, and callbacks, in the same order."""
 
     def __init__(
         self, *, config: Config, inputs: RunInputs, started: StartedRun, watchdog: Watchdog, stop: StopSignal
