@@ -1,7 +1,7 @@
 """The folder of a run: the name of every file and folder in it, which no other module writes down.
 
-What lies in a checkpoint is named by `checkpoint/folder.py`. A job script keeps files of its own in slurm/
-(launch/job.sh): attempts-*, failures-*, failed-* and nccl-*, and its log beside them.
+What lies in a checkpoint is named by `checkpoint/folder.py`. A job (launch/job.sh) has files of its own in slurm/:
+attempts-*, failures-*, failed-* and nccl-*, and its log. `.preflight-*` are there while nodes are compared.
 """
 
 from __future__ import annotations

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from support.models import decoder_and_tensors, name_of, small_model
 from support.reference import attention, rms_norm
 
 from megatron_mea.config.load import parse_config
-from megatron_mea.errors import UserError
+from megatron_mea.errors import RunError, UserError
 from megatron_mea.experiments import read_head_stats as read_module
 from megatron_mea.experiments.read_head_stats import read_head_stats
 from megatron_mea.inputs import MAX_LINE_BYTES
@@ -85,10 +87,15 @@ def test_pairs_are_heads():
     assert {tuple(values.shape) for values in outputs.rms(NO_TP).values()} == {(4,)}
 
 
-def write_heads(run: Path, *, steps: Iterable[int], resumed: int | None = None, scale: float = 1.0) -> None:
-    """Records made-up heads at `steps`, as a run does, in which everything else is off."""
+def open_metrics(run: Path, *, step: int | None = None) -> Metrics:
+    """The record of a run in which everything that can be off is off."""
     tree = {"data": {"tokenizer": "none", "train": []}, "logging": {"tensorboard": False}, "run": {"dir": str(run)}}
-    metrics = Metrics(config=parse_config(tree, needs_data=False), versions={}, step=resumed, log=pytest.fail)
+    return Metrics(config=parse_config(tree, needs_data=False), versions={}, step=step, log=pytest.fail)
+
+
+def write_heads(run: Path, *, steps: Iterable[int], resumed: int | None = None, scale: float = 1.0) -> None:
+    """Records made-up heads at `steps`."""
+    metrics = open_metrics(run, step=resumed)
     for step in steps:
         named = {"model.layers.1.self_attn.hlc_k.weight": torch.full((2, 4), float(scale * step))}
         rms = {"model.layers.1.self_attn": torch.arange(4.0) / 3 + step}
@@ -117,6 +124,18 @@ def test_what_is_written_is_read(tmp_path):
     assert history.outputs["layers.1.self_attn"][2] == pytest.approx([20, 61 / 3, 62 / 3, 21], rel=1e-5)
     assert json.loads(path.read_text().splitlines()[-1])["head_rms/layers.1.self_attn"] == [20, 20.3333, 20.6667, 21]
     assert read_head_stats(tmp_path / "none").steps == []
+
+
+def test_a_disk_that_is_full_ends_the_run_with_its_message(tmp_path, monkeypatch):
+    metrics = open_metrics(tmp_path)
+
+    def fsync(descriptor: int) -> None:
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith("heads.jsonl"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(RunError, match=r"/heads\.jsonl cannot be written: No space left on device$"):
+        metrics.write({"step": 1, "tokens": 10}, head_tensors({}, {"model.layers.1.self_attn": torch.ones(2)}))
 
 
 def test_matrices_that_would_make_a_line_too_long_are_left_out():
