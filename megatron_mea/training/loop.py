@@ -102,7 +102,7 @@ class Trainer:
                 # A full disk must not hide the message.
                 with suppress(OSError):
                     reason = message.partition("\n")[0]
-                    metrics.write_diverged(run_dir=self.folder.path, step=data.step, reason=reason)
+                    metrics.write_diverged(run=self.folder, step=data.step, reason=reason)
 
             raise NonFiniteError(message) from None
 
@@ -184,7 +184,7 @@ class Trainer:
         else:
             if self.lease is not None:
                 with disk_errors(self.folder.finished):
-                    metrics.write_finished(self.folder.path, self.step)
+                    metrics.write_finished(self.folder, self.step)
             self.progress.log(f"finished at step {self.step}: {self.folder.path}")
 
         with disk_errors(self.folder.path):

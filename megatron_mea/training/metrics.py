@@ -113,11 +113,11 @@ def _is_row(line: bytes, last_step: int) -> bool:
         return False
 
 
-def write_finished(run_dir: Path, step: int) -> None:
+def write_finished(run: RunFolder, step: int) -> None:
     """Writes FINISHED, with the last step of the run."""
-    write_file(RunFolder(run_dir).finished, json.dumps({"step": step}) + "\n")
+    write_file(run.finished, json.dumps({"step": step}) + "\n")
 
 
-def write_diverged(*, run_dir: Path, step: int, reason: str) -> None:
+def write_diverged(*, run: RunFolder, step: int, reason: str) -> None:
     """Writes DIVERGED for sweeps and reports, to which a learning rate that diverges is a result."""
-    write_file(RunFolder(run_dir).diverged, json.dumps({"step": step, "reason": reason}) + "\n")
+    write_file(run.diverged, json.dumps({"step": step, "reason": reason}) + "\n")
