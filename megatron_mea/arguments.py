@@ -68,6 +68,38 @@ def parse_arguments(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
     raise UserError(where="VERB", got=got, expected=", ".join(verbs), hint=hint or f"see {parser.prog} --help")
 
 
+def complete() -> None:
+    """Answers a shell that asks what may stand at its cursor, by argcomplete's protocol, and ends the process."""
+    from argcomplete import CompletionFinder
+
+    class Finder(CompletionFinder):
+        def collect_completions(self, active_parsers: Any, parsed_args: Any, cword_prefix: str) -> list[str]:
+            words = super().collect_completions(active_parsers, parsed_args, cword_prefix)
+            # argparse, and so argcomplete, expects no overrides behind an option.
+            expects_nothing = not words and not active_parsers[-1].active_actions
+            if expects_nothing and hasattr(parsed_args, "overrides"):
+                words = [word for word in _complete_override(cword_prefix) if word.startswith(cword_prefix)]
+
+            return words
+
+    parser, _ = build_parser()
+    Finder()(parser)
+
+
+def _complete_override(prefix: str, **_: object) -> list[str]:
+    """Keys with `=` behind them, or the values of a key that has a choice."""
+    from megatron_mea.config.keys import choices, leaf_keys
+
+    key, equals, _ = prefix.partition("=")
+    return [f"{key}={value}" for value in choices(key)] if equals else [f"{leaf}=" for leaf in leaf_keys()]
+
+
+def _complete_variant(**_: object) -> list[str]:
+    from megatron_mea.config.keys import choices
+
+    return choices("model.attention_variant")
+
+
 def _option_hint(name: str, options: list[str]) -> str:
     return did_you_mean(name, options, _OPTION_SYNONYMS)
 
@@ -103,8 +135,9 @@ def build_parser() -> tuple[Parser, Mapping[str, Parser]]:
     def add_config_arguments(sub: Parser) -> None:
         sub.option_hint = _option_or_key_hint
         sub.add_argument("config", metavar="CONFIG", help="a YAML file")
+        overrides_help = "dotted keys of the YAML and new values"
         sub.add_argument(
-            "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="dotted keys of the YAML and new values"
+            "overrides", nargs="*", default=[], metavar="KEY=VALUE", help=overrides_help, completer=_complete_override
         )
 
     def add_job_arguments(sub: Parser, *, required: bool = False, needs: str = "") -> None:
@@ -284,7 +317,7 @@ def build_parser() -> tuple[Parser, Mapping[str, Parser]]:
     sub.add_argument("source", metavar="HF_DIR", help="a Hugging Face folder with safetensors")
     sub.add_argument("out", metavar="OUT_CHECKPOINT", help="a folder that does not exist or is empty")
     variant_help = "attention variant (default: mea_no_norm, which computes what the source does; an export's own)"
-    sub.add_argument("--variant", metavar="V", help=variant_help)
+    sub.add_argument("--variant", completer=_complete_variant, metavar="V", help=variant_help)
 
     sub = add_verb(
         name="compress",

@@ -14,7 +14,7 @@ from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_mea.arguments import parse_arguments
+from megatron_mea.arguments import complete, parse_arguments
 from megatron_mea.console import guard_console, outlive_console
 from megatron_mea.errors import UserError
 from megatron_mea.failures import exit_status
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status: 0 done, 2 the user's input was wrong."""
+    if "_ARGCOMPLETE" in os.environ:
+        # A shell asks what may follow the words of its line; it takes the answer from here.
+        complete()
+
     guard_console()
     return exit_status(lambda: _run_verb(sys.argv[1:] if argv is None else list(argv)))
 

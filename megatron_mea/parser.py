@@ -93,22 +93,30 @@ class Parser(argparse.ArgumentParser):
         self._excludes: dict[str, str] = {}
         super().__init__(exit_on_error=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
-    def add_argument(self, *names: str, needs: str = "", excludes: str = "", **settings: Any) -> argparse.Action:
+    def add_argument(
+        self,
+        *names: str,
+        needs: str = "",
+        excludes: str = "",
+        completer: Callable[..., Sequence[str]] | None = None,
+        **settings: Any,
+    ) -> argparse.Action:
         """Declares an argument as argparse does.
 
         Args:
+            completer: values for a shell to offer, as argcomplete calls it; None: files, or the choices of `one_of`.
             needs: option without which this one says nothing.
             excludes: option that cannot be given beside this one.
         """
+        # Not argparse's own `choices`, which would refuse a WrongValue at once.
         choices = getattr(settings.get("type"), "choices", None)
         if choices:
             settings["metavar"] = f"{{{','.join(choices)}}}"
 
         action = super().add_argument(*names, **settings)
         self._declared.append(action)
-        if choices:
-            # As argcomplete reads it. argparse would refuse a WrongValue for its own `choices`.
-            action.completer = lambda **_: choices
+        if completer or choices:
+            action.completer = completer or (lambda **_: choices)
 
         self._needs[action.dest], self._excludes[action.dest] = needs, excludes
         return action

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from functools import cache
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from megatron_mea.config.schema import Config
 from megatron_mea.config.synonyms import KEY_SYNONYMS
@@ -19,9 +20,36 @@ _MAX_LENGTH = 100
 
 
 @cache
+def _fields() -> dict[str, FieldInfo]:
+    return dict(_dotted_fields(Config, ""))
+
+
 def known_keys() -> list[str]:
     """Every dotted key of the configuration, sections included."""
-    return list(dict.fromkeys(_dotted_keys(Config, "")))
+    return list(_fields())
+
+
+def leaf_keys() -> list[str]:
+    """Dotted keys that take one value; a list does, whatever its entries have for keys."""
+    lists = {key for key, field in _fields().items() if get_origin(field.annotation) is list}
+    leaves = [key for key in known_keys() if key in lists or key not in _parents()]
+    return [key for key in leaves if key.rpartition(".")[0] not in lists]
+
+
+def choices(key: str) -> list[str]:
+    """The values of a key that has few of them, as YAML; empty for others."""
+    # A key of a union has a field in each of its members.
+    fields = [field for name, field in _dotted_fields(Config, "") if name == key]
+    return [choice for field in fields for choice in _choices(field.annotation)]
+
+
+def _choices(annotation: Any) -> list[str]:
+    if annotation is bool:
+        return ["true", "false"]
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+
+    return [choice for argument in get_args(annotation) for choice in _choices(argument)]
 
 
 def nested_sections(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -71,8 +99,11 @@ def _children(section: str) -> list[str]:
 
 def _sections(parent: str) -> list[str]:
     """Dotted names of the sections directly in `parent`."""
-    parents = {key.rpartition(".")[0] for key in known_keys()} - {""}
-    return [key for key in _children(parent) if key in parents]
+    return [key for key in _children(parent) if key in _parents()]
+
+
+def _parents() -> set[str]:
+    return {key.rpartition(".")[0] for key in known_keys()}
 
 
 def namesakes(name: str) -> list[str]:
@@ -95,8 +126,8 @@ def _normalised(name: str) -> str:
     return name[:_MAX_LENGTH].lower().replace("-", "_")
 
 
-def _dotted_keys(section: type[BaseModel], prefix: str) -> Iterator[str]:
+def _dotted_fields(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
     for name, field in section.model_fields.items():
-        yield prefix + name
+        yield prefix + name, field
         for nested in nested_sections(field.annotation):
-            yield from _dotted_keys(nested, f"{prefix}{name}.")
+            yield from _dotted_fields(nested, f"{prefix}{name}.")
