@@ -40,8 +40,14 @@ def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
         UserError: the file cannot be read, or an override names no key.
     """
     tree = _read_yaml(Path(path))
+    problems = []
     for override in overrides:
-        _apply_override(tree, override)
+        try:
+            _apply_override(tree, override)
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError.from_problems(problems)
 
     tree.setdefault("run", {})
     if isinstance(tree["run"], dict):

@@ -145,6 +145,7 @@ REFUSED = [  # command, (where, got, expected, hint) of each problem
     # What is missing, unknown or too much, all of it.
     ("train", ("CONFIG", "nothing", "CONFIG: a YAML file", "see megatron-mea train --help")),
     ("train c --bogus=1", ("--bogus", "an unknown option", "options of `megatron-mea train`", "see ... train --help")),
+    ("train c --version", ("--version", "an unknown option", "options of `megatron-mea train`")),
     ("train c -x", ("-x", "an unknown option", "options of `megatron-mea train`")),
     ("train --bogus c", ("--bogus", "an unknown option", "options of `megatron-mea train`")),
     ("inspect", ("PATH", "nothing", "PATH: a checkpoint folder, ...")),

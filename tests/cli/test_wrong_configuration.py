@@ -143,6 +143,11 @@ def test_all_wrong_values_in_one_message(run_refused):
     assert {problem.where for problem in problems} == {"model.head_dim", "checkpoint.keep", "optimiser"}
 
 
+def test_all_wrong_overrides_in_one_message(run_refused):
+    problems = run_refused("train", "tiny.yaml", "surplus", "optimizer.lr.peak=3", "optimizer.lr=1", "optimizer.eps=[1")
+    assert [problem.where for problem in problems] == ["surplus", "optimizer.lr.peak", "optimizer.eps"]
+
+
 @pytest.mark.parametrize("place", ["file", "override"])
 @pytest.mark.parametrize(("number", "lr"), [("3e-3", 0.003), ("1e6", 1e6)])
 def test_numbers_with_an_exponent(workdir, place, number, lr):
