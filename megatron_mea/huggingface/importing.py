@@ -14,9 +14,9 @@ from megatron_mea.checkpoint.folder import GENERATION, TOKENIZER, CheckpointMeta
 from megatron_mea.checkpoint.tensors import write_tensors
 from megatron_mea.config.load import parse_config, parse_model
 from megatron_mea.config.schema import Data, Model
-from megatron_mea.config.variants import combining_variant, extending_variants
+from megatron_mea.config.variants import VARIANTS, combining_variant, extending_variants
 from megatron_mea.data.tokenizer import copy_tokenizer, load_tokenizer, num_rows
-from megatron_mea.errors import RunError, UserError
+from megatron_mea.errors import RunError, UserError, did_you_mean
 from megatron_mea.huggingface.config_keys import STOCK_MODEL_TYPES
 from megatron_mea.huggingface.model_folder import CheckpointFolder, HFFolder, ModelFolder, StoredTensors
 from megatron_mea.model.decoder import parameter_shapes, parameter_specs
@@ -113,8 +113,8 @@ def import_settings(source: HFFolder, variant: str | None = None) -> tuple[Model
 
     allowed = extending_variants(own_variant)
     if variant not in allowed:
-        hint = ""
-        if allowed != extending_variants("plain"):
+        hint = "" if variant in VARIANTS else did_you_mean(variant, allowed)
+        if not hint and allowed != extending_variants("plain"):
             hint = f"{source.folder} is of the variant {own_variant}, which another one would drop parameters of"
         raise UserError(where=_VARIANT, got=variant, expected=", ".join(allowed), hint=hint)
 

@@ -290,8 +290,11 @@ class TestVariants:
             weights = read_weights(tmp_path / variant)
             assert all(torch.equal(weights[name], stored[name]) for name in stored)
 
-        assert main(["import", str(source), str(tmp_path / "none"), "--variant", "gqa"]) == 2
-        assert "got:      gqa" in capsys.readouterr().err
+        near = f"{source_variant}s"
+        assert main(["import", str(source), str(tmp_path / "none"), "--variant", near]) == 2
+        err = capsys.readouterr().err
+        assert f"got:      {near}\n" in err
+        assert source_variant not in allowed or f"did you mean {source_variant}?\n" in err
 
 
 @given(data=st.data())
