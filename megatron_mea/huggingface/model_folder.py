@@ -53,6 +53,7 @@ class ModelFolder(ABC):
 
     folder: Path
     description: str
+    _tokenizer_folder: Path
     config: Config | None = None
     warnings: tuple[str, ...] = ()
 
@@ -98,18 +99,9 @@ class ModelFolder(ABC):
         """
 
     @property
-    @abstractmethod
     def context_length(self) -> int:
-        """`max_position_embeddings`, of a model that cannot be trained as well."""
-
-    @property
-    @abstractmethod
-    def _tokenizer_folder(self) -> Path:
-        """Where a tokenizer is, if there is one."""
-
-    @abstractmethod
-    def _load(self) -> PreTrainedModel:
-        """As `as_transformers`, with the generation settings of its class."""
+        """`max_position_embeddings`, also of a model that `settings` refuses."""
+        return self.settings().max_position_embeddings
 
     def as_transformers(self) -> PreTrainedModel:
         """Loads the model in float32 on the CPU, with the generation settings of the folder; prints warnings.
@@ -118,7 +110,10 @@ class ModelFolder(ABC):
             UserError: it is damaged, cannot be loaded, or has numbers that are not finite.
         """
         generation, warnings = self.generation_config()
-        model = self._load()
+        model, files = self._load()
+        self.refuse_not_finite(
+            {name: files[name] for name, values in model.named_parameters() if not is_finite(values)}
+        )
         for warning in warnings:
             note(f"warning: {warning}")
 
@@ -130,23 +125,6 @@ class ModelFolder(ABC):
         from megatron_mea.huggingface.hf_config import read_generation_config
 
         return read_generation_config(self.folder, self.where)
-
-    def _stored(self, entries: Mapping[str, StoredTensor], fill: Callable[[Iterable[Fragment]], None]) -> StoredTensors:
-        """The opened tensors, compared with the settings."""
-        from megatron_mea.huggingface.safetensors_reader import check_tensors
-        from megatron_mea.model.decoder import parameter_shapes
-
-        stored = StoredTensors(source=self, entries=entries, fill=fill)
-        if problems := check_tensors(
-            path=self.folder,
-            where=self.where,
-            shapes=stored.shapes,
-            expected=parameter_shapes(self.settings()),
-            expected_by=str(self.folder / self.description),
-        ):
-            raise UserError.from_problems(problems)
-
-        return stored
 
     @property
     def tokenizer(self) -> Path | None:
@@ -184,6 +162,27 @@ class ModelFolder(ABC):
                 for name, file in list(files.items())[:MAX_NAMED]
             )
 
+    @abstractmethod
+    def _load(self) -> tuple[PreTrainedModel, Mapping[str, Path]]:
+        """The model for `as_transformers`, and the file of each parameter."""
+
+    def _stored(self, entries: Mapping[str, StoredTensor], fill: Callable[[Iterable[Fragment]], None]) -> StoredTensors:
+        """The opened tensors, compared with the settings."""
+        from megatron_mea.huggingface.safetensors_reader import check_tensors
+        from megatron_mea.model.decoder import parameter_shapes
+
+        stored = StoredTensors(source=self, entries=entries, fill=fill)
+        if problems := check_tensors(
+            path=self.folder,
+            where=self.where,
+            shapes=stored.shapes,
+            expected=parameter_shapes(self.settings()),
+            expected_by=str(self.folder / self.description),
+        ):
+            raise UserError.from_problems(problems)
+
+        return stored
+
 
 class CheckpointFolder(ModelFolder):
     """A checkpoint folder, or the newest checkpoint of a run folder."""
@@ -198,6 +197,7 @@ class CheckpointFolder(ModelFolder):
             raise self.refusal(self.path, _missing(self.path, "checkpoint"), expected=expected)
 
         self.folder = newest[0][1]
+        self._tokenizer_folder = self.folder / TOKENIZER
 
     @cached_property
     def metadata(self) -> CheckpointMetadata:
@@ -211,14 +211,6 @@ class CheckpointFolder(ModelFolder):
 
     def settings(self) -> Model:
         return self.config.model
-
-    @property
-    def context_length(self) -> int:
-        return self.settings().max_position_embeddings
-
-    @property
-    def _tokenizer_folder(self) -> Path:
-        return self.folder / TOKENIZER
 
     def verify(self, *, rank: int = 0, world_size: int = 1) -> None:
         """Verifies the checksums of this rank's share of the files.
@@ -255,15 +247,13 @@ class CheckpointFolder(ModelFolder):
         # Without a padding token, batches are padded with the end-of-document token, as is usual.
         return ids | {"pad_token_id": ids["eos_token_id"] if ids["pad_token_id"] is None else ids["pad_token_id"]}
 
-    def _load(self) -> PreTrainedModel:
-        from megatron_mea.checkpoint.tensors import Fragment
+    def _load(self) -> tuple[PreTrainedModel, Mapping[str, Path]]:
+        from megatron_mea.checkpoint.tensors import read_tensors
         from megatron_mea.huggingface.transformers_model import build_causal_lm
 
-        stored = self.tensors()
-        fragments = {name: Fragment.empty(name, shape) for name, shape in stored.shapes.items()}
-        stored.refuse_not_finite(stored.read(fragments.values()))
-        weights = {name: fragment.values.view(fragment.local_shape) for name, fragment in fragments.items()}
-        return build_causal_lm(model=self.settings(), weights=weights, **self.special_token_ids())
+        weights = read_tensors(self.folder, self.tensors().shapes)
+        model = build_causal_lm(model=self.settings(), weights=weights, **self.special_token_ids())
+        return model, dict.fromkeys(weights, self.folder)
 
 
 class HFFolder(ModelFolder):
@@ -273,7 +263,7 @@ class HFFolder(ModelFolder):
 
     def __init__(self, path: str | Path, key: str | None = None) -> None:
         super().__init__(path, key)
-        self.folder = self.path
+        self.folder = self._tokenizer_folder = self.path
         if not (self.path / CONFIG_JSON).is_file():
             got = "a checkpoint already" if (self.path / META).is_file() else _missing(self.path, CONFIG_JSON)
             hint = "" if self.path.exists() else "`hf download NAME --local-dir HF_DIR` fetches a model of the hub"
@@ -301,10 +291,6 @@ class HFFolder(ModelFolder):
 
         return transformers_config(self.config_json).max_position_embeddings
 
-    @property
-    def _tokenizer_folder(self) -> Path:
-        return self.folder
-
     def tensors(self, *, rank: int = 0, world_size: int = 1) -> StoredTensors:
         from megatron_mea.huggingface.safetensors_reader import fill_fragments, scan_model
 
@@ -313,17 +299,13 @@ class HFFolder(ModelFolder):
         entries = scan_model(path=self.folder, where=self.where, num_layers=num_layers, tied=tied)
         return self._stored(entries, partial(fill_fragments, entries))
 
-    def _load(self) -> PreTrainedModel:
+    def _load(self) -> tuple[PreTrainedModel, Mapping[str, Path]]:
         from megatron_mea.huggingface.transformers_model import load_pretrained
 
         for warning in self.config_json.warnings:
             note(f"warning: {warning}")
 
-        model, files = load_pretrained(self.config_json)
-        self.refuse_not_finite(
-            {name: files[name] for name, values in model.named_parameters() if not is_finite(values)}
-        )
-        return model
+        return load_pretrained(self.config_json)
 
 
 @dataclass(frozen=True, kw_only=True)
