@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -142,8 +141,10 @@ def checks_on_this_rank(teacher: Path) -> dict[str, tuple]:
     if rank_env.world_size == 2:
         check_divergence()
         student = settings(teacher)
+        another = open_teacher(student)
+        another.source.folder = Path(str(rank_env.rank))
         with pytest.raises(UserError, match="0 and 1, on different ranks"):
-            new_engine(student, teacher=replace(open_teacher(student), folder=Path(str(rank_env.rank))))
+            new_engine(student, teacher=another)
 
     stop_distributed()
     return results
