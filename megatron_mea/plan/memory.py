@@ -1,6 +1,6 @@
 """Memory of a rank: what it holds during the full run, and the peaks within a step.
 
-DeepSpeed 0.19.8 as training/engine.py sets it up, from its sources: `runtime/zero/stage_1_and_2.py` (ZeRO 1 and 2),
+DeepSpeed 0.19.8 as parallel/zero.py configures it, from its sources: `runtime/zero/stage_1_and_2.py` (ZeRO 1 and 2),
 `runtime/bf16_optimizer.py` (ZeRO 1 in bfloat16) and `runtime/zero/stage3.py`.
 """
 
