@@ -1,8 +1,8 @@
 """The named tensors of a checkpoint folder, written and read in chunks with torch.distributed.checkpoint.
 
-With ZeRO a rank holds a fragment: contiguous elements of the flattened shard of a parameter. A fragment is at most
-three rectangles of the global tensor, and the folder stores rectangles: no rank gathers anything, and any layout can
-read a checkpoint of any other.
+With ZeRO a rank holds a fragment: contiguous elements of the flattened shard of a parameter. A fragment is a few boxes
+of the global tensor (at most three of a matrix, five of a stack of matrices), and the folder stores boxes: no rank
+gathers anything, and any layout can read a checkpoint of any other.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Fragment:
 
     Args:
         name: of the global tensor.
-        global_shape: of the global tensor; one or two dimensions.
+        global_shape: of the global tensor.
         global_offset, local_shape: position of this rank's shard in it; beyond `global_shape` the shard is padding.
         start: index of the first element in the flattened shard.
         values: (count,) float32 from there on; a view of the engine's memory.
@@ -96,31 +96,35 @@ class Fragment:
         )
 
     def chunks(self) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
-        """(offsets in the global tensor, view of `values`) of each rectangle; padding is left out."""
-        width = prod(self.local_shape[1:])
-        unpadded_shape = [
-            max(0, size - offset) for size, offset in zip(self.global_shape, self.global_offset, strict=True)
-        ]
-        position, done = self.start, 0
-        while done < len(self.values):
-            row, column = divmod(position, width)
-            left = len(self.values) - done
-            rows, columns = (left // width, width) if column == 0 and left >= width else (1, min(width - column, left))
+        """(offsets in the global tensor, view of `values`) of each box; padding is left out."""
+        yield from self._boxes((), start=self.start, values=self.values)
 
-            # shape: (rows, columns)
-            view = self.values[done : done + rows * columns].view(rows, columns)
-            view = view[: max(0, unpadded_shape[0] - row)]
-            if len(self.global_shape) == 1:
-                # shape: (rows,)
-                view, offsets = view[:, 0], (self.global_offset[0] + row,)
+    def _boxes(
+        self, indices: tuple[int, ...], *, start: int, values: torch.Tensor
+    ) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
+        """Boxes of the elements from `start` on in the slice of the shard at these indices of its first dimensions."""
+        dim = len(indices)
+        slice_shape = self.local_shape[dim + 1 :]
+        slice_size = prod(slice_shape)
+
+        while len(values):
+            index, offset = divmod(start, slice_size)
+            if offset or len(values) < slice_size:
+                num_elements = min(slice_size - offset, len(values))
+                yield from self._boxes((*indices, index), start=offset, values=values[:num_elements])
             else:
-                view = view[:, : max(0, unpadded_shape[1] - column)]
-                offsets = (self.global_offset[0] + row, self.global_offset[1] + column)
+                num_slices = len(values) // slice_size
+                num_elements = num_slices * slice_size
+                first = (*indices, index, *[0] * len(slice_shape))
+                box = values[:num_elements].view(*[1] * dim, num_slices, *slice_shape)
+                offsets = tuple(map(sum, zip(self.global_offset, first, strict=True)))
+                for axis, (size, begin) in enumerate(zip(self.global_shape, offsets, strict=True)):
+                    box = box.narrow(axis, 0, min(box.shape[axis], max(0, size - begin)))
 
-            if view.numel():
-                yield offsets, view
+                if box.numel():
+                    yield offsets, box
 
-            position, done = position + rows * columns, done + rows * columns
+            start, values = start + num_elements, values[num_elements:]
 
 
 def write_fragments(folder: Path, fragments: Iterable[Fragment], *, group: Any) -> None:

@@ -10,6 +10,11 @@ from megatron_mea.config.schema import Config
 from megatron_mea.config.variants import VARIANTS
 from megatron_mea.errors import Problem
 
+_EXPERT_KEYS = (
+    *("num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"),
+    *("mlp_only_layers", "decoder_sparse_step", "router_aux_loss_coef"),
+)
+
 
 def cross_checks(config: Config, *, needs_data: bool = True) -> Iterator[Problem]:
     """Contradictions between keys of one configuration; with `needs_data`, an empty `data.train` is one too."""
@@ -19,8 +24,15 @@ def cross_checks(config: Config, *, needs_data: bool = True) -> Iterator[Problem
     yield from _head_problems(config)
     yield from _rope_problems(config)
     yield from _component_problems(config)
+    yield from _expert_problems(config)
     yield from _training_problems(config)
 
+    if config.parallel.expert_model_parallel_size > 1:
+        yield Problem(
+            where="parallel.expert_model_parallel_size",
+            got=config.parallel.expert_model_parallel_size,
+            expected="1: experts are sharded over the tensor group (parallel.tensor_model_parallel_size)",
+        )
     if config.training.compile and config.parallel.zero_stage == 3:
         reason = "DeepSpeed fetches the parameters of every module in hooks, each of which ends a graph"
         yield Problem(where="training.compile", got=True, expected=f"false where parallel.zero_stage is 3: {reason}")
@@ -162,6 +174,41 @@ def _component_problems(config: Config) -> Iterator[Problem]:
     if model.has_head_norm and not model.head_norm_affine and model.head_norm_init != 1:
         yield Problem(
             where="model.head_norm_init", got=model.head_norm_init, expected="1.0 where model.head_norm_affine is false"
+        )
+
+
+def _expert_problems(config: Config) -> Iterator[Problem]:
+    model = config.model
+    if model.num_experts == 0:
+        # Settings that would be ignored silently: of routers, of experts and of their losses.
+        keys = [(f"model.{key}", model, key) for key in _EXPERT_KEYS]
+        keys += [(f"training.{key}", config.training, key) for key in ("balance", "router_z_loss_coef")]
+        for where, section, key in keys:
+            default = type(section).model_fields[key].default
+            if getattr(section, key) != default:
+                expected = f"{default} where model.num_experts is 0: there are no experts"
+                yield Problem(where=where, got=getattr(section, key), expected=expected)
+        return
+
+    if model.moe_intermediate_size is None:
+        expected = "the width of an expert, since model.num_experts is above 0"
+        yield Problem(where="model.moe_intermediate_size", got="nothing", expected=expected)
+    if model.num_experts_per_tok > model.num_experts:
+        yield Problem(
+            where="model.num_experts_per_tok",
+            got=model.num_experts_per_tok,
+            expected=f"at most model.num_experts = {model.num_experts}",
+        )
+
+    layers = model.num_hidden_layers
+    if outside := [layer for layer in model.mlp_only_layers if layer >= layers]:
+        expected = f"layers from 0 to {layers - 1}: model.num_hidden_layers = {layers}"
+        yield Problem(where="model.mlp_only_layers", got=outside[0], expected=expected)
+    if not model.routed_layers:
+        yield Problem(
+            where="model.num_experts",
+            got=f"{model.num_experts}, and no layer has them",
+            expected="0, or a layer that model.mlp_only_layers and model.decoder_sparse_step leave",
         )
 
 

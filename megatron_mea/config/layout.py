@@ -132,7 +132,13 @@ def _model_problems(*, config: Config, tensor: int, pipeline: int) -> Iterator[P
 def _tensor_problems(config: Config, size: int) -> Iterator[Problem]:
     """Tensor group sizes by which heads, features, vocabulary or sequence cannot be sharded (docs/parallelism.md)."""
     model = config.model
-    for key, unit in (("num_attention_heads", "query heads"), ("intermediate_size", "features")):
+    parts = [("num_attention_heads", "query heads")]
+    if len(model.routed_layers) < model.num_hidden_layers:
+        parts.append(("intermediate_size", "features"))
+    if model.num_experts:
+        parts.append(("num_experts", "experts"))
+
+    for key, unit in parts:
         value = getattr(model, key)
         if value % size:
             yield Problem(

@@ -17,6 +17,8 @@ MAX_SIZE = 1 << 20
 """The largest size of a tensor's dimension: beyond it are typing errors, and numbers that take a machine's memory."""
 MAX_LAYERS = 1000
 """The deepest transformers that were published (DeepNet) have so many."""
+MAX_EXPERTS = 1 << 14
+"""Experts of a layer; the largest that were published have a few hundred."""
 MAX_COUNT = 10**12
 """The largest number of steps, samples or positions."""
 _MAX_NAME_BYTES = 255
@@ -133,6 +135,23 @@ class Model(Section):
     tie_word_embeddings: bool = False
     initializer_range: PositiveFloat = 0.02
     embedding_initializer_range: PositiveFloat | None = None
+    num_experts: Annotated[Int, Field(ge=0, le=MAX_EXPERTS)] = 0
+    num_experts_per_tok: Size = 8
+    moe_intermediate_size: Size | None = None
+    norm_topk_prob: bool = True
+    mlp_only_layers: Annotated[list[Annotated[Int, Field(ge=0)]], Field(max_length=MAX_LAYERS)] = []
+    decoder_sparse_step: PositiveInt = 1
+    router_aux_loss_coef: Annotated[Float, Field(ge=0)] = 0.001
+
+    def is_routed(self, layer: int) -> bool:
+        """Whether a layer, counted from 0, has experts in place of a dense feed-forward; as Qwen3-MoE counts."""
+        is_sparse = self.num_experts > 0 and (layer + 1) % self.decoder_sparse_step == 0
+        return is_sparse and layer not in self.mlp_only_layers
+
+    @property
+    def routed_layers(self) -> list[int]:
+        """The layers that have experts, counted from 0."""
+        return [layer for layer in range(self.num_hidden_layers) if self.is_routed(layer)]
 
     @property
     def component_heads(self) -> list[int]:
@@ -202,6 +221,7 @@ class Data(Section):
 class Parallel(Section):
     tensor_model_parallel_size: Size = 1
     pipeline_model_parallel_size: Size = 1
+    expert_model_parallel_size: Size = 1
     sequence_parallel: bool = False
     zero_stage: Annotated[Int, Field(ge=0, le=3)] = 1
     timeout_minutes: Annotated[PositiveFloat, Field(le=525_600)] = 10.0
@@ -238,6 +258,8 @@ class Training(Section):
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     compile: bool = False
     deterministic: bool = False
+    balance: Literal["sequence", "batch", "none"] = "sequence"
+    router_z_loss_coef: Annotated[Float, Field(ge=0)] = 0.0
     replica_check_interval: PositiveInt | None = 1000
     distillation: Distillation | None = None
     seed: Annotated[Int, Field(ge=0, lt=2**63)] = 1234

@@ -17,6 +17,7 @@ from megatron_mea.attention.folds import FoldedKV, fold_kv
 from megatron_mea.attention.mea import MultiheadExplicitAttention
 from megatron_mea.config.schema import Model
 from megatron_mea.exported.rotary_mea import inverse_frequencies, rotary_cos_sin
+from megatron_mea.model.moe import MoE, RouterLosses
 from megatron_mea.parallel.activation_checkpoint import maybe_checkpoint
 from megatron_mea.parallel.collectives import enter_tp_region, exit_tp_region
 from megatron_mea.parallel.cross_entropy import chunk_size, linear_cross_entropy_sum
@@ -105,9 +106,17 @@ class MLP(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)); `mlp` is dense or has experts."""
 
-    def __init__(self, config: Model, layer: int, *, tp: TensorGroup = NO_TP, recompute: bool = False) -> None:
+    def __init__(
+        self,
+        config: Model,
+        layer: int,
+        *,
+        tp: TensorGroup = NO_TP,
+        recompute: bool = False,
+        router_losses: RouterLosses | None = None,
+    ) -> None:
         super().__init__()
 
         def norm(suffix: str) -> RMSNorm:
@@ -122,7 +131,11 @@ class TransformerBlock(nn.Module):
         self.input_layernorm = norm("input_layernorm")
         self.self_attn = MultiheadExplicitAttention(config=config, layer=layer, tp=tp, recompute=recompute)
         self.post_attention_layernorm = norm("post_attention_layernorm")
-        self.mlp = MLP(config=config, layer=layer, tp=tp, recompute=recompute)
+        self.mlp: MLP | MoE
+        if config.is_routed(layer):
+            self.mlp = MoE(config=config, layer=layer, tp=tp, recompute=recompute, losses=router_losses)
+        else:
+            self.mlp = MLP(config=config, layer=layer, tp=tp, recompute=recompute)
 
     def forward(
         self,
@@ -195,6 +208,7 @@ class Decoder(nn.Module):
         compile_blocks: whether training runs the blocks through torch.compile.
         fold_outside: whether a block's key and value projections are folded outside of the activation checkpoint and
             the compiled code. Impossible with ZeRO 3, where full parameters exist only during their module's forward.
+        router_losses: of the routers in training; None where nothing is trained.
     """
 
     def __init__(
@@ -207,6 +221,7 @@ class Decoder(nn.Module):
         activation_checkpointing: ActivationCheckpointing = "none",
         compile_blocks: bool = False,
         fold_outside: bool = True,
+        router_losses: RouterLosses | None = None,
     ) -> None:
         super().__init__()
         self.config, self.tp = config, tp
@@ -221,7 +236,9 @@ class Decoder(nn.Module):
         self.embed_tokens = _build_embedding(config, tp) if stage.embedding else None
         self.layers = nn.ModuleDict(
             {
-                str(index): TransformerBlock(config=config, layer=index, tp=tp, recompute=selective)
+                str(index): TransformerBlock(
+                    config=config, layer=index, tp=tp, recompute=selective, router_losses=router_losses
+                )
                 for index in stage.blocks
             }
         )

@@ -17,8 +17,8 @@ from megatron_mea.parallel.grid import NO_TP, TensorGroup
 _INIT_THREADS = 8
 """Threads that initialise parameters, each of which holds a full tensor."""
 
-Component = Literal["embedding", "attention", "hlc", "mlp", "norm", "lm_head"]
-"""The part of the model that a parameter belongs to; `hlc` are all matrices that combine heads."""
+Component = Literal["embedding", "attention", "hlc", "mlp", "router", "experts", "norm", "lm_head"]
+"""The part of the model that a parameter belongs to; `hlc` are all matrices that combine heads, `mlp` is dense."""
 Initializer = Callable[[tuple[int, ...], torch.Generator], torch.Tensor]
 
 
@@ -32,9 +32,11 @@ class ParameterSpec:
         component: the part of the model that it belongs to.
         kind: decides on weight decay: matrices are decayed, vectors (norms, biases) are not; matrices of the component
             `hlc` only with `optimizer.decay_hlc`.
-        initialize: returns the full tensor in float32, drawn from a generator that is seeded by the name.
+        initialize: returns the full tensor in float32, drawn from a generator that is seeded by the name; of a stack
+            one of its matrices, each from a generator of its own.
         tp: the tensor group of this rank.
         shard_dim: the dimension that is sharded over the tensor group; None where every rank holds the full tensor.
+        is_stack: whether the first dimension counts matrices, such as those of experts. A rank draws its own alone.
     """
 
     name: str
@@ -44,6 +46,7 @@ class ParameterSpec:
     initialize: Initializer
     tp: TensorGroup = NO_TP
     shard_dim: int | None = None
+    is_stack: bool = False
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -92,6 +95,7 @@ def sharded_parameter(
     initialize: Initializer,
     tp: TensorGroup = NO_TP,
     shard_dim: int | None = None,
+    is_stack: bool = False,
 ) -> nn.Parameter:
     """Returns this rank's shard of a parameter, uninitialised float32, with its `spec` attached."""
     spec = ParameterSpec(
@@ -102,6 +106,7 @@ def sharded_parameter(
         initialize=initialize,
         tp=tp,
         shard_dim=shard_dim,
+        is_stack=is_stack,
     )
     parameter = nn.Parameter(torch.empty(spec.local_shape))
     parameter.spec = spec
@@ -116,17 +121,28 @@ def parameters_by_name(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def init_parameters(module: nn.Module, seed: int) -> None:
-    """Fills every parameter from a generator seeded by (seed, name), so that values do not depend on the layout."""
+    """Fills every parameter from generators seeded by (seed, name), so that values do not depend on the layout.
+
+    The matrices of a stack are each seeded by their index too.
+    """
 
     def fill(parameter: nn.Parameter) -> None:
         spec = parameter.spec
-        digest = hashlib.sha256(f"{seed}/{spec.name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        parameter.data.copy_(spec.local_shard(spec.initialize(spec.global_shape, generator)))
+        if not spec.is_stack:
+            parameter.data.copy_(spec.local_shard(spec.initialize(spec.global_shape, _generator(seed, spec.name))))
+            return
+
+        for index, matrix in enumerate(parameter.data, start=spec.global_offset[0]):
+            matrix.copy_(spec.initialize(spec.global_shape[1:], _generator(seed, f"{spec.name}/{index}")))
 
     # Threads share no generator, so their order changes no value.
     with ThreadPoolExecutor(min(_INIT_THREADS, torch.get_num_threads())) as pool:
         list(pool.map(fill, parameters_by_name(module).values()))
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def normal(std: float) -> Initializer:

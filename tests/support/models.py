@@ -49,6 +49,21 @@ def variants() -> list[dict[str, Any]]:
     return cases
 
 
+def expert_cases() -> list[dict[str, Any]]:
+    """Changes for mixtures of experts: all or some layers, one and all experts a token, weights that sum to 1 or not.
+
+    The width of an expert is aligned for grouped products in one of them.
+    """
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "qk_norm": True}
+    return [
+        experts | {"attention_variant": "plain"},
+        experts | {"attention_variant": "mea", "num_component_heads": 2, "mlp_only_layers": [1]},
+        experts | {"attention_variant": "plain_norm", "decoder_sparse_step": 2, "norm_topk_prob": False},
+        experts | {"attention_variant": "mea_no_norm", "num_experts_per_tok": 1, "norm_topk_prob": False},
+        experts | {"attention_variant": "gated", "num_experts_per_tok": 8, "moe_intermediate_size": 16},
+    ]
+
+
 def name_of(case: dict[str, Any]) -> str:
     """The id of a parametrised test case."""
     return "-".join(str(value) if isinstance(value, (str, list)) else f"{key}={value}" for key, value in case.items())

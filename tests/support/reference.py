@@ -26,6 +26,10 @@ DEFAULTS = {
     "rms_norm_eps": 1.0e-5,
     "rope_theta": 500000.0,
     "tie_word_embeddings": False,
+    "num_experts": 0,
+    "norm_topk_prob": True,
+    "mlp_only_layers": [],
+    "decoder_sparse_step": 1,
 }
 VARIANTS = ("plain", "plain_norm", "mea", "mea_no_norm", "differential", "talking_heads", "gated")
 
@@ -39,6 +43,12 @@ def num_component_heads(config: dict, layer: int) -> int:
     """h' of a layer; the configuration has an int for all layers or a list, and h is the default."""
     value = config.get("num_component_heads") or config["num_key_value_heads"]
     return value[layer] if isinstance(value, (list, tuple)) else value
+
+
+def is_routed(config: dict, layer: int) -> bool:
+    """Qwen3-MoE's rule: every `decoder_sparse_step`th layer has experts, but for those listed as dense."""
+    is_sparse = setting(config, "num_experts") > 0 and (layer + 1) % setting(config, "decoder_sparse_step") == 0
+    return is_sparse and layer not in setting(config, "mlp_only_layers")
 
 
 def tensor_shapes(config: dict) -> dict[str, tuple[int, ...]]:
@@ -82,9 +92,15 @@ def tensor_shapes(config: dict) -> dict[str, tuple[int, ...]]:
                 shapes[f"{attention}{name}.weight"] = (query_heads, query_heads)
 
         shapes[block + "post_attention_layernorm.weight"] = (hidden,)
-        shapes[block + "mlp.gate_proj.weight"] = (inner, hidden)
-        shapes[block + "mlp.up_proj.weight"] = (inner, hidden)
-        shapes[block + "mlp.down_proj.weight"] = (hidden, inner)
+        if is_routed(config, layer):
+            experts, width = config["num_experts"], config["moe_intermediate_size"]
+            shapes[block + "mlp.gate.weight"] = (experts, hidden)
+            shapes[block + "mlp.experts.gate_up_proj"] = (experts, 2 * width, hidden)
+            shapes[block + "mlp.experts.down_proj"] = (experts, hidden, width)
+        else:
+            shapes[block + "mlp.gate_proj.weight"] = (inner, hidden)
+            shapes[block + "mlp.up_proj.weight"] = (inner, hidden)
+            shapes[block + "mlp.down_proj.weight"] = (hidden, inner)
 
     shapes["model.norm.weight"] = (hidden,)
     if not setting(config, "tie_word_embeddings"):
@@ -103,7 +119,7 @@ def random_tensors(config: dict, generator: torch.Generator) -> dict[str, Tensor
         elif name.endswith(".bias") or ".lambda_" in name:
             value = 0.3 * noise
         else:
-            value = noise / math.sqrt(shape[0] if ".hlc_" in name else shape[1])
+            value = noise / math.sqrt(shape[0] if ".hlc_" in name else shape[-1])
 
         tensors[name] = value.requires_grad_()
 
@@ -302,6 +318,56 @@ def attention(x: Tensor, *, weights: dict[str, Tensor], config: dict, layer: int
     return torch.cat(outputs, dim=-1) @ weights["o_proj.weight"].T
 
 
+def swiglu(x: Tensor, *, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """(silu(x W_gate^T) * x W_up^T) W_down^T."""
+    gated = x @ gate.T
+    return (gated * torch.sigmoid(gated) * (x @ up.T)) @ down.T
+
+
+def mixture_of_experts(x: Tensor, *, weights: dict[str, Tensor], config: dict) -> tuple[Tensor, Tensor, Tensor]:
+    """Qwen3-MoE's feed-forward, token by token: softmax over all experts, the k likeliest, their weighted sum.
+
+    Returns:
+        (batch, seq, hidden), the logits (batch, seq, experts) and the chosen ids (batch, seq, k).
+    """
+    width, k = config["moe_intermediate_size"], config["num_experts_per_tok"]
+    logits = x @ weights["gate.weight"].T
+    batch, seq, _ = logits.shape
+    outputs, choices = [], []
+    for i in range(batch):
+        for t in range(seq):
+            exponentials = torch.exp(logits[i, t] - logits[i, t].max())
+            probabilities = exponentials / exponentials.sum()
+            chosen = sorted(range(len(probabilities)), key=lambda expert: -probabilities[expert].item())[:k]
+            total = sum(probabilities[expert] for expert in chosen) if setting(config, "norm_topk_prob") else 1.0
+            output = 0
+            for expert in chosen:
+                gate, up = weights["experts.gate_up_proj"][expert].split(width)
+                down = weights["experts.down_proj"][expert]
+                output = output + probabilities[expert] / total * swiglu(x[i, t], gate=gate, up=up, down=down)
+
+            outputs.append(output)
+            choices.append(torch.tensor(chosen))
+
+    return torch.stack(outputs).view_as(x), logits, torch.stack(choices).view(batch, seq, k)
+
+
+def router_losses(logits: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """(sequences,) of a layer: E/k sum_e f_e P_e of each sequence, and its mean of logsumexp(logits)^2.
+
+    f_e is the part of the sequence's tokens that chose expert e, P_e the mean of its probability.
+    """
+    experts, k = logits.shape[-1], chosen.shape[-1]
+    probabilities = torch.exp(logits) / torch.exp(logits).sum(-1, keepdim=True)
+    balance, z = [], []
+    for i in range(len(logits)):
+        terms = [(chosen[i] == e).any(-1).double().mean() * probabilities[i, :, e].mean() for e in range(experts)]
+        balance.append(experts / k * sum(terms))
+        z.append((torch.log(torch.exp(logits[i]).sum(-1)) ** 2).mean())
+
+    return torch.stack(balance), torch.stack(z)
+
+
 def reference_logits(
     *, tensors: dict[str, Tensor], config: dict, input_ids: Tensor, position_ids: Tensor | None = None
 ) -> Tensor:
@@ -327,9 +393,12 @@ def reference_logits(
         normed = rms_norm(x, w[block + "input_layernorm.weight"], eps=eps)
         x = x + attention(normed, weights=weights, config=config, layer=layer, positions=positions)
         normed = rms_norm(x, w[block + "post_attention_layernorm.weight"], eps=eps)
-        gate = normed @ w[block + "mlp.gate_proj.weight"].T
-        up = normed @ w[block + "mlp.up_proj.weight"].T
-        x = x + (gate * torch.sigmoid(gate) * up) @ w[block + "mlp.down_proj.weight"].T  # SwiGLU
+        if is_routed(config, layer):
+            routed = {name.removeprefix(block + "mlp."): w[name] for name in w if name.startswith(block + "mlp.")}
+            x = x + mixture_of_experts(normed, weights=routed, config=config)[0]
+        else:
+            gate, up, down = (w[f"{block}mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
+            x = x + swiglu(normed, gate=gate, up=up, down=down)
 
     x = rms_norm(x, w["model.norm.weight"], eps=eps)
     return x @ (w["model.embed_tokens.weight"] if tied else w["lm_head.weight"]).T
