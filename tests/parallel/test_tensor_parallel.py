@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.distributed import run_distributed
-from support.models import decoder_and_tensors, small_model, variants
+from support.models import decoder_and_tensors, expert_cases, small_model, variants
 
 from megatron_mea.attention.hlc import HeadProjection
 from megatron_mea.model import decoder as model_decoder
 from megatron_mea.model.decoder import Decoder
+from megatron_mea.model.moe import MoE, RouterLosses
 from megatron_mea.parallel.grid import NO_TP, TensorGroup
 from megatron_mea.parallel.layers import IGNORE_INDEX
 from megatron_mea.parallel.parameter import init_parameters, parameters_by_name
@@ -30,6 +31,15 @@ def check_all(cases: list[dict], size: int) -> int:
     for case in cases:
         model = small_model(**case)
         reference, tensors = decoder_and_tensors(model)
+        losses = None
+        if model.num_experts:
+            losses = RouterLosses(balance="sequence", balance_coef=0.3, z_coef=0.05, gradient_scale=0.5)
+            reference = Decoder(model, router_losses=losses).double()
+            if model.num_experts_per_tok == 1:
+                collapse_routers(tensors)
+            for name, parameter in parameters_by_name(reference).items():
+                parameter.data.copy_(tensors[name].detach())
+
         ids = torch.randint(0, model.vocab_size, (2, SEQ), generator=torch.Generator().manual_seed(7))
         positions = torch.arange(SEQ).expand_as(ids)
         targets = ids.roll(-1, 1)
@@ -49,7 +59,7 @@ def check_all(cases: list[dict], size: int) -> int:
                 tp = TensorGroup(
                     size=size, rank=dist.get_rank(), group=dist.group.WORLD, sequence_parallel=sequence_parallel
                 )
-                decoder = Decoder(model, tp=tp).double()
+                decoder = Decoder(model, tp=tp, router_losses=losses).double()
                 for module in decoder.modules():
                     if isinstance(module, HeadProjection) and module.hlc is not None:
                         module.form = lambda tokens, form=form: form
@@ -73,10 +83,23 @@ def check_all(cases: list[dict], size: int) -> int:
                     error = (parameter.spec.full_tensor(parameter.grad) - gradients[name]).norm()
                     assert error <= 1e-12 * scale, (case, sequence_parallel, form, name, float(error / scale))
 
+                for block, expected in zip(decoder.blocks, reference.blocks, strict=True):
+                    if isinstance(block.mlp, MoE):
+                        assert torch.equal(block.mlp.gate.stats.counts, expected.mlp.gate.stats.counts)
+
                 count += 1
 
     dist.destroy_process_group()
     return count
+
+
+def collapse_routers(tensors: dict[str, torch.Tensor]) -> None:
+    """Makes routers choose the first expert or the second, so that all ranks but the first get no token."""
+    for name, tensor in tensors.items():
+        if name.endswith(".mlp.gate.weight"):
+            direction = tensor.detach()[:1] / tensor.detach()[:1].norm()
+            factors = torch.tensor([1.0, -1.0, *[0.0] * (len(tensor) - 2)], dtype=tensor.dtype)
+            tensor.data.copy_(factors.unsqueeze(1) * direction)
 
 
 def cases(size: int) -> list[dict]:
@@ -95,6 +118,7 @@ def cases(size: int) -> list[dict]:
             {"attention_variant": "mea", "num_component_heads": [1, 2, 3], "head_dim": 8, "qk_norm": True} | three,
             {"attention_variant": "mea", "num_component_heads": 1, "head_dim": 8, "attention_bias": True} | three,
             {"attention_variant": "plain", "tie_word_embeddings": True} | three,
+            expert_cases()[1] | {"num_experts": 6} | three,
         ]
 
     if size == 4:
@@ -105,9 +129,10 @@ def cases(size: int) -> list[dict]:
         extra += [{"attention_variant": "plain_norm", "num_key_value_heads": n, "attention_bias": True} for n in (1, 2)]
         # 2 x 3 = 6 component rows are not divisible by four: replicated.
         pairs = {"attention_variant": "differential", "num_key_value_heads": 8, "qk_norm": True}
-        return [*extra, {"attention_variant": "mea", "num_component_heads": 1}, pairs, *shardable[::4]]
+        one_head = {"attention_variant": "mea", "num_component_heads": 1}
+        return [*extra, one_head, pairs, *shardable[::4], *expert_cases()[2:]]
 
-    return shardable
+    return [*shardable, *expert_cases()]
 
 
 @pytest.mark.slow
