@@ -58,6 +58,13 @@ class MEAConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
     embedding_initializer_range: float | None = None
+    num_experts: int = 0
+    num_experts_per_tok: int = 8
+    moe_intermediate_size: int | None = None
+    norm_topk_prob: bool = True
+    mlp_only_layers: list[int] | None = None
+    decoder_sparse_step: int = 1
+    router_aux_loss_coef: float = 0.001
     attention_dropout: float = 0.0
     use_cache: bool = True
     pad_token_id: int | None = None
@@ -95,6 +102,13 @@ class MEAConfig(PreTrainedConfig):
                 f"multiples of {group})"
             )
 
+        if self.num_experts and not (self.moe_intermediate_size and 0 < self.num_experts_per_tok <= self.num_experts):
+            raise ValueError(
+                f"num_experts_per_tok and moe_intermediate_size are {self.num_experts_per_tok} and "
+                f"{self.moe_intermediate_size} (expected: 1 to num_experts = {self.num_experts}, and a width)"
+            )
+
+        self.mlp_only_layers = list(self.mlp_only_layers or ())
         self.num_component_heads = heads
         super().__post_init__(**kwargs)
 
@@ -117,6 +131,11 @@ class MEAConfig(PreTrainedConfig):
     def has_head_norm(self) -> bool:
         """Whether each query head's output is normalised."""
         return self.variant.head_norm
+
+    def is_routed(self, layer_idx: int) -> bool:
+        """Whether a layer, counted from 0, has experts in place of a dense feed-forward."""
+        is_sparse = self.num_experts > 0 and (layer_idx + 1) % self.decoder_sparse_step == 0
+        return is_sparse and layer_idx not in self.mlp_only_layers
 
 
 __all__ = ["MEAConfig"]

@@ -16,6 +16,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_mea import CACHE, LAMBDAS, MEAAttention, MEAHeadCombination, MEARMSNorm, accept_either_cache_name
 from .configuration_mea import MEAConfig
+from .experts_mea import MEAExperts, MEARouter, MEASparseMLP
 from .rotary_mea import rotary_cos_sin
 
 
@@ -40,7 +41,7 @@ class MEADecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: MEAConfig, layer_idx: int):
         super().__init__()
         self.self_attn = self.attention_class(config, layer_idx)
-        self.mlp = MEAMLP(config)
+        self.mlp = MEASparseMLP(config) if config.is_routed(layer_idx) else MEAMLP(config)
         self.input_layernorm = MEARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = MEARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -80,6 +81,10 @@ class MEAPreTrainedModel(PreTrainedModel):
             components, composites = module.weight.shape
             block = torch.arange(composites) * components // composites
             init.copy_(module.weight, (torch.arange(components)[:, None] == block).float())
+
+        if isinstance(module, (MEAExperts, MEARouter)):
+            for parameter in module.parameters(recurse=False):
+                init.normal_(parameter, std=self.config.initializer_range)
 
         if isinstance(module, MEAAttention) and module.differential:
             for name in LAMBDAS:

@@ -11,6 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention_mea import MEAAttention, MEAHeadCombination, accept_either_cache_name, eager_attention_forward
 from .configuration_mea import MEAConfig
+from .experts_mea import register_expert_conversion
 from .modeling_mea import MEADecoderLayer, MEAForCausalLM, MEAModel
 from .rotary_mea import apply_rotary, rotary_cos_sin
 
@@ -33,6 +34,8 @@ class MEAServedConfig(MEAConfig):
         trained_sizes = {"num_key_value_heads": self.num_composite_heads, "head_dim": self.component_head_dim}
         return MEAConfig.from_dict(fields | trained_sizes)
 
+
+register_expert_conversion(MEAServedConfig.model_type)
 
 _SERVING_FIELDS = (
     "model_type",

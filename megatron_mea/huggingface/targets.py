@@ -24,7 +24,14 @@ from transformers import (
 from megatron_mea.attention.hlc import fold_weight
 from megatron_mea.config.schema import Model
 from megatron_mea.errors import UserError
-from megatron_mea.exported import attention_mea, configuration_mea, modeling_mea, modeling_mea_vllm, rotary_mea
+from megatron_mea.exported import (
+    attention_mea,
+    configuration_mea,
+    experts_mea,
+    modeling_mea,
+    modeling_mea_vllm,
+    rotary_mea,
+)
 from megatron_mea.exported.modeling_mea import MEAForCausalLM
 from megatron_mea.exported.modeling_mea_vllm import MEAServedConfig, MEAServedForCausalLM
 from megatron_mea.huggingface.hf_config import to_hf_config
@@ -106,7 +113,7 @@ def _transformers_target(model: Model, fields: dict[str, Any]) -> ExportTarget:
         "AutoModelForCausalLM": "modeling_mea.MEAForCausalLM",
         "AutoModelForSequenceClassification": "modeling_mea.MEAForSequenceClassification",
     }
-    modules = (configuration_mea, rotary_mea, attention_mea, modeling_mea)
+    modules = (configuration_mea, rotary_mea, attention_mea, experts_mea, modeling_mea)
     return ExportTarget(
         config=to_hf_config(model, **fields),
         model_class=MEAForCausalLM,
@@ -225,7 +232,7 @@ def _vllm_target(model: Model, fields: dict[str, Any]) -> ExportTarget:
         "For vLLM (`vllm serve this/folder --trust-remote-code --model-impl transformers`).",
         f"Its cache holds {gain:.3g} times the tokens that it would hold of composite heads. Kernels: {kernels}.",
     )
-    modules = (configuration_mea, rotary_mea, attention_mea, modeling_mea, modeling_mea_vllm)
+    modules = (configuration_mea, rotary_mea, attention_mea, experts_mea, modeling_mea, modeling_mea_vllm)
     return ExportTarget(
         config=config,
         model_class=MEAServedForCausalLM,

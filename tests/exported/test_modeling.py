@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.hf_models import exported, left_padded
-from support.models import SMALL, decoder_and_tensors, name_of, small_model, variants
+from support.models import SMALL, decoder_and_tensors, expert_cases, name_of, small_model, variants
 from support.reference import reference_logits
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM, StaticCache
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -18,7 +18,7 @@ from megatron_mea.huggingface.hf_config import to_hf_config
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", variants(), ids=name_of)
+@pytest.mark.parametrize("case", [*variants(), *expert_cases()], ids=name_of)
 def test_logits_equal_the_reference(case):
     """Up to rounding in float64, in which norms, softmax and rotary angles are computed."""
     model, tensors, hf = exported(case)
