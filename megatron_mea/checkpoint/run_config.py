@@ -22,6 +22,8 @@ FIXED_KEYS = (
     "training.global_batch_size",
     "training.seed",
     "training.precision",
+    "training.balance",
+    "training.router_z_loss_coef",
 )
 """Keys, or sections with all their keys, that must not change on resume: they decide on the losses of a run."""
 
