@@ -24,6 +24,7 @@ from megatron_mea.parallel.zero import deepspeed_config
 from megatron_mea.training.loader import to_device
 from megatron_mea.training.nonfinite import NonFiniteError, locate_nonfinite
 from megatron_mea.training.pipeline_stage import NUM_LOSS_TERMS, ModelWithLoss, PipelineStage
+from megatron_mea.training.router_totals import RouterTotals
 from megatron_mea.training.teacher import Teacher
 from megatron_mea.training.zero_state import ZeroState
 
@@ -37,6 +38,7 @@ class StepResult:
         lr: learning rate of the step.
         grad_norm: before clipping.
         distillation_loss: the divergence from a teacher, without its weight and T^2.
+        balance_loss, expert_load: of models with experts, as `RouterTotals.end_step` has them.
         should_stop: whether a rank wants to stop.
     """
 
@@ -44,9 +46,11 @@ class StepResult:
     lr: float
     grad_norm: float
     distillation_loss: float | None = None
+    balance_loss: float | None = None
+    expert_load: list[float] | None = None
     should_stop: bool = False
 
-    def scalars(self) -> dict[str, float]:
+    def scalars(self) -> dict[str, float | list[float]]:
         """The fields of a row of the metrics."""
         fields = {name: value for name, value in vars(self).items() if name != "should_stop"}
         return {name: value for name, value in fields.items() if value is not None}
@@ -86,6 +90,7 @@ class Engine:
             )
 
         self.state = ZeroState(self.optimizer, model=model, dims=grid.dims)
+        self.routers = RouterTotals(model, sequences=config.training.global_batch_size, device=device)
 
     def train_step(
         self, batches: Sequence[Batch], *, num_targets: int, lr: float, stop_requested: Callable[[], bool] = bool
@@ -109,8 +114,10 @@ class Engine:
         # gradient is that of the sum over all targets divided by their number.
         dims = self.grid.dims
         loss_sums = self._run_step(batches, dims.num_micro_batches * dims.dp / num_targets)
-        totals = torch.cat([loss_sums, torch.full_like(loss_sums[:1], float(stop_requested()))])
+        stop = torch.full_like(loss_sums[:1], float(stop_requested()))
+        totals = torch.cat([loss_sums, stop, self.routers.pop_local()])
         dist.all_reduce(totals)
+        totals, router_totals = totals.tensor_split([NUM_LOSS_TERMS + 1])
 
         norm = self.engine.get_global_grad_norm()
         norm = norm.double() if isinstance(norm, torch.Tensor) else torch.full_like(totals[0], norm)
@@ -130,6 +137,7 @@ class Engine:
             lr=lr,
             grad_norm=grad_norm,
             distillation_loss=None if self.stage.teacher is None else divergence,
+            **self.routers.end_step(router_totals),
             should_stop=num_stop_requests > 0,
         )
 

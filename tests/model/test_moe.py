@@ -194,3 +194,27 @@ def test_logits_of_the_reference_equal_those_of_the_decoder():
     actual = decoder.logits(decoder.forward_hidden(ids, positions_of(ids)))
     expected = reference_logits(tensors=tensors, config=model.model_dump(), input_ids=ids)
     torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("balance", ["sequence", "batch"])
+def test_balance_losses_balance(balance):
+    """A router that prefers three experts spreads its tokens when it descends on the balance loss alone."""
+    losses = RouterLosses(balance=balance, balance_coef=1.0, gradient_scale=0.25)
+    generator = torch.Generator().manual_seed(0)
+    hidden_states = torch.randn(4, 64, 24, generator=generator) + 1
+    moe = MoE(small_model(**expert_cases()[0]), 0, losses=losses)
+    init_parameters(moe, 1)
+    moe.gate.weight.data[:3] += 0.1
+
+    optimizer, loads = torch.optim.Adam([moe.gate.weight], lr=0.01), []
+    for _ in range(60):
+        weights, _ = moe.gate(hidden_states)
+        (weights.sum() * 0).backward()
+        stats = moe.gate.stats
+        loads.append((stats.counts.max() / stats.counts.double().mean()).item())
+        stats.previous_counts, stats.counts, stats.balance_loss = stats.counts, None, None
+        optimizer.step()
+        optimizer.zero_grad()
+
+    assert loads[0] > 2.5
+    assert loads[-1] < 1.5, loads

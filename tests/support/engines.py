@@ -108,19 +108,30 @@ def plain_training(
         teacher: token ids and position ids (batch, seq) -> logits (batch, seq, vocab_size), float64.
 
     Returns:
-        (loss, gradient norm) of each step, with a teacher (loss, gradient norm, divergence); the loss on a further
-        batch; the parameters by name.
+        (loss, gradient norm) of each step, with a teacher (loss, gradient norm, divergence), with experts (loss,
+        gradient norm, balance loss); the loss on a further batch; the parameters by name, and of experts the counts of
+        the last step.
     """
     from megatron_mea.model.decoder import Decoder
+    from megatron_mea.model.moe import RouterLosses
     from megatron_mea.parallel.parameter import init_parameters
     from megatron_mea.training.schedule import learning_rate
 
-    model = Decoder(settings.model, document_mask=settings.data.document_mask)
+    training = settings.training
+    losses = RouterLosses(
+        balance=training.balance,
+        balance_coef=0.0 if training.balance == "none" else settings.model.router_aux_loss_coef,
+        z_coef=training.router_z_loss_coef,
+        gradient_scale=1 / BATCH,
+    )
+    model = Decoder(settings.model, document_mask=settings.data.document_mask, router_losses=losses)
+    routers = {layer: model.layers[str(layer)].mlp.gate for layer in settings.model.routed_layers}
     init_parameters(model, settings.training.seed)
     model.double()
 
     parameters = parameters_by_name(model)
     matrices = ("proj.weight", "embed_tokens.weight", "lm_head.weight")
+    matrices += (".mlp.gate.weight", ".experts.gate_up_proj", ".experts.down_proj")
     decayed = [parameter for name, parameter in parameters.items() if name.endswith(matrices)]
     exempt = [parameter for parameter in parameters.values() if not any(parameter is other for other in decayed)]
     exempt_marks = ("hlc_", "norm", ".bias", "lambda_", "_mix.")
@@ -156,10 +167,17 @@ def plain_training(
             group["lr"] = learning_rate(settings, step)
         optimizer.step()
         optimizer.zero_grad()
-        results.append((loss.item(), norm.item(), *(tensor.item() for tensor in divergence)))
+
+        stats = [router.stats for router in routers.values()]
+        balance = [torch.stack([stat.balance_loss for stat in stats]).mean() / BATCH] if stats else []
+        results.append((loss.item(), norm.item(), *(tensor.item() for tensor in (*divergence, *balance))))
+        for stat in stats:
+            stat.previous_counts, stat.counts, stat.balance_loss = stat.counts, None, None
 
     validation = compute_losses(settings.steps + 1)[1].item()
-    return results, validation, {name: parameter.detach().numpy() for name, parameter in parameters.items()}
+    tensors = {name: parameter.detach() for name, parameter in parameters.items()}
+    tensors |= {f"counts.{layer}": router.stats.previous_counts for layer, router in routers.items()}
+    return results, validation, {name: tensor.numpy() for name, tensor in tensors.items()}
 
 
 def new_engine(settings: Config, *, initialized: bool = True, teacher=None):
@@ -170,14 +188,14 @@ def new_engine(settings: Config, *, initialized: bool = True, teacher=None):
 
 
 def train(*, engine, first: int, last: int) -> list[tuple[float, ...]]:
-    """(loss, gradient norm) of the steps from `first` to `last`; with a teacher (loss, gradient norm, divergence)."""
+    """(loss, gradient norm) of the steps from `first` to `last`, and the divergence from a teacher or balance loss."""
     from megatron_mea.training.schedule import learning_rate
 
     results = []
     for step in range(first, last + 1):
         result = train_step(engine=engine, step=step, lr=learning_rate(engine.config, step))
-        divergence = [] if result.distillation_loss is None else [result.distillation_loss]
-        results.append((result.loss, result.grad_norm, *divergence))
+        others = [value for value in (result.distillation_loss, result.balance_loss) if value is not None]
+        results.append((result.loss, result.grad_norm, *others))
 
     return results
 

@@ -1,0 +1,82 @@
+"""Statistics of all routers over a step: how often experts were chosen, and how balanced they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from megatron_mea.model.decoder import Decoder
+from megatron_mea.model.moe import MoE, Router
+
+
+class RouterTotals:
+    """Sums the statistics of all routers over ranks, micro-batches and pipeline stages.
+
+    They are one vector, which the engine reduces with the losses of a step. Counts stay exact in float64.
+
+    Args:
+        model: this rank's part.
+        sequences: of a global batch.
+        device: of this rank.
+
+    Attributes:
+        counts: (routed layers, experts) int64: how often each expert was chosen in the last step.
+    """
+
+    def __init__(self, model: Decoder, *, sequences: int, device: torch.device) -> None:
+        config = model.config
+        self._layers, self._num_experts, self._sequences = config.routed_layers, config.num_experts, sequences
+        self._tp_size, self._device = model.tp.size, device
+        self._routers: dict[int, Router] = {
+            int(layer): block.mlp.gate for layer, block in model.layers.items() if isinstance(block.mlp, MoE)
+        }
+        self.counts = torch.zeros(len(self._layers), self._num_experts, dtype=torch.int64)
+
+    @property
+    def size(self) -> int:
+        """Elements of the vector; 0 for a dense model."""
+        return len(self._layers) * (self._num_experts + 1)
+
+    def pop_local(self) -> torch.Tensor:
+        """This rank's statistics since the last call, (size,) float64; zero for layers of other stages."""
+        rows = torch.zeros(len(self._layers), self._num_experts + 1, dtype=torch.float64, device=self._device)
+        for row, layer in zip(rows, self._layers, strict=True):
+            stats = self._routers[layer].stats if layer in self._routers else None
+            if stats is not None and stats.counts is not None:
+                row[:-1], row[-1] = stats.counts, stats.balance_loss
+                stats.counts = stats.balance_loss = None
+
+        return rows.flatten()
+
+    def end_step(self, totals: torch.Tensor) -> dict[str, float | list[float]]:
+        """Takes the vector summed over all ranks, for the next step's balance loss too; empty for a dense model.
+
+        Returns:
+            `balance_loss`, the mean of the layers, 1 where experts are balanced, and `expert_load`, the tokens of the
+            fullest expert over the mean, for each routed layer.
+        """
+        if not self._layers:
+            return {}
+
+        # Every rank of a tensor group has routed the same tokens.
+        rows = (totals / self._tp_size).view(len(self._layers), -1)
+        self._set_counts(rows[:, :-1].round().long())
+        load = rows[:, :-1].amax(1) / rows[:, :-1].mean(1)
+        *load_by_layer, balance_loss = torch.cat([load, rows[:, -1:].mean(0) / self._sequences]).tolist()
+        return {"balance_loss": balance_loss, "expert_load": load_by_layer}
+
+    def state(self) -> dict[str, list[int]]:
+        """The counts of the last step by layer, as meta.json holds them; empty for a dense model."""
+        return {str(layer): counts for layer, counts in zip(self._layers, self.counts.tolist(), strict=True)}
+
+    def load_state(self, state: Mapping[str, list[int]]) -> None:
+        """Restores what `state` returned; nothing where a checkpoint has none."""
+        if state:
+            self._set_counts(torch.tensor([state[str(layer)] for layer in self._layers], device=self._device))
+
+    def _set_counts(self, counts: torch.Tensor) -> None:
+        self.counts = counts
+        for layer_counts, layer in zip(counts, self._layers, strict=True):
+            if layer in self._routers:
+                self._routers[layer].stats.previous_counts = layer_counts

@@ -1,0 +1,114 @@
+"""Mixtures of experts on every kind of layout: losses, norms and every count equal one process in float64."""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.distributed import run_distributed
+from support.engines import config, layout, new_engine, plain_training, rank_batches, set_state, state, train
+
+from megatron_mea.config import Config
+
+pytestmark = pytest.mark.slow
+
+STEPS = 12
+EXPERTS = {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+    "mlp_only_layers": [1],
+    "qk_norm": True,
+    "router_aux_loss_coef": 0.5,
+}
+SEQUENCE = {"balance": "sequence", "router_z_loss_coef": 0.05}
+BATCH = {"balance": "batch", "router_z_loss_coef": 0.05}
+NONE = {"balance": "none"}
+FULL, SELECTIVE = {"activation_checkpointing": "full"}, {"activation_checkpointing": "selective"}
+
+Case = tuple[str, dict, dict]
+"""Name, sections `parallel` and `training`."""
+CASES: dict[int, list[Case]] = {
+    2: [
+        ("tp 2", layout(tensor=2), BATCH),
+        ("tp 2, sequence parallel", layout(tensor=2, sequence=True), SEQUENCE | SELECTIVE),
+        ("pp 2", layout(pipeline=2), BATCH | FULL),
+        ("dp 2, ZeRO 1", layout(zero=1), NONE),
+        ("dp 2, ZeRO 2", layout(zero=2), SEQUENCE | FULL),
+        ("dp 2, ZeRO 3", layout(zero=3), BATCH | SELECTIVE),
+        ("dp 2, micro-batches of one", layout(zero=0), SEQUENCE | {"micro_batch_size": 2}),
+    ],
+    4: [
+        ("tp 4, sequence parallel", layout(tensor=4, sequence=True), BATCH | FULL),
+        ("tp 2 x dp 2, ZeRO 2, sequence parallel", layout(tensor=2, zero=2, sequence=True), SEQUENCE),
+        ("tp 2 x dp 2, ZeRO 3", layout(tensor=2, zero=3), SEQUENCE | FULL),
+        ("tp 2 x pp 2, sequence parallel", layout(tensor=2, sequence=True, pipeline=2), BATCH),
+    ],
+}
+
+
+def case_settings(parallel: dict | None, training: dict) -> Config:
+    return config(parallel=parallel, model=EXPERTS, steps=STEPS, seq_length=16, training=training)
+
+
+def train_cases(cases: list[Case]) -> list[tuple[list[tuple[float, ...]], float, dict[str, np.ndarray]]]:
+    """Curve, validation loss, and weights and counts of each case; the first case is resumed half-way."""
+    from megatron_mea.training.distributed import start_distributed, stop_distributed
+    from megatron_mea.training.rank_env import RankEnv
+    from megatron_mea.training.replicas import check_replicas
+
+    torch.set_num_threads(1)
+    start_distributed(RankEnv.from_environment())
+    results = []
+    for _, parallel, training in cases:
+        engine = new_engine(case_settings(parallel, training))
+        half = STEPS // 2
+        curve = train(engine=engine, first=1, last=half)
+        # Validation in the middle counts nothing.
+        engine.evaluate(iter(rank_batches(engine, 1)), engine.grid.dims.num_micro_batches)
+        if (parallel, training) == cases[0][1:]:
+            # Resumes: weights, moments and counts are all that a step needs of those before it.
+            tensors, counts = state(engine), engine.routers.state()
+            engine = new_engine(case_settings(parallel, training), initialized=False)
+            set_state(engine=engine, tensors=tensors, step=half)
+            engine.routers.load_state(json.loads(json.dumps(counts)))
+
+        curve += train(engine=engine, first=half + 1, last=STEPS)
+        check_replicas(model=engine.model, grid=engine.grid, config=engine.config)
+        validation = engine.evaluate(iter(rank_batches(engine, STEPS + 1)), engine.grid.dims.num_micro_batches)
+        tensors = {name: tensor for name, tensor in state(engine).items() if not name.startswith("exp_avg")}
+        tensors |= {f"counts.{layer}": torch.tensor(counts) for layer, counts in engine.routers.state().items()}
+        results.append((curve, validation, {name: tensor.numpy() for name, tensor in tensors.items()}))
+
+    stop_distributed()
+    return results
+
+
+@functools.cache
+def reference(training: str) -> Any:
+    """Results of `plain_training`; the section `training` as JSON, for the cache."""
+    return plain_training(case_settings(None, json.loads(training)))
+
+
+@pytest.mark.parametrize("world_size", CASES)
+def test_layouts(world_size):
+    cases = CASES[world_size]
+    results = run_distributed(train_cases, world_size, cases, timeout=120 + 60 * len(cases))
+    for index, (name, _, training) in enumerate(cases):
+        curve_training = {key: value for key, value in training.items() if key != "activation_checkpointing"}
+        expected_curve, expected_validation, expected = reference(json.dumps(curve_training))
+        tensors: dict[str, np.ndarray] = {}
+        for result in results:
+            curve, validation, rank_tensors = result[index]
+            np.testing.assert_allclose(curve, expected_curve, rtol=1e-5, err_msg=name)
+            np.testing.assert_allclose(validation, expected_validation, rtol=1e-5, err_msg=name)
+            tensors |= rank_tensors
+
+        assert tensors.keys() == expected.keys(), name
+        for tensor, values in expected.items():
+            tolerance = 0 if tensor.startswith("counts") else 1e-5
+            np.testing.assert_allclose(tensors[tensor], values, rtol=0, atol=tolerance, err_msg=f"{name} {tensor}")
