@@ -13,11 +13,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from megatron_mea.config.schema import MAX_COUNT, MAX_LAYERS, MAX_SIZE, Model
+from megatron_mea.config.schema import MAX_COUNT, MAX_EXPERTS, MAX_LAYERS, MAX_SIZE, Model
 from megatron_mea.errors import Problem, UserError, shorten
 from megatron_mea.inputs import read_json_object
 
-STOCK_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+STOCK_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 """model_type of the Hugging Face models that compute what our variant `plain` does."""
 CONFIG_JSON = "config.json"
 MAX_CONFIG_BYTES = 1 << 20
@@ -30,6 +30,8 @@ _Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 _Positive = Annotated[float, Field(gt=0, le=1e18)]
 _NotNegative = Annotated[float, Field(ge=0, le=1e18)]
 _Share = Annotated[float, Field(gt=0, le=1)]
+_Experts = Annotated[int, Field(ge=1, le=MAX_EXPERTS)]
+_Index = Annotated[int, Field(ge=0, le=MAX_LAYERS)]
 _LayerType = Literal["full_attention", "sliding_attention"]
 _RopeType = Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope", "proportional"]
 _Name = Annotated[str, Field(max_length=64)]
@@ -108,6 +110,17 @@ class _StockKeys(_CommonKeys):
     layer_types: Annotated[list[_LayerType], Field(max_length=MAX_LAYERS, fail_fast=True)] | None = None
 
 
+class _Qwen3MoeKeys(_StockKeys):
+    # transformers 5 saves the second name.
+    num_experts: _Experts | None = None
+    num_local_experts: _Experts | None = None
+    num_experts_per_tok: _Size = 8
+    moe_intermediate_size: _Size = 1
+    norm_topk_prob: bool = False
+    decoder_sparse_step: _Count = 1
+    mlp_only_layers: Annotated[list[_Index], Field(max_length=MAX_LAYERS, fail_fast=True)] | None = None
+
+
 _MEAKeys = create_model(
     "_MEAKeys",
     __base__=_CommonKeys,
@@ -132,6 +145,7 @@ _UNDERSTOOD: dict[str, type[_Keys]] = {
     "mea": _MEAKeys,
     "mea_vllm": _ServedKeys,
     **dict.fromkeys(STOCK_MODEL_TYPES, _StockKeys),
+    "qwen3_moe": _Qwen3MoeKeys,
 }
 
 _WITHOUT_EFFECT = frozenset(
@@ -142,7 +156,9 @@ _WITHOUT_EFFECT = frozenset(
         *("use_cache", "output_hidden_states", "output_attentions", "return_dict", "use_return_dict", "torchscript"),
         *("chunk_size_feed_forward", "use_bfloat16", "tf_legacy_loss", "gradient_checkpointing", "pretraining_tp"),
         *("tie_last_hidden_states", "is_decoder", "cross_attention_hidden_size", "tie_encoder_decoder"),
-        *("attn_implementation", "experts_implementation"),
+        *("attn_implementation", "experts_implementation", "output_router_logits"),
+        # Of a training, which has its own.
+        "router_aux_loss_coef",
         # Classification, tokenizers.
         *("id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params"),
         *("classifier_dropout", "tokenizer_class", "prefix", "sep_token_id", "decoder_start_token_id"),
@@ -161,7 +177,7 @@ _OFF = {
     "pruned_heads": "nothing: heads that were pruned are not supported",
     **dict.fromkeys(
         ("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok"),
-        "nothing: mixtures of experts are not supported",
+        "nothing: of mixtures of experts qwen3_moe is supported, and our own exports",
     ),
     **dict.fromkeys(("quantization_config", "compression_config"), "nothing: weights in float32, bfloat16 or float16"),
     "per_layer_config": "nothing: layers that differ are not supported",
@@ -169,6 +185,13 @@ _OFF = {
 """Keys with which a model computes something else, unless they are null, false, 0 or empty."""
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "is_causal": (None, True),
+    # Routers and experts of other families.
+    **dict.fromkeys(("n_group", "topk_group", "num_expert_group", "first_k_dense_replace"), (None, 0, 1)),
+    **dict.fromkeys(("router_jitter_noise", "n_shared_experts", "num_shared_experts"), (None, 0)),
+    **dict.fromkeys(("shared_expert_intermediate_size", "moe_router_bias", "router_bias"), (None, 0)),
+    "routed_scaling_factor": (None, 1),
+    "scoring_func": (None, "softmax"),
+    "topk_method": (None, "greedy"),
     # Another one may name a kernel, which transformers would fetch from the hub.
     **dict.fromkeys(
         ("attn_implementation", "_attn_implementation"),
@@ -295,6 +318,12 @@ def _refusals(contents: dict[str, Any], keys: type[_Keys]) -> Iterator[Problem]:
         if not any(contents.get(key) is value or contents.get(key) == value for value in allowed):
             names = ", ".join(str(value).lower() for value in allowed[1:])
             yield Problem(where=key, got=contents[key], expected=f"nothing, or {names}")
+
+    names = ("num_experts", "num_local_experts")
+    if len({contents[name] for name in names if isinstance(contents.get(name), int)}) > 1:
+        yield Problem(
+            where=names[0], got=f"{contents[names[0]]}, and {names[1]} = {contents[names[1]]}", expected="one number"
+        )
 
     # transformers would make a list as long.
     num_labels = contents.get("num_labels")

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import shutil
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 
@@ -13,9 +14,11 @@ import torch
 from transformers import GenerationConfig
 
 from megatron_mea.checkpoint.folder import GENERATION, OVERHEAD_BYTES
+from megatron_mea.checkpoint.tensors import row_chunks
 from megatron_mea.data.corpora import Corpora
 from megatron_mea.data.tokenizer import copy_tokenizer, limit_length
 from megatron_mea.errors import UserError
+from megatron_mea.huggingface.expert_tensors import ExpertMatrix
 from megatron_mea.huggingface.importing import as_checkpoint, import_settings
 from megatron_mea.huggingface.model_card import model_card
 from megatron_mea.huggingface.model_folder import CheckpointFolder, HFFolder, ModelFolder, StoredTensors
@@ -106,8 +109,23 @@ def _write_and_compare(
     """Writes all files of the export to `folder`, checks its logits, and describes the result for the user."""
     folder.mkdir()
 
+    @lru_cache(maxsize=1)
+    def read_experts(name: str, offsets: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
+        return stored.read_tensor(name, offsets=offsets, shape=shape)
+
+    def read_expert(name: str, expert: ExpertMatrix) -> torch.Tensor:
+        # A chunk of a checkpoint is read whole for any part of it, so the experts of a chunk are read once.
+        index, first, _ = expert.offsets
+        chunks = row_chunks(stored.shapes[name])
+        offsets, shape = next((start, size) for start, size in chunks if start[0] <= index < start[0] + size[0])
+        box = read_experts(name, offsets, shape)[index - offsets[0]]
+        return box[first : first + expert.shape[1]].unsqueeze(0)
+
     def read_exported(name: str) -> torch.Tensor:
         recipe = target.tensors[name]
+        if recipe.expert is not None:
+            return recipe.make(read_expert(recipe.sources[0], recipe.expert))
+
         return recipe.make(*map(stored.read_tensor, recipe.sources))
 
     shapes = {name: recipe.shape for name, recipe in target.tensors.items()}

@@ -33,6 +33,11 @@ _SHARED_KEYS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings"),
 )
+EXPERT_KEYS = (
+    *("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"),
+    *("mlp_only_layers", "decoder_sparse_step"),
+)
+"""Keys that we share with Qwen3-MoE."""
 _GENERATION_BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), (1, 64)),
     **dict.fromkeys(("max_length", "max_new_tokens"), (1, MAX_COUNT)),
@@ -195,11 +200,12 @@ def _settings_problems(config: Any, model_type: str) -> Iterator[Problem]:
 
 def _stock_settings(config: Any, model_type: str) -> dict[str, Any]:
     """Our `model` section of a stock model, not validated."""
-    fields = {key: getattr(config, key) for key in _SHARED_KEYS}
+    keys = _SHARED_KEYS + (EXPERT_KEYS if model_type == "qwen3_moe" else ())
+    fields = {key: getattr(config, key) for key in keys}
     return fields | {
         "attention_variant": "plain",
         "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        "qk_norm": model_type == "qwen3",
+        "qk_norm": model_type in ("qwen3", "qwen3_moe"),
         "attention_bias": model_type == "qwen2",
         # It does not matter where there are weights; transformers allows zero, we do not.
         "initializer_range": config.initializer_range or 0.02,

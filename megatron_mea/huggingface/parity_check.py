@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from megatron_mea.config.schema import Model
 from megatron_mea.errors import RunError
+from megatron_mea.huggingface.expert_tensors import expert_matrices
 from megatron_mea.huggingface.targets import ExportTarget
 from megatron_mea.model.decoder import single_layers
 from megatron_mea.model.layerwise import load_layer
@@ -76,7 +77,8 @@ def check_parity(
 
         return expected.double()
 
-    config = type(target.config).from_pretrained(folder)
+    # Grouped products are none of float64.
+    config = type(target.config).from_pretrained(folder, experts_implementation="eager")
     with torch.no_grad():
         actual = _run_exported(
             model_class=target.model_class, config=config, files=files, read=read_verified, tokens=tokens
@@ -114,8 +116,14 @@ def _run_exported(
         model = model_class(config).double().eval()
 
     tied = "lm_head.weight" if config.tie_word_embeddings else None
-    expected = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items() if name != tied}
-    if problems := sorted(expected.keys() ^ files.keys()):
+    experts = {name: list(expert_matrices(name, parameter.shape)) for name, parameter in model.named_parameters()}
+    expected = {
+        stored
+        for name in model.state_dict()
+        if name != tied
+        for stored in [matrix.name for matrix in experts.get(name, ())] or [name]
+    }
+    if problems := sorted(expected ^ files.keys()):
         raise ExportError(f"missing or unexpected: {', '.join(problems)}")
 
     base = model.model
@@ -133,9 +141,20 @@ def _run_exported(
             if parameter is not None
         ]
 
+    def read_parameter(name: str) -> torch.Tensor:
+        if not experts[name]:
+            return read(name)
+
+        stack = torch.empty(model.get_parameter(name).shape, dtype=torch.float64)
+        for matrix in experts[name]:
+            expert, first, _ = matrix.offsets
+            stack[expert, first : first + matrix.shape[1]] = read(matrix.name)
+
+        return stack
+
     def fill(part: nn.Module, *_: object) -> None:
         for module, key, name in parameters_of(part):
-            tensor = read("model.embed_tokens.weight" if name == tied else name)
+            tensor = read_parameter("model.embed_tokens.weight" if name == tied else name)
             if tensor.shape != module._parameters[key].shape:
                 raise ExportError(f"{name} has the shape {tuple(tensor.shape)}")
             module._parameters[key] = nn.Parameter(tensor, requires_grad=False)

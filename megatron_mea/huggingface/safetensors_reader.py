@@ -12,6 +12,13 @@ from safetensors import SafetensorError, safe_open
 from megatron_mea.checkpoint.tensors import Fragment, row_chunks
 from megatron_mea.errors import Problem, UserError
 from megatron_mea.huggingface.config_keys import CONFIG_JSON, MAX_NAMED
+from megatron_mea.huggingface.expert_tensors import (
+    ExpertMatrix,
+    expert_matrices,
+    first_missing,
+    parse_expert_name,
+    stack_shapes,
+)
 from megatron_mea.inputs import read_json_object
 
 _DTYPES = ("F32", "BF16", "F16", "F64")
@@ -24,11 +31,19 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """The file of a tensor, its shape, and its dtype as safetensors calls it."""
+    """A tensor of a folder.
+
+    Args:
+        file: which it is in; of a stack of experts, the first expert.
+        shape: of the full tensor.
+        dtype: as safetensors calls it; of a stack whose experts differ, all of them.
+        experts: of a stack that is stored as a tensor for each expert, these.
+    """
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    experts: tuple[tuple[ExpertMatrix, StoredTensor], ...] = ()
 
 
 def scan_safetensors(path: Path, where: str) -> dict[str, StoredTensor]:
@@ -90,7 +105,23 @@ def scan_model(*, path: Path, where: str, num_layers: int, tied: bool) -> dict[s
             expected=f"at most {len(tensors)}, as many as the safetensors have tensors",
         )
 
-    return _without_tied_head(path=path, where=where, tensors=tensors, tied=tied)
+    return _without_tied_head(path=path, where=where, tensors=_stack_experts(tensors), tied=tied)
+
+
+def _stack_experts(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The tensors with the names and shapes that they have in memory, where experts are stacked."""
+    stacked = {}
+    for name, shape in stack_shapes((name, tensor.shape) for name, tensor in tensors.items()).items():
+        if name in tensors:
+            # Stored twice: the experts stay as they are, and are refused.
+            continue
+
+        experts = tuple((matrix, tensors[matrix.name]) for matrix in expert_matrices(name, shape))
+        dtype = ", ".join(sorted({tensor.dtype for _, tensor in experts}))
+        stacked[name] = StoredTensor(file=experts[0][1].file, shape=shape, dtype=dtype, experts=experts)
+
+    members = {matrix.name for stack in stacked.values() for matrix, _ in stack.experts}
+    return {name: tensor for name, tensor in tensors.items() if name not in members} | stacked
 
 
 def check_tensors(
@@ -107,18 +138,24 @@ def check_tensors(
         expected_by: who expects them, for messages.
     """
     problems = []
-    for name in expected:
+    for name, shape in expected.items():
         if name not in shapes:
-            problems.append(
-                Problem(where=where, got=f"{path} without {name}", expected=f"{name} of shape {expected[name]}")
-            )
-        elif shapes[name] != expected[name]:
+            name, shape = first_missing(name, shape, shapes)
+        if name not in shapes:
+            problems.append(Problem(where=where, got=f"{path} without {name}", expected=f"{name} of shape {shape}"))
+        elif shapes[name] != shape:
             got = f"{name} of shape {shapes[name]} in {path}"
-            problems.append(Problem(where=where, got=got, expected=f"{expected[name]}, by {expected_by}"))
+            problems.append(Problem(where=where, got=got, expected=f"{shape}, by {expected_by}"))
 
-    unknown = (name for name in shapes if name not in expected)
+    def is_unknown(name: str) -> bool:
+        expert = parse_expert_name(name)
+        # Those of an incomplete stack are not all named: the first that is missing is.
+        num_experts = expected.get(expert.stack, (0,))[0] if expert and expert.stack not in shapes else 0
+        return name not in expected and not (expert and expert.index < num_experts)
+
     problems += [
-        Problem(where=where, got=f"{name} in {path}", expected=f"only what {expected_by} describes") for name in unknown
+        Problem(where=where, got=f"{name} in {path}", expected=f"only what {expected_by} describes")
+        for name in filter(is_unknown, shapes)
     ]
     more = len(problems) - MAX_NAMED
     if more > 0:
@@ -155,10 +192,32 @@ def _without_tied_head(
 def fill_fragments(tensors: Mapping[str, StoredTensor], fragments: Iterable[Fragment]) -> None:
     """Fills fragments of the tensors, a chunk at a time."""
     for fragment in fragments:
-        with safe_open(tensors[fragment.name].file, framework="pt") as file:
-            full_tensor = file.get_slice(fragment.name)
-            for offsets, view in fragment.chunks():
-                view.copy_(full_tensor[_slices(offsets, view.shape)])
+        tensor = tensors[fragment.name]
+        for offsets, view in fragment.chunks():
+            if tensor.experts:
+                _fill_from_experts(tensor, offsets=offsets, view=view)
+            else:
+                with safe_open(tensor.file, framework="pt") as file:
+                    view.copy_(file.get_slice(fragment.name)[_slices(offsets, view.shape)])
+
+
+def _fill_from_experts(tensor: StoredTensor, *, offsets: tuple[int, ...], view: torch.Tensor) -> None:
+    """Fills a view of a stack (experts, rows, columns) at these offsets from the tensors of its experts."""
+    for matrix, stored in tensor.experts:
+        # The part of the matrix in the view, counted in the stack.
+        starts = tuple(map(max, offsets, matrix.offsets))
+        stops = (
+            min(offset + size, first + length)
+            for offset, size, first, length in zip(offsets, view.shape, matrix.offsets, matrix.shape, strict=True)
+        )
+        shape = tuple(stop - start for start, stop in zip(starts, stops, strict=True))
+        if min(shape) <= 0:
+            continue
+
+        in_view = _slices((start - offset for start, offset in zip(starts, offsets, strict=True)), shape)
+        in_matrix = _slices((start - first for start, first in zip(starts, matrix.offsets, strict=True)), shape)
+        with safe_open(stored.file, framework="pt") as file:
+            view[in_view].copy_(file.get_slice(matrix.name)[in_matrix[1:]].unsqueeze(0))
 
 
 def _slices(offsets: Iterable[int], shape: Iterable[int]) -> tuple[slice, ...]:

@@ -19,6 +19,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from megatron_mea.attention.hlc import fold_weight
@@ -34,7 +36,8 @@ from megatron_mea.exported import (
 )
 from megatron_mea.exported.modeling_mea import MEAForCausalLM
 from megatron_mea.exported.modeling_mea_vllm import MEAServedConfig, MEAServedForCausalLM
-from megatron_mea.huggingface.hf_config import to_hf_config
+from megatron_mea.huggingface.expert_tensors import ExpertMatrix, expert_matrices
+from megatron_mea.huggingface.hf_config import EXPERT_KEYS, to_hf_config
 from megatron_mea.model.decoder import parameter_shapes
 
 _CPU_WIDTHS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -48,11 +51,13 @@ class TensorRecipe:
     Args:
         shape: of the result.
         sources: names of the parameters, whose float32 masters `make` gets in this order.
+        expert: the matrix of the source that `make` gets instead of all of it.
         make: computes the result in float32.
     """
 
     shape: tuple[int, ...]
     sources: tuple[str, ...] = ()
+    expert: ExpertMatrix | None = None
     make: Callable[..., torch.Tensor] = lambda source: source
 
 
@@ -101,8 +106,21 @@ def make_export_target(name: str, model: Model, **fields: Any) -> ExportTarget:
 
 
 def _trained_tensors(model: Model) -> dict[str, TensorRecipe]:
-    """The parameters as trained, by name."""
-    return {name: TensorRecipe(shape=shape, sources=(name,)) for name, shape in parameter_shapes(model).items()}
+    """The parameters as trained, by name; those of experts one by one, as transformers stores and vLLM reads them."""
+    recipes = {}
+    for name, shape in parameter_shapes(model).items():
+        experts = list(expert_matrices(name, shape))
+        for expert in experts:
+            recipes[expert.name] = TensorRecipe(shape=expert.shape[1:], sources=(name,), expert=expert, make=_unstack)
+        if not experts:
+            recipes[name] = TensorRecipe(shape=shape, sources=(name,))
+
+    return recipes
+
+
+def _unstack(matrix: torch.Tensor) -> torch.Tensor:
+    # shape: (1, rows, columns) -> (rows, columns)
+    return matrix.squeeze(0)
 
 
 def _transformers_target(model: Model, fields: dict[str, Any]) -> ExportTarget:
@@ -130,6 +148,7 @@ def _stock_target(model: Model, fields: dict[str, Any]) -> ExportTarget:
     shared_keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     shared_keys += ("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_parameters", "max_position_embeddings")
     shared_keys += ("tie_word_embeddings", "initializer_range")
+    shared_keys += EXPERT_KEYS if model.num_experts else ()
     shared_fields = {name: getattr(model, name) for name in shared_keys}
     if config_class is Qwen2Config:
         del shared_fields["head_dim"]
@@ -154,7 +173,7 @@ def _stock_target(model: Model, fields: dict[str, Any]) -> ExportTarget:
                 shape=(hidden,), sources=(), make=lambda hidden=hidden: torch.zeros(hidden)
             )
 
-    kind = config_class.model_type.capitalize()
+    kind = config_class.__name__.removesuffix("Config")
     notes = [f"A plain {kind}, which computes the same and needs no code: the head combination is folded into weights."]
     if not model.has_hlc:
         notes = [f"A plain {kind}, which needs no code."]
@@ -174,6 +193,14 @@ def _fold_in_float64(projection: torch.Tensor, combination: torch.Tensor) -> tor
 
 def _stock_classes(model: Model) -> tuple[type[PreTrainedConfig], type[PreTrainedModel], dict[str, Any]]:
     """(configuration class, model class, own fields) of the stock architecture that equals this model without MEA."""
+    if model.num_experts:
+        if model.qk_norm and not model.attention_bias:
+            return Qwen3MoeConfig, Qwen3MoeForCausalLM, {"attention_bias": False}
+
+        problem = "attention_bias" if model.attention_bias else "no qk_norm"
+        expected = "transformers: Qwen3-MoE normalises queries and keys, and has no biases"
+        raise UserError(where="--target", got=f"stock, of a model with experts and {problem}", expected=expected)
+
     if model.qk_norm:
         return Qwen3Config, Qwen3ForCausalLM, {"attention_bias": model.attention_bias}
     if model.attention_bias and model.num_attention_heads * model.head_dim == model.hidden_size:

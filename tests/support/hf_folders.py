@@ -41,6 +41,15 @@ KINDS = {
     "qwen2": {"head_dim": 4, "rms_norm_eps": 1e-5},
     "qwen2-tied": {"head_dim": 4, "tie_word_embeddings": True, "use_sliding_window": True, "max_window_layers": 2},
     "qwen3": {},
+    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "qwen3_moe-mixed": {
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 12,
+        "num_hidden_layers": 3,
+        "mlp_only_layers": [1],
+        "norm_topk_prob": True,
+    },
     "qwen3-yarn": {"rope_parameters": YARN | {"rope_theta": 1e4}, "rms_norm_eps": 1e-5},
 }
 """Models of transformers' own classes, by the part of the name before the dash."""
