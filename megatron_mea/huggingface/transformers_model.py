@@ -29,6 +29,7 @@ def build_causal_lm(*, model: Model, weights: dict[str, torch.Tensor], **ids: in
 
     causal_lm.load_state_dict(weights, strict=True, assign=True)
     causal_lm.tie_weights()
+    _choose_expert_products(causal_lm)
     return causal_lm
 
 
@@ -79,10 +80,20 @@ def load_pretrained(config_json: ConfigJson) -> tuple[PreTrainedModel, dict[str,
             local_files_only=True,
         )
         model.set_attn_implementation("sdpa")
+        _choose_expert_products(model)
     except Exception as error:
         raise _not_loadable(where, error) from None
 
     return model, {name: tensor.file for name, tensor in tensors.items()}
+
+
+def _choose_expert_products(model: PreTrainedModel) -> None:
+    """Has experts computed one by one where torch's grouped products do not take their widths."""
+    config = model.config
+    if getattr(config, "num_experts", 0) and any(
+        size % 4 for size in (config.hidden_size, config.moe_intermediate_size)
+    ):
+        model.set_experts_implementation("eager")
 
 
 def _not_loadable(where: str, error: Exception) -> UserError:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support.hf_folders import KINDS, LLAMA3, SIZES, YARN, edit_config_json, read_weights, save_export, save_stock_model
-from support.models import name_of, small_model, variants
+from support.models import expert_cases, name_of, small_model, variants
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from megatron_mea.checkpoint import tensors
@@ -240,7 +240,7 @@ class TestVariants:
         difference = (actual - expected).norm() / expected.norm()
         assert (difference > 0.01) if normed else (difference < 2e-6)
 
-    @pytest.mark.parametrize("case", variants(), ids=name_of)
+    @pytest.mark.parametrize("case", [*variants(), *expert_cases()], ids=name_of)
     def test_an_export_comes_back_bit_for_bit(self, case, tmp_path):
         source = save_export(tmp_path / "export", **case)
         for number in range(2):

@@ -21,7 +21,14 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 128,
 }
-KINDS = {"llama": {"head_dim": 8}, "mistral": {"sliding_window": None}, "qwen2": {}, "qwen3": {"head_dim": 8}}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+KINDS = {
+    "llama": {"head_dim": 8},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "qwen3_moe": {"head_dim": 8} | EXPERTS,
+}
 HEADS, DIM, LAYERS = 4, {"mistral": 4, "qwen2": 4}, 3
 
 

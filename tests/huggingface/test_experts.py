@@ -1,0 +1,249 @@
+"""Mixtures of experts in Hugging Face folders: both ways of storing them, what is refused, and memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from support.hf_folders import save_export, save_stock_model
+from support.models import expert_cases
+from support.source_models import save_source_model
+from transformers import AutoModelForCausalLM
+
+from megatron_mea.checkpoint.tensors import read_tensors, weight_shapes
+from megatron_mea.cli import main
+from megatron_mea.errors import UserError
+from megatron_mea.huggingface.config_keys import read_config_json
+from megatron_mea.huggingface.expert_tensors import expert_matrices, parse_expert_name, stack_shapes
+from megatron_mea.huggingface.hf_config import model_section
+from megatron_mea.huggingface.importing import import_model
+from megatron_mea.huggingface.model_folder import ModelFolder
+from megatron_mea.huggingface.weights import open_weights
+
+EXPERT = "model.layers.0.mlp.experts.3.up_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory) -> Path:
+    return save_stock_model("qwen3_moe", tmp_path_factory.mktemp("stock") / "qwen3_moe")
+
+
+@pytest.fixture
+def folder(stock, tmp_path) -> Path:
+    """A copy of a small Qwen3-MoE."""
+    copy = tmp_path / "moe"
+    copy.mkdir()
+    for file in stock.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    return copy
+
+
+def edit(folder: Path, **changes) -> None:
+    file = folder / "config.json"
+    contents = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in contents.items() if value != "absent"}))
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        ModelFolder.locate(folder, "HF_DIR").tensors()
+    return str(caught.value)
+
+
+def test_published_and_saved_names_of_the_number_of_experts(folder):
+    """transformers 5 saves num_local_experts, published files have num_experts."""
+    assert "num_local_experts" in json.loads((folder / "config.json").read_text())
+    expected = ModelFolder.locate(folder).settings()
+    edit(folder, num_local_experts="absent", num_experts=8)
+    assert ModelFolder.locate(folder).settings() == expected
+    assert expected.num_experts == 8
+    assert not expected.norm_topk_prob
+
+    edit(folder, num_local_experts=9)
+    assert "num_experts = 8, and num_local_experts = 9" in refusal(folder)
+
+
+def test_fused_tensors_are_read_as_separate_ones(folder):
+    separate = ModelFolder.locate(folder, "HF_DIR").tensors()
+    expected = {name: separate.read_tensor(name) for name in separate.shapes}
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
+    assert "model.layers.0.mlp.experts.gate_up_proj" in load_file(folder / "model.safetensors")
+
+    stored = ModelFolder.locate(folder, "HF_DIR").tensors()
+    assert stored.shapes == separate.shapes
+    assert all(torch.equal(stored.read_tensor(name), tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({EXPERT: None}, f"without {EXPERT}"),
+        ({EXPERT: torch.zeros(16, 15)}, f"{EXPERT} of shape (16, 15)"),
+        ({EXPERT.replace(".3.", ".8."): torch.zeros(16, 16)}, "experts.8.up_proj.weight"),
+        ({"model.layers.0.mlp.experts.gate_up_proj": torch.zeros(8, 32, 16)}, "experts.0.gate_proj.weight"),
+        ({"model.layers.0.mlp.gate.weight": None}, "without model.layers.0.mlp.gate.weight"),
+    ],
+    ids=["missing", "shape", "one more", "twice", "router"],
+)
+def test_what_does_not_fit_is_named(folder, change, message):
+    tensors = load_file(folder / "model.safetensors")
+    changed = {name: tensor for name, tensor in (tensors | change).items() if tensor is not None}
+    save_file(changed, folder / "model.safetensors")
+    error = refusal(folder)
+    assert message in error
+    # Not every expert of a stack that lacks one.
+    assert error.count("safetensors") + error.count("without") + error.count("shape") < 25
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("n_group", 8, "nothing, or 0, 1"),
+        ("topk_group", 4, "nothing, or 0, 1"),
+        ("routed_scaling_factor", 2.5, "nothing, or 1"),
+        ("scoring_func", "sigmoid", "nothing, or softmax"),
+        ("router_jitter_noise", 0.1, "nothing, or 0"),
+        ("shared_expert_intermediate_size", 64, "nothing, or 0"),
+        ("n_shared_experts", 1, "nothing, or 0"),
+        ("first_k_dense_replace", 3, "nothing, or 0, 1"),
+        ("router_bias", True, "nothing, or 0"),
+        ("decoder_sparse_step", 0, "greater than or equal to 1"),
+        ("num_experts_per_tok", 9, "at most model.num_experts = 8"),
+        ("mlp_only_layers", [2], "layers from 0 to 1"),
+        ("mlp_only_layers", [-1], "greater than or equal to 0"),
+        ("num_local_experts", 1 << 20, "less than or equal to"),
+        ("attention_bias", True, "a bias on o_proj is not supported"),
+    ],
+)
+def test_other_families_are_refused_by_their_keys(folder, key, value, expected):
+    edit(folder, **{key: value})
+    error = refusal(folder)
+    assert key in error
+    assert expected in error
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss", "olmoe"])
+def test_other_architectures_are_refused_by_name(folder, model_type):
+    edit(folder, model_type=model_type)
+    assert model_type in refusal(folder)
+
+
+def test_a_dense_model_has_no_experts(tmp_path):
+    folder = save_stock_model("qwen3", tmp_path / "qwen3")
+    edit(folder, num_experts=8)
+    assert "num_experts" in refusal(folder)
+
+
+def test_experts_of_a_dense_model_are_refused_by_name(folder, tmp_path):
+    """A run with experts does not begin with a dense model, nor a dense run with experts."""
+    dense = save_stock_model("qwen3", tmp_path / "qwen3")
+    for source, other in ((dense, folder), (folder, dense)):
+        with pytest.raises(UserError) as caught:
+            open_weights(source, ModelFolder.locate(other).settings())
+        assert "model.num_experts" in {problem.where for problem in caught.value.problems}
+
+
+@given(
+    experts=st.integers(1, 5),
+    rows=st.integers(1, 4),
+    columns=st.integers(1, 4),
+    kind=st.sampled_from(["gate_up_proj", "down_proj"]),
+)
+def test_names_go_out_and_come_back(experts, rows, columns, kind):
+    rows *= 2
+    name = f"model.layers.7.mlp.experts.{kind}"
+    matrices = list(expert_matrices(name, (experts, rows, columns)))
+    covered = torch.zeros(experts, rows, columns)
+    for matrix in matrices:
+        expert, first, _ = matrix.offsets
+        covered[expert, first : first + matrix.shape[1]] += 1
+        parsed = parse_expert_name(matrix.name)
+        assert parsed is not None
+        assert (parsed.index, parsed.stack) == (expert, name)
+
+    assert (covered == 1).all()
+    assert stack_shapes((matrix.name, matrix.shape[1:]) for matrix in matrices) == {name: (experts, rows, columns)}
+    assert not list(expert_matrices("model.layers.7.mlp.down_proj.weight", (rows, columns)))
+
+
+FRESH = """
+import sys
+from transformers import AutoModelForCausalLM
+import torch
+folder, again = sys.argv[1:3]
+model, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+model.save_pretrained(again, max_shard_size="20KB")
+second, info = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True, output_loading_info=True)
+assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+assert all(torch.equal(second.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+torch.save({name: tensor for name, tensor in model.state_dict().items()}, sys.argv[3])
+"""
+
+
+@pytest.mark.slow
+def test_an_export_loads_in_a_fresh_process_with_nothing_newly_initialised(tmp_path):
+    """Our modeling files register how experts are stored, which transformers does for its own classes alone."""
+    source = save_export(tmp_path / "source", **expert_cases()[1])
+    assert main(["export", str(source), str(tmp_path / "export")]) == 0
+    stored = load_file(tmp_path / "export" / "model.safetensors")
+    assert sum(".experts." in name for name in stored) == 2 * 8 * 3
+
+    command = [sys.executable, "-c", FRESH, tmp_path / "export", tmp_path / "again", tmp_path / "state.pt"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "again").glob("*.safetensors"))) > 1
+    state = torch.load(tmp_path / "state.pt")
+    assert import_model(ModelFolder.locate(source), tmp_path / "checkpoint")
+    masters = read_tensors(tmp_path / "checkpoint", weight_shapes(tmp_path / "checkpoint"))
+    assert masters.keys() == state.keys()
+    assert all(torch.equal(masters[name], state[name]) for name in masters)
+
+
+@pytest.mark.slow
+def test_every_verb_takes_them(tiny, tmp_path, capsys):
+    source = save_source_model("qwen3_moe", tmp_path / "moe", tokenizer=tiny.tokenizer)
+    data, compressed = str(tiny.validation), tmp_path / "compressed"
+    losses = {}
+    command = ["compress", str(source), str(compressed), "--cache-ratio", "0.5", "--calibration", data, "--align"]
+    assert main(command) == 0
+    assert main(["import", str(compressed), str(tmp_path / "checkpoint")]) == 0
+    for name in (source, compressed, tmp_path / "checkpoint"):
+        capsys.readouterr()
+        assert main(["evaluate", str(name), "--data", data]) == 0
+        losses[name] = json.loads(capsys.readouterr().out)["cross_entropy"]
+        assert main(["generate", str(name), "--prompt", "In the", "--max-new-tokens", "3"]) == 0
+
+    assert losses[compressed] == pytest.approx(losses[tmp_path / "checkpoint"], rel=1e-5)
+    assert losses[compressed] != losses[source]
+
+    assert main(["inspect", str(tmp_path / "checkpoint")]) == 0
+    result = tmp_path / "sensitivity.json"
+    command = ["sensitivity", str(source), "--component-heads", "2", "--data", data, "--out", str(result)]
+    assert main(command) == 0
+    assert len(json.loads(result.read_text())["layers"]) == 3
+
+
+def test_a_stock_export_needs_what_qwen3_moe_has(tmp_path, capsys):
+    source = save_export(tmp_path / "source", **expert_cases()[3] | {"qk_norm": False})
+    assert main(["export", str(source), str(tmp_path / "out"), "--target", "stock"]) == 2
+    error = capsys.readouterr().err
+    assert "experts and no qk_norm" in error
+    assert "--target" in error
+
+
+def test_settings_of_an_export_come_back(tmp_path):
+    for number, case in enumerate(expert_cases()):
+        folder = save_export(tmp_path / str(number), **case)
+        model, _ = model_section(read_config_json(folder, "HF_DIR"))
+        assert {key: getattr(model, key) for key in case if key != "num_component_heads"} == {
+            key: value for key, value in case.items() if key != "num_component_heads"
+        }
