@@ -1,53 +1,49 @@
-"""Splitting layers over pipeline stages: contiguous parts of the model, balanced by number of parameters."""
+"""Splitting layers over pipeline stages: contiguous parts of the model, balanced by the work of its layers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from megatron_mea.config.schema import Model
-from megatron_mea.model.decoder import Decoder, StageLayers, single_layers
+from megatron_mea.model.decoder import StageLayers
+from megatron_mea.model.flops import layer_flops
 
 
-def pipeline_stages(config: Model, count: int) -> list[StageLayers]:
+def pipeline_stages(config: Model, count: int, *, seq_length: int) -> list[StageLayers]:
     """Splits the layers over `count` stages, at most num_hidden_layers; each goes to `Decoder(stage=...)`.
+
+    A pipeline waits for its slowest stage, so FLOPs of the forward pass are balanced and not parameters: the embedding
+    has none, the head's matrix is used by every token, and of an expert layer a token uses a few experts.
 
     Embedding and head stay with a block: DeepSpeed's gradient norm fails on a rank that holds no parameter it counts,
     such as a tensor rank other than the first with only a norm and a tied matrix.
+
+    Args:
+        seq_length: tokens of a sample, on which the work of attention depends.
     """
-    embedding, *blocks, head = layer_sizes(config)
-    blocks[0] += embedding
-    blocks[-1] += head
+    _, *work, head = layer_flops(config, seq_length=seq_length)
+    work[-1] += head
+    # Where that leaves a choice the first stage gets less: it holds the embedding, as large as the head, and the
+    # activations of most micro-batches.
+    weights = [work[0] + head, *work[1:]]
     return [
-        StageLayers(embedding=part.start == 0, blocks=part, head=part.stop == len(blocks))
-        for part in balanced_partition(blocks, count)
+        StageLayers(embedding=part.start == 0, blocks=part, head=part.stop == len(work))
+        for part in balanced_partition(work, count, weights=weights)
     ]
 
 
-def layer_sizes(config: Model) -> list[int]:
-    """Number of parameters of every layer; a tied matrix counts twice, in the embedding and in the head."""
-    embedding, *blocks, head = single_layers(config)
-    # Blocks differ by their component heads alone.
-    block_by_heads = dict(zip(config.component_heads, blocks, strict=True))
-
-    def size(layer: StageLayers) -> int:
-        with torch.device("meta"):
-            return sum(parameter.numel() for parameter in Decoder(config, stage=layer).parameters())
-
-    size_by_heads = {heads: size(block) for heads, block in block_by_heads.items()}
-    return [size(embedding), *(size_by_heads[heads] for heads in config.component_heads), size(head)]
-
-
-def balanced_partition(sizes: Sequence[int], count: int) -> list[range]:
+def balanced_partition(sizes: Sequence[int], count: int, *, weights: Sequence[int] | None = None) -> list[range]:
     """Splits a list into `count` contiguous, non-empty parts, so that the largest sum of a part is minimal.
 
-    Among such partitions it takes the one with the smallest sum of squares, so that the other parts are even too.
+    Among such partitions it takes one whose sums of `weights`, by default of the sizes, have the smallest sum of
+    squares, so that the other parts are even too.
     """
-    borders = np.concatenate([[0.0], np.cumsum(sizes, dtype=np.float64)])
-    parts = borders - borders[:, None]
-    squares = np.where((parts > 0) & (parts <= _smallest_limit(sizes, count)), parts**2, np.inf)
+    limit = _smallest_limit(sizes, count)
+    weight_sums = _sums_between(sizes if weights is None else weights)
+    parts = _sums_between(sizes)
+    squares = np.where((parts > 0) & (parts <= limit), weight_sums**2, np.inf)
 
     # Part number n (from 0) begins at n or later, and leaves an item for each part behind it.
     num_starts = len(sizes) - count + 1
@@ -65,6 +61,12 @@ def balanced_partition(sizes: Sequence[int], count: int) -> list[range]:
         stop = start
 
     return partition[::-1]
+
+
+def _sums_between(sizes: Sequence[int]) -> np.ndarray:
+    """[start, stop] -> sum of the sizes between, shape (len + 1, len + 1)"""
+    borders = np.concatenate([[0.0], np.cumsum(sizes, dtype=np.float64)])
+    return borders - borders[:, None]
 
 
 def _smallest_limit(sizes: Sequence[int], count: int) -> int:

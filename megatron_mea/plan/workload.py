@@ -88,6 +88,7 @@ class Workload:
     """A configuration on a layout. `device` decides on kernels: a GPU's save less for the backward pass.
 
     `teacher` is the same with the teacher of `training.distillation` in the model's place; its `trains` is False.
+    `expert_load` is what a rank's experts compute: an equal share of all choices, or as many as can fall on them.
     """
 
     config: Config
@@ -95,6 +96,7 @@ class Workload:
     device: Device = "cuda"
     teacher: Workload | None = None
     trains: bool = True
+    expert_load: Literal["mean", "worst"] = "mean"
 
     @property
     def model(self) -> Model:
@@ -153,6 +155,15 @@ class Workload:
         return max(self.model.num_key_value_heads // self.dims.tp, 1)
 
     @property
+    def expert_rows(self) -> int:
+        """Rows of a routed layer on a rank: a token for each of its choices among the rank's experts."""
+        num_choices = self.model.num_experts_per_tok
+        if self.expert_load == "worst":
+            return self.tokens * min(num_choices, self.model.num_experts // self.dims.tp)
+
+        return -(-self.tokens * num_choices // self.dims.tp)
+
+    @property
     def core_attention(self) -> type[CoreAttention]:
         """The class of the core attention, which knows its costs."""
         return core_attention_class(self.model)
@@ -201,7 +212,7 @@ class Workload:
 
     @cached_property
     def _stage_layers(self) -> list[StageLayers]:
-        return pipeline_stages(self.model, self.dims.pp)
+        return pipeline_stages(self.model, self.dims.pp, seq_length=self.config.data.seq_length)
 
     def stage(self, index: int, tensor_rank: int = 0) -> StageShard:
         """A rank's shard of pipeline stage `index`, read from a decoder on the meta device, which takes no memory."""

@@ -41,7 +41,7 @@ def build_engine(
         teacher: as `open_teacher` opened it.
     """
     grid = build_grid(config)
-    stage = pipeline_stages(config.model, grid.dims.pp)[grid.pipeline_rank]
+    stage = pipeline_stages(config.model, grid.dims.pp, seq_length=config.data.seq_length)[grid.pipeline_rank]
     model = Decoder(
         config=config.model,
         tp=grid.tp,

@@ -91,7 +91,7 @@ def make_teacher(*, stored: StoredTensors, config: Config, grid: Grid, device: t
             hint="name a checkpoint: the run that is named saves newer ones",
         )
 
-    stage = pipeline_stages(model, grid.dims.pp)[grid.pipeline_rank]
+    stage = pipeline_stages(model, grid.dims.pp, seq_length=config.data.seq_length)[grid.pipeline_rank]
     decoder = Decoder(config=model, tp=grid.tp, stage=stage, document_mask=config.data.document_mask)
     specs_and_values = [(parameter.spec, parameter.data.view(-1)) for parameter in decoder.parameters()]
     fragments = [

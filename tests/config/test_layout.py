@@ -15,10 +15,11 @@ from megatron_mea.config.checks import config_warnings
 from megatron_mea.config.layout import check_layout, check_teacher, possible_layouts
 from megatron_mea.config.load import parse_config
 from megatron_mea.config.parallel_dims import ParallelDims
-from megatron_mea.config.schema import Distillation
+from megatron_mea.config.schema import Distillation, Model
 from megatron_mea.errors import UserError
 from megatron_mea.model.decoder import Decoder
-from megatron_mea.model.stages import balanced_partition, layer_sizes, pipeline_stages
+from megatron_mea.model.flops import layer_flops
+from megatron_mea.model.stages import balanced_partition, pipeline_stages
 
 
 def config(*, parallel: dict | None = None, batch: int = 8, micro: int = 2, **model) -> Config:
@@ -153,18 +154,50 @@ def test_stages_are_contiguous_and_the_largest_is_as_small_as_can_be(layers, dat
     assert max(sum(layers[index] for index in part) for part in parts) == best
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_layer_sizes_count_embedding_and_head(tied):
-    model = small_model(tie_word_embeddings=tied, num_component_heads=[1, 2, 3])
-    sizes = layer_sizes(model)
-    vocabulary = 37 * 24
-    assert (sizes[0], sizes[-1]) == (vocabulary, vocabulary + 24)
+def test_work_of_layers():
+    """A matrix costs 2 FLOPs an element, scores and values 4 seq_length H d; of experts those of a token."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 10, "mlp_only_layers": [0]}
+    model = small_model(num_component_heads=[1, 2, 3], **experts)
+    embedding, *blocks, head = layer_flops(model, seq_length=100)
+    assert (embedding, head) == (0, 2 * 37 * 24)
 
-    total = sum(parameter.numel() for parameter in Decoder(model).parameters())
-    assert sum(sizes) == total + (vocabulary if tied else 0)
+    attention = 4 * 24 * 48 + 4 * 100 * 48
+    # A component head of keys and of values has 6 x 24 weights and 4 combination entries for each of 6 features.
+    component = 2 * 2 * (6 * 24 + 6 * 4)
+    dense, routed = 6 * 24 * 40, 2 * 24 * 4 + 2 * 6 * 24 * 10
+    assert blocks == [attention + h * component + inner for h, inner in ((1, dense), (2, routed), (3, routed))]
 
-    # A component head of keys and of values has 6 x 24 weights and 4 combination entries each.
-    assert sizes[2] - sizes[1] == sizes[3] - sizes[2] == 2 * (6 * 24 + 4)
+
+QWEN3_30B_A3B = {
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "attention_variant": "plain",
+    "qk_norm": True,
+}
+
+
+@pytest.mark.parametrize(("count", "expected", "by_parameters"), [(2, 1.02, 1.06), (4, 1.02, 1.2), (8, 1.09, 1.46)])
+def test_no_stage_has_much_more_work_than_the_mean(count, expected, by_parameters):
+    """The head costs as much as three blocks of 128 experts, and has half of the parameters of one."""
+    _, *blocks, head = layer_flops(Model(**QWEN3_30B_A3B), seq_length=4096)
+    blocks[-1] += head
+
+    def slowest(parts: list[range]) -> float:
+        return max(sum(blocks[index] for index in part) for part in parts) * count / sum(blocks)
+
+    stages = pipeline_stages(Model(**QWEN3_30B_A3B), count, seq_length=4096)
+    assert slowest([stage.blocks for stage in stages]) <= expected
+
+    # Blocks have equal numbers of parameters, and neither end has enough of its own to lose one.
+    size = 48 // count
+    assert slowest([range(start, start + size) for start in range(0, 48, size)]) > by_parameters
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -172,7 +205,7 @@ def test_layer_sizes_count_embedding_and_head(tied):
 def test_the_ends_keep_a_block_however_large_the_vocabulary(tied, count):
     """DeepSpeed's gradient norm fails on a rank whose only parameters are a norm and a tied matrix."""
     model = small_model(vocab_size=50_000, num_hidden_layers=4, tie_word_embeddings=tied)
-    stages = pipeline_stages(model, count)
+    stages = pipeline_stages(model, count, seq_length=12)
     assert [block for stage in stages for block in stage.blocks] == list(range(4))
     assert all(stage.blocks for stage in stages)
     assert [stage.embedding for stage in stages] == [True] + [False] * (count - 1)
@@ -183,7 +216,7 @@ def test_stages_hold_the_parameters_of_the_full_model():
     model = small_model(tie_word_embeddings=True)
     names = [
         [parameter.spec.name for parameter in Decoder(model, stage=stage).parameters()]
-        for stage in pipeline_stages(model, 3)
+        for stage in pipeline_stages(model, 3, seq_length=12)
     ]
     tied = "model.embed_tokens.weight"
     assert names[0][0] == tied
