@@ -49,8 +49,8 @@ def recomputed_activations(workload: Workload, layer: int) -> int:
         return block_activations(workload, layer) - saved_bytes
 
     if workload.selective_recompute:
-        inner_bytes = workload.tokens * (workload.model.intermediate_size // workload.dims.tp) * workload.element_bytes
-        return max(2 * inner_bytes, attention_activations(workload) - _attention_input_bytes(workload))
+        attention_bytes = attention_activations(workload) - _attention_input_bytes(workload)
+        return max(_inner_bytes(workload, layer), attention_bytes)
 
     return 0
 
@@ -67,16 +67,68 @@ def block_activations(workload: Workload, layer: int) -> int:
     local_tokens = tokens // workload.dims.sequence_shards
     norms = 2 * norm_activations(workload=workload, rows=local_tokens, width=model.hidden_size)
 
-    # The inputs of q, k, v and of gate, up.
-    inputs = 2 * tokens * model.hidden_size * element_bytes
+    # The input of q, k, v.
+    inputs = tokens * model.hidden_size * element_bytes
     projections = sum(projection_activations(workload=workload, layer=layer, side=side) for side in ("k", "v"))
     attention = _attention_input_bytes(workload) if workload.selective_recompute else attention_activations(workload)
 
-    # gate, up, and unless they are recomputed silu(gate) and the product
-    num_tensors = 2 if workload.selective_recompute else 4
-    feed_forward = num_tensors * tokens * (model.intermediate_size // workload.dims.tp) * element_bytes
+    feed_forward = feed_forward_activations(workload, layer)
 
     return norms + inputs + feed_forward + projections + attention
+
+
+def feed_forward_activations(workload: Workload, layer: int) -> int:
+    """Bytes that a block's feed-forward saves, its input included."""
+    model, tokens, element_bytes = workload.model, workload.tokens, workload.element_bytes
+    # gate and up, and unless they are recomputed silu(gate) and the product
+    products = (1 if workload.selective_recompute else 2) * _inner_bytes(workload, layer)
+    if not model.is_routed(layer):
+        return tokens * model.hidden_size * element_bytes + products
+
+    # An expert's input and output, and the output's weight.
+    rows = workload.expert_rows * (2 * model.hidden_size + 1) * element_bytes
+    return _router_activations(workload) + rows + products
+
+
+def _router_activations(workload: Workload) -> int:
+    """Bytes that a router saves on every rank of a tensor group; it computes in float32."""
+    model, training = workload.model, workload.config.training
+    # Probabilities of all experts; of each choice its probability, expert and place among the rows.
+    token_bytes = model.hidden_size * FLOAT32 + model.num_experts * FLOAT32 + model.num_experts_per_tok * (8 + 8)
+    if model.norm_topk_prob:
+        token_bytes += (model.num_experts_per_tok + 1) * FLOAT32
+    if training.router_z_loss_coef:
+        token_bytes += (model.num_experts + 1) * FLOAT32
+
+    rounds = workload.element_bytes < FLOAT32
+    weight_copy = model.num_experts * model.hidden_size * FLOAT32 if rounds else 0
+    return workload.tokens * token_bytes + weight_copy
+
+
+def feed_forward_temporaries(workload: Workload, layer: int) -> int:
+    """Bytes beyond what is saved, while a block's feed-forward runs forwards or backwards."""
+    model, tokens, element_bytes = workload.model, workload.tokens, workload.element_bytes
+    # The gradients around the block.
+    gradients = 2 * tokens * model.hidden_size * element_bytes
+    if not model.is_routed(layer):
+        # The gradients of both factors of the product.
+        return gradients + _inner_bytes(workload, layer)
+
+    # Backward the gradients of the experts' weighted outputs, of the outputs, and of the weights before their sum;
+    # forward the weighted outputs, and a place for every choice of a token, also of other ranks' experts.
+    rows, choices = workload.expert_rows, tokens * model.num_experts_per_tok
+    return gradients + max(3 * rows, rows + choices) * model.hidden_size * element_bytes
+
+
+def _inner_bytes(workload: Workload, layer: int) -> int:
+    """Bytes of the two tensors between the matrices of a block's feed-forward that are as wide as it is inside."""
+    model = workload.model
+    if model.is_routed(layer):
+        numel = workload.expert_rows * model.moe_intermediate_size
+    else:
+        numel = workload.tokens * (model.intermediate_size // workload.dims.tp)
+
+    return 2 * numel * workload.element_bytes
 
 
 def attention_activations(workload: Workload) -> int:

@@ -158,6 +158,11 @@ def block_calls(workload: Workload, layer: int) -> Iterator[Call]:
             group="tensor", collective="all_reduce", bytes=sum(replicated) * element_bytes, count=len(replicated)
         )
 
+    if model.is_routed(layer):
+        # The router's weight, whose gradient is partial: a rank uses the weights of its own experts alone.
+        router_numel = model.num_experts * model.hidden_size
+        yield Call(group="tensor", collective="all_reduce", bytes=router_numel * element_bytes)
+
     yield from _kv_calls(workload=workload, layer=layer, once_per_step=False)
     if workload.full_recompute:
         # Recomputation ends with the last tensor that is needed, which comes before the last `exit_tp_region`.

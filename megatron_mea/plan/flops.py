@@ -1,9 +1,10 @@
-"""Floating-point operations of training: 2 for a multiplication and an addition; matrix products only."""
+"""Floating-point operations of training, from those of a layer's forward pass (model/flops.py)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_mea.model.flops import block_flops_without_kv, head_flops, kv_flops
 from megatron_mea.plan.workload import Side, Workload
 
 
@@ -27,10 +28,13 @@ class Flops:
 
 
 def flops_per_token(workload: Workload) -> Flops:
-    """Forward 2 x matrix parameters + attention + head combination; backward twice that (Kaplan, arXiv 2001.08361)."""
+    """Forward 2 x matrix parameters + attention + head combination; backward twice that (Kaplan, arXiv 2001.08361).
+
+    Of experts a token uses those that it chooses.
+    """
     layers = range(workload.model.num_hidden_layers)
     blocks = sum(block_flops(workload, layer) for layer in layers)
-    forward = blocks + 2 * workload.model.hidden_size * workload.model.vocab_size
+    forward = blocks + head_flops(workload.model)
     teacher = flops_per_token(workload.teacher).forward if workload.teacher else 0.0
 
     return Flops(
@@ -48,8 +52,10 @@ def _recomputed_flops(workload: Workload, layer: int) -> float:
     if not workload.full_recompute:
         return 0.0
 
-    # Recomputation ends with the last tensor that is needed, the input of down_proj.
-    down_proj = 2 * workload.model.hidden_size * workload.model.intermediate_size
+    # Recomputation ends with the last tensor that is needed: the input of down_proj, or an expert's output, which is
+    # needed for the gradient of its weight.
+    is_routed = workload.model.is_routed(layer)
+    down_proj = 0 if is_routed else 2 * workload.model.hidden_size * workload.model.intermediate_size
     folds = (
         sum(fold_flops(workload=workload, layer=layer, side=side) for side in ("k", "v"))
         if workload.folds_outside_recompute
@@ -60,7 +66,7 @@ def _recomputed_flops(workload: Workload, layer: int) -> float:
 
 def stage_flops(workload: Workload) -> tuple[float, ...]:
     """FLOPs a token of every pipeline stage, its tensor ranks together, without a teacher's."""
-    head = 6 * workload.model.hidden_size * workload.model.vocab_size
+    head = 3 * head_flops(workload.model)
     return tuple(
         sum(3 * block_flops(workload, layer) + _recomputed_flops(workload, layer) for layer in stage.blocks)
         + head * stage.has_head
@@ -70,15 +76,9 @@ def stage_flops(workload: Workload) -> tuple[float, ...]:
 
 def block_flops(workload: Workload, layer: int) -> float:
     """FLOPs a token of one block's forward pass."""
-    model = workload.model
-    query_width = model.num_attention_heads * model.head_dim
-    queries_and_output = 4 * model.hidden_size * query_width
-    feed_forward = 6 * model.hidden_size * model.intermediate_size
-
-    keys = kv_projection_flops(workload=workload, layer=layer, side="k")
-    values = kv_projection_flops(workload=workload, layer=layer, side="v")
-    own_projections = workload.core_attention.projection_flops_per_token(model)
-    return queries_and_output + attention_flops(workload) + feed_forward + (keys + values) + own_projections
+    seq_length = workload.config.data.seq_length
+    keys_and_values = sum(kv_projection_flops(workload=workload, layer=layer, side=side) for side in ("k", "v"))
+    return block_flops_without_kv(workload.model, layer, seq_length=seq_length) + keys_and_values
 
 
 def attention_flops(workload: Workload) -> float:
@@ -92,16 +92,9 @@ def kv_projection_flops(*, workload: Workload, layer: int, side: Side) -> float:
     Folded (paper eq. 18) h h' d (hidden + bias) multiplications a micro-batch, or a step, and a projection to h heads;
     combined (eq. 10) a projection to h' heads and h h' d multiplications a token.
     """
-    model, projection = workload.model, workload.kv_projection(layer, side)
-    combination = 2 * projection.num_components * projection.num_composites * model.head_dim
-    num_heads = projection.num_components if projection.form == "combined" else projection.num_composites
-    matrix_product = 2 * model.hidden_size * num_heads * model.head_dim
-
-    if projection.form == "plain":
-        return matrix_product
-    if projection.form == "combined":
-        return matrix_product + combination
-    return matrix_product + fold_flops(workload=workload, layer=layer, side=side)
+    combines = workload.kv_projection(layer, side).form == "combined"
+    projection = kv_flops(workload.model, layer, mixes=combines)
+    return projection + fold_flops(workload=workload, layer=layer, side=side)
 
 
 def fold_flops(*, workload: Workload, layer: int, side: Side) -> float:

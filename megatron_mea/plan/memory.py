@@ -11,7 +11,12 @@ from dataclasses import dataclass
 from megatron_mea.attention.core import FLOAT32
 from megatron_mea.optimizers import MASTER_BYTES
 from megatron_mea.parallel.zero import PERSISTENCE_THRESHOLD, REUSE_DISTANCE, bucket_elements
-from megatron_mea.plan.activations import recomputed_activations, stage_activations, step_folds
+from megatron_mea.plan.activations import (
+    feed_forward_temporaries,
+    recomputed_activations,
+    stage_activations,
+    step_folds,
+)
 from megatron_mea.plan.workload import StageShard, Workload
 
 
@@ -52,11 +57,6 @@ class Memory:
         return at_rest + max(self.peak_forward_backward, self.peak_update)
 
 
-def memory_per_stage(workload: Workload) -> list[Memory]:
-    """Memory of one rank of every pipeline stage."""
-    return [stage_memory(workload, stage) for stage in workload.stages]
-
-
 def stage_memory(workload: Workload, stage: StageShard) -> Memory:
     """Memory of the rank of a pipeline stage that holds most."""
     in_flight = min(workload.dims.pp - stage.index, workload.dims.num_micro_batches)
@@ -64,9 +64,8 @@ def stage_memory(workload: Workload, stage: StageShard) -> Memory:
     saved_bytes = in_flight * microbatch_bytes + step_folds(workload, stage)
     recomputed_bytes = max((recomputed_activations(workload, layer) for layer in stage.blocks), default=0)
 
-    # A block's backward computes the gradients of both factors of its product, and those around the block.
-    width = workload.model.intermediate_size // workload.dims.tp + workload.model.hidden_size
-    backward_bytes = recomputed_bytes + 2 * workload.tokens * width * workload.element_bytes
+    temporary_bytes = max((feed_forward_temporaries(workload, layer) for layer in stage.blocks), default=0)
+    backward_bytes = recomputed_bytes + temporary_bytes
     logits_bytes = loss_activations(workload, stage)
     buffer_bytes, peak_update = _buffers_and_update_peak(workload, stage)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from megatron_mea.config.layout import TEACHER_KEY, check_layout, check_teacher
@@ -14,7 +14,7 @@ from megatron_mea.huggingface.model_folder import ModelFolder
 from megatron_mea.parallel.parameter import Component
 from megatron_mea.plan.communication import Traffic, communication_per_step
 from megatron_mea.plan.flops import Flops, flops_per_token, stage_flops
-from megatron_mea.plan.memory import Memory, memory_per_stage
+from megatron_mea.plan.memory import Memory, stage_memory
 from megatron_mea.plan.workload import Device, LocalParameter, Workload
 
 MEMORY_COLUMNS = {
@@ -34,14 +34,20 @@ MEMORY_COLUMNS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """Elements of the model's parameters, a tied matrix counted once; `per_rank`: on a rank of each pipeline stage."""
+    """Elements of the model's parameters, a tied matrix counted once; `per_rank`: on a rank of each pipeline stage.
+
+    `active` are those that a token uses: all but the experts that it does not choose.
+    """
 
     total: int
+    active: int
     embedding: int
     head: int
     attention: int
     head_combination: int
     feed_forward: int
+    router: int
+    experts: int
     norms: int
     per_rank: tuple[int, ...]
 
@@ -56,6 +62,7 @@ class Plan:
         checkpoint_copy_bytes: of host memory in which a rank keeps its part of a checkpoint while it is written, and
             for the next.
         stage_flops: FLOPs a token on each stage, its tensor ranks together.
+        worst_case_memory: that of a rank on whose experts as many choices fall as can.
     """
 
     world_size: int
@@ -65,6 +72,7 @@ class Plan:
     tokens_per_step: int
     parameters: Parameters
     memory: tuple[Memory, ...]
+    worst_case_memory: tuple[Memory, ...]
     checkpoint_bytes: int
     checkpoint_copy_bytes: int
     flops: Flops
@@ -81,6 +89,7 @@ def make_plan(config: Config, *, world_size: int | None = None, device: Device =
     dims = check_layout(config, world_size)
     teacher = _teacher_workload(config=config, dims=dims, device=device)
     workload = Workload(config=config, dims=dims, device=device, teacher=teacher)
+    worst_case = replace(workload, expert_load="worst")
     return Plan(
         world_size=dims.world_size,
         dims=dims,
@@ -88,7 +97,8 @@ def make_plan(config: Config, *, world_size: int | None = None, device: Device =
         steps=config.steps,
         tokens_per_step=config.tokens_per_step,
         parameters=count_parameters(workload),
-        memory=tuple(memory_per_stage(workload)),
+        memory=tuple(stage_memory(workload, stage) for stage in workload.stages),
+        worst_case_memory=tuple(stage_memory(worst_case, stage) for stage in workload.stages),
         checkpoint_bytes=sum(p.global_numel * p.state_bytes for p in _unique_parameters(workload)),
         checkpoint_copy_bytes=max(stage.state_bytes for stage in workload.stages) // dims.dp,
         flops=flops_per_token(workload),
@@ -113,13 +123,17 @@ def count_parameters(workload: Workload) -> Parameters:
     for parameter in _unique_parameters(workload):
         numels[parameter.component] += parameter.global_numel
 
+    num_experts, num_chosen = max(workload.model.num_experts, 1), workload.model.num_experts_per_tok
     return Parameters(
         total=numels.total(),
+        active=numels.total() - numels["experts"] + numels["experts"] // num_experts * num_chosen,
         embedding=numels["embedding"],
         head=numels["lm_head"],
         attention=numels["attention"],
         head_combination=numels["hlc"],
         feed_forward=numels["mlp"],
+        router=numels["router"],
+        experts=numels["experts"],
         norms=numels["norm"],
         per_rank=tuple(stage.local_numel for stage in workload.stages),
     )
@@ -143,6 +157,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "tokens_per_step": plan.tokens_per_step,
         "parameters": asdict(plan.parameters),
         "memory_per_rank_bytes": [_memory_as_json(stage) for stage in plan.memory],
+        "memory_per_rank_worst_case_bytes": [_memory_as_json(stage) for stage in plan.worst_case_memory],
         "checkpoint_bytes": plan.checkpoint_bytes,
         "checkpoint_copy_per_rank_bytes": plan.checkpoint_copy_bytes,
         "flops_per_token": asdict(plan.flops) | {"total": plan.flops.total},
@@ -175,8 +190,10 @@ def _text_lines(plan: Plan) -> Iterator[str]:
     yield ""
 
     yield f"parameters: {parameters.total:,}"
+    if parameters.active < parameters.total:
+        yield f"  {'active for a token':20}{parameters.active:>18,}"
     for name, numel in asdict(parameters).items():
-        if name not in ("total", "per_rank") and numel:
+        if name not in ("total", "active", "per_rank") and numel:
             yield f"  {name.replace('_', ' '):20}{numel:>18,}"
 
     yield f"  {'on a rank':20}{max(parameters.per_rank):>18,}" + (
@@ -192,6 +209,12 @@ def _text_lines(plan: Plan) -> Iterator[str]:
             continue
         mebibytes = (getattr(stage, field) / 2**20 for stage in plan.memory)
         yield f"  {name.replace('_', ' '):20}" + "".join(f"{size:12,.1f}" for size in mebibytes)
+
+    if plan.worst_case_memory != plan.memory:
+        yield "where as many choices of experts as can fall on one rank:"
+        for name in ("activations", "total"):
+            mebibytes = (getattr(stage, MEMORY_COLUMNS[name]) / 2**20 for stage in plan.worst_case_memory)
+            yield f"  {name:20}" + "".join(f"{size:12,.1f}" for size in mebibytes)
 
     yield (
         f"checkpoint: {plan.checkpoint_bytes / 2**20:,.1f} MiB on the disk; while it is written a rank keeps a copy of "

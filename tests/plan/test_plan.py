@@ -24,6 +24,7 @@ from megatron_mea.config.checks import config_warnings
 from megatron_mea.config.layout import check_layout
 from megatron_mea.config.parallel_dims import ParallelDims
 from megatron_mea.model.decoder import Decoder
+from megatron_mea.model.moe import Router, RouterLosses
 from megatron_mea.parallel.grid import NO_TP, TensorGroup
 from megatron_mea.parallel.parameter import parameters_by_name
 from megatron_mea.plan.activations import stage_activations, step_folds
@@ -60,6 +61,7 @@ def layout(*, tensor: int = 1, pipeline: int = 1, sequence: bool = False) -> dic
     return bench.layout(tensor=tensor, pipeline=pipeline, sequence=sequence)
 
 
+EXPERTS = {"num_experts": 16, "num_experts_per_tok": 3, "moe_intermediate_size": 96}
 MODELS = {
     "mea": {},
     "tied": {"tie_word_embeddings": True, "attention_bias": True},
@@ -72,6 +74,8 @@ MODELS = {
     "talking heads": {"attention_variant": "talking_heads", "qk_norm": True},
     "gated": {"attention_variant": "gated"},
     "gated heads": {"attention_variant": "gated", "gate_width": "head", "num_key_value_heads": 2},
+    "experts": EXPERTS,
+    "experts in some layers": EXPERTS | {"moe_intermediate_size": 48, "mlp_only_layers": [1], "norm_topk_prob": False},
 }
 
 
@@ -83,7 +87,7 @@ def test_parameters(name):
     parameters = make_plan(settings).parameters
     assert parameters.total == expected
 
-    parts = ("embedding", "head", "attention", "head_combination", "feed_forward", "norms")
+    parts = ("embedding", "head", "attention", "head_combination", "feed_forward", "router", "experts", "norms")
     assert sum(getattr(parameters, part) for part in parts) == expected
 
     settings = config(model=MODELS[name], parallel=layout(tensor=2, pipeline=2))
@@ -108,6 +112,15 @@ def test_parameters(name):
         assert max(numels) in (full_numel, full_numel // 2), key
 
 
+def flop_counter() -> FlopCounterMode:
+    """Counts grouped products too, which torch does not."""
+
+    def grouped_mm(x: tuple[int, ...], matrix: tuple[int, ...], *_: object, **__: object) -> int:
+        return 2 * x[0] * x[1] * matrix[-1]
+
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: grouped_mm})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("seq", [16, 128])
@@ -119,9 +132,9 @@ def test_flops_equal_those_that_torch_counts(name, seq):
     positions = torch.arange(seq).expand(2, seq)
     planned = make_plan(settings).flops
     with sdpa_kernel(SDPBackend.MATH):
-        with FlopCounterMode(display=False) as forward:
+        with flop_counter() as forward:
             loss = decoder(ids, positions, ids)
-        with FlopCounterMode(display=False) as backward:
+        with flop_counter() as backward:
             loss.backward()
 
     assert forward.get_total_flops() / (2 * seq) == pytest.approx(planned.forward)
@@ -130,7 +143,7 @@ def test_flops_equal_those_that_torch_counts(name, seq):
     for kind in ("selective", "full"):
         planned = make_plan(config(model=MODELS[name], seq=seq, activation_checkpointing=kind)).flops
         decoder = Decoder(settings.model, activation_checkpointing=kind)
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward_and_backward:
+        with sdpa_kernel(SDPBackend.MATH), flop_counter() as forward_and_backward:
             decoder(ids, positions, ids).backward()
         assert forward_and_backward.get_total_flops() / (2 * seq) == pytest.approx(planned.total), kind
         assert planned.recomputation > 0
@@ -138,7 +151,13 @@ def test_flops_equal_those_that_torch_counts(name, seq):
 
 def saved_for_backward(settings: Config, tp: TensorGroup, *, folded_before: bool = False) -> int:
     """Bytes of the storages that autograd holds between the passes, parameters and the loss excluded."""
-    decoder = Decoder(config=settings.model, tp=tp, activation_checkpointing=settings.training.activation_checkpointing)
+    training = settings.training
+    decoder = Decoder(
+        config=settings.model,
+        tp=tp,
+        activation_checkpointing=training.activation_checkpointing,
+        router_losses=RouterLosses(balance=training.balance, balance_coef=1.0, z_coef=training.router_z_loss_coef),
+    )
     if settings.training.precision == "bf16":
         decoder.to(torch.bfloat16)
 
@@ -160,6 +179,19 @@ def saved_for_backward(settings: Config, tp: TensorGroup, *, folded_before: bool
     return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 
+def choose_experts(monkeypatch: pytest.MonkeyPatch, *, balanced: bool) -> None:
+    """Routers choose all experts equally often, or the first ones, which rank 0 holds, for every token."""
+    original_forward = Router.forward
+
+    def forward(self: Router, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, chosen = original_forward(self, hidden_states)
+        if balanced:
+            return weights, (torch.arange(chosen.numel()) % self.config.num_experts).view_as(chosen)
+        return weights, torch.arange(chosen.shape[-1]).expand_as(chosen)
+
+    monkeypatch.setattr(Router, "forward", forward)
+
+
 @pytest.fixture
 def group_of_two():
     """A process group whose other rank never answers: collectives return at once, with wrong numbers."""
@@ -179,7 +211,8 @@ def group_of_two():
     ],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_activations_are_those_that_autograd_saves(name, seq, tensor, sequence, group_of_two):
+def test_activations_are_those_that_autograd_saves(name, seq, tensor, sequence, group_of_two, monkeypatch):
+    choose_experts(monkeypatch, balanced=True)
     settings = config(model=MODELS[name], parallel=layout(tensor=tensor, sequence=sequence), seq=seq)
     tp = TensorGroup(size=2, rank=0, group=group_of_two, sequence_parallel=sequence) if tensor == 2 else NO_TP
     dims = replace(ParallelDims.from_config(settings, tensor), num_micro_batches=1)
@@ -213,6 +246,27 @@ def test_activations_of_other_trainings(training, model, group_of_two):
         assert planned == pytest.approx(saved_for_backward(settings, tp), rel=0.03)
 
 
+@pytest.mark.parametrize("balanced", [True, False])
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"precision": "bf16"},
+        {"router_z_loss_coef": 0.1, "balance": "none"},
+        {"activation_checkpointing": "selective"},
+    ],
+)
+def test_activations_of_experts(training, balanced, group_of_two, monkeypatch):
+    """All choices on one rank are the worst case; with 99 features experts are computed in a loop."""
+    choose_experts(monkeypatch, balanced=balanced)
+    for tensor, tp in ((1, NO_TP), (2, TensorGroup(size=2, rank=0, group=group_of_two, sequence_parallel=True))):
+        parallel = layout(tensor=tensor, sequence=tensor > 1)
+        settings = config(model=EXPERTS | {"moe_intermediate_size": 99}, parallel=parallel, seq=256, **training)
+        dims = replace(ParallelDims.from_config(settings, tensor), num_micro_batches=1)
+        workload = Workload(config=settings, dims=dims, device="cpu", expert_load="mean" if balanced else "worst")
+        planned = stage_activations(workload, workload.stages[0])
+        assert planned == pytest.approx(saved_for_backward(settings, tp), rel=0.01)
+
+
 def test_activation_checkpointing_saves_the_inputs_of_blocks():
     none, selective, full = (
         make_plan(config(seq=256, activation_checkpointing=kind), device="cpu").memory[0].activations
@@ -240,6 +294,15 @@ def test_communication_is_what_processes_send(teacher):
         "pp2, distilled": bench.case(layout(tensor=1, pipeline=2), distillation=teacher),
         "folded, distilled": bench.case(layout(tensor=2), **folded),
         "sequence parallel, distilled": bench.case(layout(tensor=2, sequence=True), **folded),
+    }
+    experts = EXPERTS | {"num_hidden_layers": 2}
+    cases |= {
+        "experts": bench.case(layout(tensor=2), model=experts),
+        "experts, recomputed": bench.case(
+            layout(tensor=2, sequence=True), model=experts, activation_checkpointing="full"
+        ),
+        "experts, ZeRO 3": bench.case(bench.layout(zero=3), model=experts),
+        "experts, pp2": bench.case(layout(pipeline=2), model=experts | {"mlp_only_layers": [0]}),
     }
     ranks = local_ranks.launch(bench.measure_cases, 2, cases)
     for index, (name, settings) in enumerate(cases.items()):

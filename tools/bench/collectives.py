@@ -11,7 +11,10 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 SCALARS = 3
-"""Calls with so few elements carry norms, losses and flags: `plan` leaves them out, and so does the counter."""
+"""Calls with so few elements carry norms, losses and flags: `plan` leaves them out, and so does the counter.
+
+Float64 carries the counts of routers beside them.
+"""
 
 Counts = dict[tuple[str, str], tuple[int, int]]
 """(group, collective): calls, bytes."""
@@ -68,7 +71,8 @@ class CollectiveCounter(TorchDispatchMode):
         tensors = _flatten(args[position])
         self.all_calls += 1
 
-        if group_name is not None and sum(tensor.numel() for tensor in tensors) > SCALARS:
+        is_statistics = sum(tensor.numel() for tensor in tensors) <= SCALARS or tensors[0].dtype == torch.float64
+        if group_name is not None and not is_statistics:
             key = (group_name, collective)
             self.calls[key] += 1
             self.bytes[key] += sum(tensor.nbytes for tensor in tensors)
