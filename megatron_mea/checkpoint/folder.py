@@ -23,7 +23,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -256,6 +256,7 @@ class CheckpointMetadata:
     """The contents of meta.json.
 
     Args:
+        expert_counts: how often each expert was chosen in the step, by layer; empty for a dense model.
         origin: source of imported or compressed weights; such a checkpoint holds no moments, its configuration names
             no data, and its layout is empty. Empty for the checkpoint of a run.
     """
@@ -268,6 +269,7 @@ class CheckpointMetadata:
     layout: dict[str, Any]
     versions: dict[str, str]
     validation_loss: float | None
+    expert_counts: dict[str, list[int]] = field(default_factory=dict)
     origin: str = ""
 
     @classmethod
@@ -280,6 +282,7 @@ class CheckpointMetadata:
         data: list[dict[str, Any]],
         versions: dict[str, str],
         validation_loss: float | None,
+        expert_counts: dict[str, list[int]],
     ) -> CheckpointMetadata:
         """The metadata of a run's checkpoint of `step`.
 
@@ -300,11 +303,16 @@ class CheckpointMetadata:
             },
             versions=versions,
             validation_loss=validation_loss,
+            expert_counts=expert_counts,
         )
 
     def write(self, folder: Path) -> None:
         """Writes meta.json into `folder`."""
         contents = {"format_version": FORMAT_VERSION} | vars(self)
+        if not self.expert_counts:
+            # Programs that know no experts read it.
+            del contents["expert_counts"]
+
         (folder / META).write_text(json.dumps(contents, indent=1))
 
     @classmethod

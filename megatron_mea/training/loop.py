@@ -169,6 +169,7 @@ class Trainer:
             data=self.data_fingerprint,
             versions=self.versions,
             validation_loss=self.validation_loss,
+            expert_counts=self.engine.routers.state(),
         )
 
     def _finish(self) -> None:

@@ -60,6 +60,10 @@ class Metrics:
             self._heads.write({"step": step, "tokens": row["tokens"]} | head_row(tensors))
 
         scalars = {name: value for name, value in row.items() if name not in _NO_SCALARS} | hlc_statistics(tensors)
+        # A number a layer.
+        for name in [name for name, value in scalars.items() if isinstance(value, list)]:
+            scalars |= {f"{name}/{index}": value for index, value in enumerate(scalars.pop(name))}
+
         self._trackers.for_each(lambda tracker: tracker.scalars(scalars, step))
         if tensors:
             self._trackers.for_each(lambda tracker: tracker.tensors(tensors, step))

@@ -51,6 +51,7 @@ class Progress:
             parts += [
                 f"loss {row['loss']:.4f}",
                 *([f"distillation loss {row['distillation_loss']:.4f}"] if "distillation_loss" in row else []),
+                *([f"fullest expert {max(row['expert_load']):.2f} x mean"] if "expert_load" in row else []),
                 f"lr {row['lr']:.3g}",
                 f"grad norm {row['grad_norm']:.3g}",
                 f"{row['tokens_per_second']:,.0f} tokens/s",

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
+from megatron_mea.errors import UserError
 from megatron_mea.model.decoder import Decoder
 from megatron_mea.model.moe import MoE, Router
 
@@ -21,27 +22,30 @@ class RouterTotals:
         device: of this rank.
 
     Attributes:
+        layers: those that have experts, counted from 0.
+        top_k: experts of a token.
         counts: (routed layers, experts) int64: how often each expert was chosen in the last step.
     """
 
     def __init__(self, model: Decoder, *, sequences: int, device: torch.device) -> None:
         config = model.config
-        self._layers, self._num_experts, self._sequences = config.routed_layers, config.num_experts, sequences
+        self.layers, self._num_experts, self._sequences = config.routed_layers, config.num_experts, sequences
+        self.top_k = config.num_experts_per_tok
         self._tp_size, self._device = model.tp.size, device
         self._routers: dict[int, Router] = {
             int(layer): block.mlp.gate for layer, block in model.layers.items() if isinstance(block.mlp, MoE)
         }
-        self.counts = torch.zeros(len(self._layers), self._num_experts, dtype=torch.int64)
+        self.counts = torch.zeros(len(self.layers), self._num_experts, dtype=torch.int64)
 
     @property
     def size(self) -> int:
         """Elements of the vector; 0 for a dense model."""
-        return len(self._layers) * (self._num_experts + 1)
+        return len(self.layers) * (self._num_experts + 1)
 
     def pop_local(self) -> torch.Tensor:
         """This rank's statistics since the last call, (size,) float64; zero for layers of other stages."""
-        rows = torch.zeros(len(self._layers), self._num_experts + 1, dtype=torch.float64, device=self._device)
-        for row, layer in zip(rows, self._layers, strict=True):
+        rows = torch.zeros(len(self.layers), self._num_experts + 1, dtype=torch.float64, device=self._device)
+        for row, layer in zip(rows, self.layers, strict=True):
             stats = self._routers[layer].stats if layer in self._routers else None
             if stats is not None and stats.counts is not None:
                 row[:-1], row[-1] = stats.counts, stats.balance_loss
@@ -56,11 +60,11 @@ class RouterTotals:
             `balance_loss`, the mean of the layers, 1 where experts are balanced, and `expert_load`, the tokens of the
             fullest expert over the mean, for each routed layer.
         """
-        if not self._layers:
+        if not self.layers:
             return {}
 
         # Every rank of a tensor group has routed the same tokens.
-        rows = (totals / self._tp_size).view(len(self._layers), -1)
+        rows = (totals / self._tp_size).view(len(self.layers), -1)
         self._set_counts(rows[:, :-1].round().long())
         load = rows[:, :-1].amax(1) / rows[:, :-1].mean(1)
         *load_by_layer, balance_loss = torch.cat([load, rows[:, -1:].mean(0) / self._sequences]).tolist()
@@ -68,15 +72,25 @@ class RouterTotals:
 
     def state(self) -> dict[str, list[int]]:
         """The counts of the last step by layer, as meta.json holds them; empty for a dense model."""
-        return {str(layer): counts for layer, counts in zip(self._layers, self.counts.tolist(), strict=True)}
+        return {str(layer): counts for layer, counts in zip(self.layers, self.counts.tolist(), strict=True)}
 
     def load_state(self, state: Mapping[str, list[int]]) -> None:
-        """Restores what `state` returned; nothing where a checkpoint has none."""
-        if state:
-            self._set_counts(torch.tensor([state[str(layer)] for layer in self._layers], device=self._device))
+        """Restores what `state` returned; of a dense model nothing.
+
+        Raises:
+            UserError: it is that of another model.
+        """
+        rows = [state.get(str(layer), []) for layer in self.layers]
+        if any(len(row) != self._num_experts or min(row) < 0 for row in rows):
+            expected = f"{self._num_experts} counts for each of the layers {', '.join(map(str, self.layers))}"
+            raise UserError(
+                where="meta.json, expert_counts", got=f"those of layers {', '.join(state)}", expected=expected
+            )
+        if rows:
+            self._set_counts(torch.tensor(rows, device=self._device))
 
     def _set_counts(self, counts: torch.Tensor) -> None:
         self.counts = counts
-        for layer_counts, layer in zip(counts, self._layers, strict=True):
+        for layer_counts, layer in zip(counts, self.layers, strict=True):
             if layer in self._routers:
                 self._routers[layer].stats.previous_counts = layer_counts

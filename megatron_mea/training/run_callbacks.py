@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron_mea.config import Config
 from megatron_mea.training.callbacks import Callback
 from megatron_mea.training.data_callbacks import DataStall, SampleHashes
+from megatron_mea.training.dead_experts import DeadExperts
 from megatron_mea.training.head_stats import HeadStatistics
 from megatron_mea.training.heartbeat import Heartbeat
 from megatron_mea.training.loader import DataStallTimer
@@ -40,6 +41,7 @@ def build_callbacks(
         ReplicaCheck(model=engine.model, grid=grid, config=config),
         HeadStatistics(engine),
         *([SampleHashes(grid)] if config.logging.sample_hashes else []),
+        *([DeadExperts(engine.routers)] if config.model.num_experts else []),
         DataStall(data_stall, engine.device),
         stragglers,
         heartbeat,

@@ -101,6 +101,8 @@ def start_run(*, config: Config, inputs: RunInputs, device: torch.device, watchd
         read_weights(weights.stored, engine.state.fragments(optimizer_state=False))
     if not initialized:
         engine.state.sync_after_load(step)
+    if metadata is not None:
+        engine.routers.load_state(metadata.expert_counts)
 
     saver = Saver(
         run_dir=run.path,
