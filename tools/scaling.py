@@ -1,4 +1,4 @@
-"""The tables of docs/scaling.md: memory, step time and communication by `plan` for four models on 8 to 4,096 GPUs.
+"""The tables of docs/scaling.md: memory, step time and communication by `plan` for five models on 8 to 4,096 GPUs.
 
     python tools/scaling.py [--models 1B 8B] [--gpus 8 64 512 4096] [--batch 2048] [--tables fastest kinds batches]
 
@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from megatron_mea.config import Config
 from megatron_mea.config.load import parse_config
@@ -34,12 +35,22 @@ LLAMA = {
     "attention_variant": "mea",
 }
 MODEL_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
-MODELS = {
-    # Shapes of Llama 3.2 1B, Llama 3 8B, Qwen3 32B and Llama 3 70B.
+SHAPES = {
+    # Of Llama 3.2 1B, Llama 3 8B, Qwen3 32B, Llama 3 70B and Qwen3-30B-A3B.
     "1B": (2048, 8192, 16, 32, 64),
     "8B": (4096, 14336, 32, 32, 128),
     "32B": (5120, 25600, 64, 64, 128),
     "70B": (8192, 28672, 80, 64, 128),
+    "30B-A3B": (2048, 6144, 48, 32, 128),
+}
+MODELS: dict[str, dict[str, Any]] = {
+    name: LLAMA | dict(zip(MODEL_FIELDS, shape, strict=True)) for name, shape in SHAPES.items()
+}
+MODELS["30B-A3B"] |= {
+    "num_key_value_heads": 4,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
 }
 KINDS = ("data, ZeRO 1", "data, ZeRO 2", "data, ZeRO 3", "tensor", "pipeline", "tensor x pipeline")
 
@@ -109,7 +120,7 @@ def candidates(*, model: str, gpus: int, batch: int) -> Iterator[Config]:
 
         yield parse_config(
             {
-                "model": LLAMA | dict(zip(MODEL_FIELDS, MODELS[model], strict=True)),
+                "model": MODELS[model],
                 "data": {"tokenizer": "none", "train": [{"path": "none"}], "seq_length": SEQ},
                 "parallel": {
                     "tensor_model_parallel_size": tensor,

@@ -1,4 +1,4 @@
-"""configs/paper/ against the paper's settings (section 5.1), for every variant, by `plan`."""
+"""configs/paper/ against the paper's settings (sections 5.1 and 5.2), for every variant, by `plan`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mea.compression.budget import parse_layers
+from megatron_mea.config.checks import config_warnings
 from megatron_mea.config.load import load_config
 from megatron_mea.config.variants import VARIANTS
 from megatron_mea.experiments.sweep import combinations
@@ -65,3 +67,32 @@ def test_the_selection_of_a_learning_rate(tmp_path):
         assert config.data == base.data
         assert config.model == base.model.model_copy(update={"attention_variant": config.model.attention_variant})
         assert config.training.global_batch_size == base.training.global_batch_size
+
+
+QWEN3_30B_A3B = 30_532_122_624
+"""Its parameters. A head of keys or values has 128 x 2048."""
+
+
+@pytest.mark.parametrize("name", ["full", "half", "deep", "recovery"])
+def test_the_compressed_mixture_of_experts(name):
+    path = CONFIGS / f"qwen3-30b-a3b-{name}.yaml"
+    text, config = path.read_text(), load_config(str(path))
+    halved = parse_layers("full" if name == "recovery" else name, 48)
+    assert config.model.component_heads == [2 if layer in halved else 4 for layer in range(1, 49)]
+
+    # Steps of 68 million tokens, to within 2 %.
+    assert config.tokens_per_step == pytest.approx(6.8e7, rel=0.02)
+    assert config.steps * config.tokens_per_step == pytest.approx(1e12 if name == "recovery" else 2.2e10, rel=0.01)
+    assert [learning_rate(config, step) for step in (config.schedule.warmup_steps, config.steps)] == [1.6e-5, 0]
+
+    for gpus, gibibytes in ((8, 139), (64, 80), (512, 80)):
+        plan = make_plan(config, world_size=gpus)
+        assert config_warnings(config, plan.dims) == []
+
+        even, worst = (max(stage.total for stage in memory) for memory in (plan.memory, plan.worst_case_memory))
+        assert worst < 0.85 * gibibytes * 2**30
+        assert f"{gpus} GPUs {even / 2**30:.1f} {worst / 2**30:.1f}" in " ".join(text.split())
+
+    removed = QWEN3_30B_A3B - plan.parameters.total
+    assert removed == len(halved) * 2 * 2 * 128 * 2048 - plan.parameters.head_combination
+    assert plan.parameters.active == pytest.approx(3.3e9, rel=0.02)
