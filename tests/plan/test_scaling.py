@@ -163,3 +163,25 @@ def test_time_is_planned_by_flops():
     (line,) = layouts.lines(result, speed=100.0)
     cells = [cell.strip() for cell in line.split("|")[1:-1]]
     assert cells[-7:] == ["2.0", "1.0", "0.500", "4.00", "3.00", "0.75", "0.50"]
+
+
+@pytest.mark.parametrize("row", [row for row in table_rows("moe.md") if len(row) == 11 and row[0].isdigit()], ids=str)
+def test_the_page_of_experts_shows_what_is_planned(row):
+    gpus, sizes, zero_stage, recomputation = row[:4]
+    tensor, pipeline, _ = (int(size) for size in sizes.split(" x "))
+    overrides = [
+        f"parallel.tensor_model_parallel_size={tensor}",
+        f"parallel.pipeline_model_parallel_size={pipeline}",
+        f"parallel.sequence_parallel={str(tensor > 1).lower()}",
+        f"parallel.zero_stage={zero_stage}",
+        f"training.activation_checkpointing={recomputation}",
+    ]
+    config = load_config(str(ROOT / "configs/paper/qwen3-30b-a3b-full.yaml"), overrides)
+    estimate = scaling.estimate(config=config, gpus=int(gpus), machine=MACHINE)
+    assert estimate is not None
+
+    worst = max(stage.total for stage in estimate.plan.worst_case_memory)
+    seconds = [estimate.seconds, estimate.compute, estimate.idle, estimate.traffic["tensor"], estimate.traffic["data"]]
+    cells = [gpus, f"{tensor} x {pipeline} x {estimate.plan.dims.dp}", zero_stage, recomputation]
+    cells += [f"{size / 2**30:.1f}" for size in (estimate.memory, worst)]
+    assert row == cells + [f"{value:.1f}" for value in seconds]
