@@ -376,6 +376,32 @@ def test_json_and_text_name_the_numbers(capsys):
         assert words in text
 
 
+def test_experts_are_named_in_json_and_text(capsys):
+    overrides = ["model.num_experts=16", "model.num_experts_per_tok=2", "model.moe_intermediate_size=64"]
+    overrides += ["parallel.tensor_model_parallel_size=2"]
+    plan = plan_json(capsys, QUICKSTART, *overrides)
+    parameters = plan["parameters"]
+    assert parameters["experts"] == 4 * 16 * 3 * 128 * 64
+    assert parameters["router"] == 4 * 16 * 128
+    assert parameters["active"] == parameters["total"] - parameters["experts"] * 14 // 16
+
+    # A token's two choices on one rank, instead of one on each.
+    (even,), (worst,) = plan["memory_per_rank_bytes"], plan["memory_per_rank_worst_case_bytes"]
+    rows = 8 * 128
+    assert worst["activations"] - even["activations"] == 4 * rows * (2 * 128 + 4 * 64 + 1) * 4
+    assert worst["total"] > even["total"]
+
+    assert main(["plan", QUICKSTART, *overrides]) == 0
+    text = capsys.readouterr().out
+    for words in (
+        "active for a token",
+        "experts",
+        "router",
+        "where as many choices of experts as can fall on one rank",
+    ):
+        assert words in text
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_configuration_that_ships_is_planned(path, capsys):
     assert plan_json(capsys, str(path))["parameters"]["total"] > 0
