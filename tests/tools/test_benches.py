@@ -12,6 +12,7 @@ from support.source_models import save_source_model
 sys.path.insert(0, str(ROOT / "tools/bench"))
 import compress as compress_bench
 import decode
+import experts as experts_bench
 
 pytestmark = pytest.mark.slow
 
@@ -36,3 +37,17 @@ def test_compress(tiny, tmp_path, monkeypatch):
     compress_bench.main()
     rows = json.loads(out.read_text())
     assert rows["50% outputs, auto | loss"]["value"] > 0
+
+
+def test_experts(tmp_path, monkeypatch):
+    sizes = {"hidden_size": 64, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    monkeypatch.setattr(experts_bench, "SIZES", {"cpu": sizes})
+    monkeypatch.setattr(experts_bench, "TOKENS", (64,))
+    monkeypatch.setattr(experts_bench, "SEQ", 32)
+    out = tmp_path / "rows.json"
+    monkeypatch.setattr(sys, "argv", ["experts.py", "--rounds", "1", "--out", str(out)])
+    experts_bench.main()
+    assert {(row["what"], row["tokens"]) for row in json.loads(out.read_text())["rows"]} == {
+        ("layer", 64),
+        ("step", 64),
+    }
