@@ -109,7 +109,7 @@ def test_a_call_costs_what_is_said():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "gpus"), [("1B", 8), ("1B", 512), ("8B", 64)])
+@pytest.mark.parametrize(("model", "gpus"), [("1B", 8), ("1B", 512), ("8B", 64), ("30B-A3B", 512)])
 def test_the_page_shows_what_the_tool_prints(model, gpus, capsys):
     scaling.fastest(models=[model], gpu_counts=[gpus], batch=scaling.BATCH, machine=MACHINE)
     printed = capsys.readouterr().out.splitlines()

@@ -53,6 +53,8 @@ def case(parallel: dict | None = None, *, model: dict | None = None, seq_length:
 
 EXPERTS = {"num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 352, "num_hidden_layers": 4}
 """As many active parameters as the dense feed-forward's."""
+EIGHT = EXPERTS | {"num_experts": 8}
+"""Few enough that activations take more than the update."""
 
 CASES: dict[str, tuple[int, Config]] = {
     "1 rank, ZeRO 1": (1, case()),
@@ -73,8 +75,15 @@ CASES: dict[str, tuple[int, Config]] = {
         case(precision="bf16", seq_length=64, micro_batch_size=1, global_batch_size=4, model={"num_hidden_layers": 4}),
     ),
     "1 rank, experts": (1, case(model=EXPERTS)),
-    "1 rank, experts, selective": (1, case(model=EXPERTS, activation_checkpointing="selective")),
-    "1 rank, experts, recomputed": (1, case(model=EXPERTS, activation_checkpointing="full")),
+    "1 rank, 8 experts, one micro-batch": (1, case(model=EIGHT, global_batch_size=8, micro_batch_size=8)),
+    "1 rank, 8 experts, one micro-batch, selective": (
+        1,
+        case(model=EIGHT, global_batch_size=8, micro_batch_size=8, activation_checkpointing="selective"),
+    ),
+    "tp2, 8 experts, one micro-batch": (
+        2,
+        case(parallel=layout(tensor=2), model=EIGHT, global_batch_size=8, micro_batch_size=8),
+    ),
     "tp2, experts": (2, case(parallel=layout(tensor=2), model=EXPERTS)),
     "pp2, experts": (2, case(parallel=layout(pipeline=2), model=EXPERTS)),
     "dp2, experts, ZeRO 3": (2, case(parallel=layout(zero=3), model=EXPERTS, global_batch_size=8)),
