@@ -28,6 +28,16 @@ KEY_SYNONYMS = {
         "tie_embeddings tied_embeddings weight_tying enable_weight_tying untie_embeddings_and_output_weights"
     ),
     "model.initializer_range": "init_std init_method_std initializer_std std",
+    "model.num_experts": "num_local_experts n_routed_experts moe_num_experts n_experts experts",
+    "model.num_experts_per_tok": "moe_router_topk moe_top_k top_k topk moe_topk num_experts_per_token router_topk",
+    "model.moe_intermediate_size": "moe_ffn_hidden_size moe_hidden_size expert_intermediate_size moe_inter_dim",
+    "model.norm_topk_prob": "moe_renormalize renormalize norm_expert_weight route_norm moe_normalize_expert_weights",
+    "model.mlp_only_layers": "dense_layers n_dense_layers first_k_dense_replace moe_layer_freq",
+    "model.decoder_sparse_step": "moe_every_n_layers interleave_moe_layer_step moe_layer_step",
+    "model.router_aux_loss_coef": "moe_aux_loss_coeff aux_loss_coef aux_loss_alpha lb_loss_weight load_balance_coeff",
+    "parallel.expert_model_parallel_size": "ep ep_size expert_parallel expert_parallel_size expert_parallel_degree",
+    "training.balance": "moe_router_load_balancing_type load_balancing load_balancing_type",
+    "training.router_z_loss_coef": "moe_z_loss_coeff z_loss_weight router_z_loss z_loss_coeff",
     "data.train": (
         "data_path train_data_path train_data train_dataset train_file dataset dataset_path "
         "dataset_name dataset_folder mix mix_base_dir"
