@@ -50,6 +50,28 @@ def draw_curves(results: Sequence[Result], variant: str) -> bytes:
     return _png(figure)
 
 
+def draw_experts(results: Sequence[Result], variant: str) -> bytes | None:
+    """PNG of one variant's routers: the fullest expert of any layer over the mean, and the balance loss, over tokens.
+
+    None where no run has experts.
+    """
+    runs = [result.run for result in results if result.run.variant == variant and result.run.config.model.num_experts]
+    if not any(len(run.loss) for run in runs):
+        return None
+
+    figure = Figure((5, 4), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    for run in runs:
+        label = f"rate {run.lr:g}, seed {run.seed}"
+        upper.plot(*_smooth(run.tokens, run.expert_load), lw=1.2, label=label)
+        lower.plot(*_smooth(run.tokens, run.balance_loss), lw=1.2)
+
+    upper.set(xscale="log", ylabel="fullest expert / mean", title=variant)
+    lower.set(xscale="log", xlabel="tokens", ylabel="balance loss")
+    upper.legend(fontsize=8)
+    return _png(figure)
+
+
 def draw_rates(results: Sequence[Result]) -> bytes:
     """PNG of the final loss (nats) of complete runs over the learning rate: a line through each variant's means."""
     figure = Figure((5, 4), layout="constrained")

@@ -57,6 +57,10 @@ def _draw_figures(results: Sequence[Result]) -> tuple[dict[str, tuple[str, bytes
         caption = f"{variant}: loss, smoothed; dotted the fit; marks: validation loss at the end. Below: gradient norm."
         figures_by_name[f"curves-{variant}"] = (caption, figures.draw_curves(results, variant))
 
+        if (png := figures.draw_experts(results, variant)) is not None:
+            caption = f"{variant}: the fullest expert of any layer over its layer's mean. Below: balance loss."
+            figures_by_name[f"experts-{variant}"] = (caption, png)
+
         variant_results = [result for result in results if result.run.variant == variant]
         shown = next((result for result in variant_results if result.best), variant_results[0])
         label = f"{variant}, rate {shown.run.lr:g}, seed {shown.run.seed}"

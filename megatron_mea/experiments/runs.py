@@ -19,7 +19,7 @@ from megatron_mea.progress import progress_bar
 from megatron_mea.run_folder import RunFolder
 
 T = TypeVar("T")
-_METRIC_KEYS = ("loss", "grad_norm", "validation_loss")
+_TRAINED_KEYS = ("loss", "grad_norm", "balance_loss", "expert_load")
 MAX_ROWS = 1 << 18
 """Of a run with twice as many, neighbours are averaged as they are read: a run may log millions of steps."""
 _BLOCK = 1 << 12
@@ -35,6 +35,8 @@ class RunRecord:
 
     Args:
         steps, tokens, loss, grad_norm: (rows,) of the rows with a loss.
+        balance_loss, expert_load: (rows,) of models with experts, the load of the fullest expert of any layer over its
+            layer's mean; else not a number.
         validation: (rows, 2) tokens and validation loss.
         averaged: logged rows of which a row is the mean, with the step and the tokens of the last one.
         diverged, failed: why; empty where it did not.
@@ -46,6 +48,8 @@ class RunRecord:
     tokens: np.ndarray
     loss: np.ndarray
     grad_norm: np.ndarray
+    balance_loss: np.ndarray
+    expert_load: np.ndarray
     validation: np.ndarray
     diverged: str
     failed: str
@@ -112,7 +116,8 @@ def read_run(path: Path, show_progress: Callable[[int], object] = lambda _: None
     Args:
         show_progress: is called with the bytes of every line of metrics that was read.
     """
-    trained, validation = _AveragedRows(("step", "tokens"), "loss", "grad_norm"), _AveragedRows(("tokens",), "loss")
+    trained = _AveragedRows(("step", "tokens"), *_TRAINED_KEYS)
+    validation = _AveragedRows(("tokens",), "validation_loss")
     folder, problem = RunFolder(path), ""
     expected = "a JSON object of numbers: step, tokens"
     try:
@@ -120,20 +125,19 @@ def read_run(path: Path, show_progress: Callable[[int], object] = lambda _: None
             folder.metrics, _parse_row, kind="metrics", expected=expected, show_progress=show_progress
         ):
             if "loss" in row:
-                trained.add(row["step"], row["tokens"], row["loss"], row.get("grad_norm", math.nan))
+                trained.add(row["step"], row["tokens"], *(row.get(name, math.nan) for name in _TRAINED_KEYS))
             if "validation_loss" in row:
                 validation.add(row["tokens"], row["validation_loss"])
     except OverflowError as error:
         problem = str(error)
 
-    steps, tokens, loss, grad_norm = np.ascontiguousarray(trained.values().T)
+    steps, tokens, *columns = np.ascontiguousarray(trained.values().T)
     return RunRecord(
         dir=path,
         config=_read_config(folder.config if folder.config.is_file() else folder.job_config),
         steps=steps,
         tokens=tokens,
-        loss=loss,
-        grad_norm=grad_norm,
+        **dict(zip(_TRAINED_KEYS, columns, strict=True)),
         validation=validation.values(),
         averaged=trained.group_size,
         diverged=folder.divergence_reason(),
@@ -237,7 +241,11 @@ def check_count(value: Any) -> float:
 
 
 def _parse_row(line: bytes) -> dict[str, float]:
-    """Step, tokens, and what else of `_METRIC_KEYS` a row of metrics has."""
+    """Step, tokens, and what else of `_TRAINED_KEYS` and the validation loss a row of metrics has."""
     row = parse_json_object(line)
     counts = {name: check_count(row[name]) for name in ("step", "tokens")}
-    return counts | {name: float(row[name]) for name in _METRIC_KEYS if row.get(name) is not None}
+    values = {name: row[name] for name in (*_TRAINED_KEYS, "validation_loss") if row.get(name) is not None}
+    # A number a layer.
+    return counts | {
+        name: max(map(float, value)) if name == "expert_load" else float(value) for name, value in values.items()
+    }

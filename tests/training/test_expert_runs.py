@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_mea.checkpoint.folder import CheckpointMetadata, complete_checkpoints
 from megatron_mea.cli import main
 from megatron_mea.errors import UserError
+from megatron_mea.experiments.runs import read_run
 from megatron_mea.huggingface.model_folder import ModelFolder
 from megatron_mea.model.decoder import Decoder
 from megatron_mea.training.dead_experts import DeadExperts
@@ -65,6 +66,17 @@ def test_a_run_that_resumes_goes_on_to_the_bit(whole, config, capsys):
     (copy / "FINISHED").unlink()
     train(config, "resumed")
     assert rows(config, "resumed") == rows(config, "whole")
+
+
+@pytest.mark.slow
+def test_a_report_draws_balance_and_load(whole, config, tmp_path):
+    assert main(["report", str(whole), "--out", str(tmp_path / "report.html")]) == 0
+    assert (tmp_path / "report-experts-mea.png").stat().st_size > 1000
+    assert "the fullest expert of any layer" in (tmp_path / "report.html").read_text()
+
+    run = read_run(whole)
+    expected = [(max(row["expert_load"]), row["balance_loss"]) for row in rows(config, "whole") if "loss" in row]
+    assert list(zip(run.expert_load, run.balance_loss, strict=True)) == expected
 
 
 @pytest.mark.slow
