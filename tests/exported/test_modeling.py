@@ -212,3 +212,25 @@ def test_a_scaled_model_equals_llama_beyond_its_context():
 def test_a_configuration_that_no_variant_computes_is_refused(settings):
     with pytest.raises(ValueError, match=r"expected where|multiples of 2"):
         MEAConfig(**settings)
+
+
+@pytest.mark.parametrize("norm_topk_prob", [False, True])
+def test_experts_are_what_vllm_takes_for_its_own_kernel(norm_topk_prob):
+    """By the rules of its matcher: a child `experts` of 3-D parameters, a `gate` with nothing but its weight.
+
+    It traces the router, and wants a linear map, a softmax and the top k in a row.
+    """
+    model = small_model(**expert_cases()[0] | {"norm_topk_prob": norm_topk_prob})
+    with torch.device("meta"):
+        mlp = MEAForCausalLM(to_hf_config(model)).model.layers[0].mlp
+
+    assert {name for name, _ in mlp.named_children()} == {"experts", "gate"}
+    assert all(parameter.dim() == 3 for parameter in mlp.experts.parameters())
+    assert list(mlp.gate.state_dict()) == ["weight"]
+    assert not list(mlp.named_buffers())
+
+    nodes = list(torch.fx.symbolic_trace(mlp.gate).graph.nodes)
+    calls = [node.target.__name__ for node in nodes if node.op == "call_function"]
+    order = [calls.index(name) for name in ("linear", "softmax", "topk")]
+    assert order == sorted(order)
+    assert ("truediv" in calls) == norm_topk_prob
