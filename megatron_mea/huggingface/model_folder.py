@@ -268,7 +268,7 @@ class HFFolder(ModelFolder):
             got = "a checkpoint already" if (self.path / META).is_file() else _missing(self.path, CONFIG_JSON)
             hint = "" if self.path.exists() else "`hf download NAME --local-dir HF_DIR` fetches a model of the hub"
             expected = "a Hugging Face folder: config.json, safetensors, tokenizer"
-            raise self.refusal(self.path, got, expected=expected, hint=hint)
+            raise UserError(where=str(self.path), got=got, expected=expected, hint=hint)
 
         self.config_json = read_config_json(self.path, self.where)
 

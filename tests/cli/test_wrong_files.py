@@ -334,7 +334,7 @@ TEACHERS = [  # teacher, other overrides, got, expected
         "a whole checkpoint",
         "use an older one...",
     ),
-    ("gpt2", "", "gpt2/config.json: model_type = gpt2", "mea, mea_vllm, llama, mistral, qwen2, qwen3"),
+    ("gpt2", "", "gpt2/config.json: model_type = gpt2", "mea, mea_vllm, llama, mistral, qwen2, qwen3, qwen3_moe"),
     (
         "run",
         "model.vocab_size=385",
