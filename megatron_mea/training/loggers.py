@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 class Tracker:
     """Receives what a run logs, on rank 0 between two steps. A method that a subclass leaves out does nothing.
 
-    A method that raises costs the run its tracker and nothing else. One that waits makes the run wait.
+    A method that raises, or ends its program (SystemExit), costs the run its tracker and nothing else. One that waits
+    makes the run wait.
     """
 
-    def open(self, *, run: RunFolder, settings: Logging, step: int | None) -> bool:
-        """Called before the other methods, once; returns whether `settings` want this tracker: else no other is called.
+    def open(self, *, run: RunFolder, settings: Logging, step: int | None) -> bool | None:
+        """Called before the other methods, once; returns False where `settings` do not want it: no other is called.
 
         Args:
             settings: the section `logging`.
             step: the step after which the run resumes; later ones may have been logged before. None: it begins anew.
         """
-        return True
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Losses, rates and times of a logged step or validation, by name."""
@@ -78,6 +78,8 @@ class TensorBoard(Tracker):
 
 TRACKERS: dict[str, type[Tracker]] = {"TensorBoard": TensorBoard}
 """A row a tracker, by the name that a warning gives it."""
+_FAILURES = (Exception, SystemExit)
+"""A client may end its program; the messages of its exceptions may raise as well."""
 
 
 class Trackers:
@@ -93,7 +95,7 @@ class Trackers:
         for name, tracker_class in TRACKERS.items():
             with self._dropped_on_failure(name):
                 tracker = tracker_class()
-                if tracker.open(run=run, settings=settings, step=step):
+                if tracker.open(run=run, settings=settings, step=step) is not False:
                     self._trackers[name] = tracker
 
     def for_each(self, call: Callable[[Tracker], None]) -> None:
@@ -106,6 +108,10 @@ class Trackers:
     def _dropped_on_failure(self, name: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:
+        except _FAILURES as error:
             self._trackers.pop(name, None)
-            self._log(f"warning: tracker {name} failed, and gets nothing more of this run: {shorten(error)}")
+            try:
+                reason = shorten(error)
+            except _FAILURES:
+                reason = type(error).__name__
+            self._log(f"warning: tracker {name} failed, and gets nothing more of this run: {reason}")

@@ -64,9 +64,9 @@ class Metrics:
         for name in [name for name, value in scalars.items() if isinstance(value, list)]:
             scalars |= {f"{name}/{index}": value for index, value in enumerate(scalars.pop(name))}
 
-        self._trackers.for_each(lambda tracker: tracker.scalars(scalars, step))
+        self._trackers.for_each(lambda tracker: tracker.scalars(dict(scalars), step))
         if tensors:
-            self._trackers.for_each(lambda tracker: tracker.tensors(tensors, step))
+            self._trackers.for_each(lambda tracker: tracker.tensors(dict(tensors), step))
 
     def close(self) -> None:
         self._metrics.close()

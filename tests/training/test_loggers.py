@@ -10,12 +10,14 @@ import sys
 import pytest
 import torch
 import yaml
+from support.engines import config as small_config
 from support.runs import ROOT, command, environment, rows, train
-from support.trackers import CALLS, JsonTracker, raises_in
+from support.trackers import CALLS, NO_NETWORK, JsonTracker, UnspeakableError, raises_in
 
 from megatron_mea.config.schema import Logging
 from megatron_mea.run_folder import RunFolder
-from megatron_mea.training.loggers import TRACKERS, Trackers
+from megatron_mea.training.loggers import TRACKERS, Tracker, Trackers
+from megatron_mea.training.metrics import Metrics
 
 WITH_TRACKERS = """if True:
     import sys
@@ -23,7 +25,8 @@ WITH_TRACKERS = """if True:
     from megatron_mea.cli import main
     from megatron_mea.training.loggers import TRACKERS
 
-    TRACKERS |= {"first": raises_in(*CALLS), "json": JsonTracker, "last": raises_in(*CALLS[2:])}
+    TRACKERS |= {"first": raises_in(*CALLS), "json": JsonTracker}
+    TRACKERS |= {"last": raises_in(*CALLS[2:], error=SystemExit("no\x1b[2J network"))}
     sys.exit(main(sys.argv[1:]))
 """
 
@@ -42,7 +45,8 @@ def test_the_trackers_of_a_run(tiny, tmp_path):
     assert result.returncode == 0, result.stderr
     warnings = [line for line in result.stdout.splitlines() if line.startswith("warning: tracker ")]
     assert [line.split()[2] for line in warnings] == ["first", "last"]
-    assert all(line.endswith(r"of this run: ConnectionError('no\x1b[2J network')") for line in warnings)
+    for line, error in zip(warnings, ("ConnectionError", "SystemExit"), strict=True):
+        assert line.endswith(rf"of this run: {error}('no\x1b[2J network')")
 
     calls = [json.loads(line) for line in (run / "tracker.jsonl").read_text().splitlines()]
     kind, step, texts = calls[0]
@@ -70,10 +74,13 @@ def test_the_trackers_of_a_run(tiny, tmp_path):
     assert "config/text_summary" in events.Tags()["tensors"]
 
 
+@pytest.mark.parametrize(
+    "error", [NO_NETWORK, SystemExit(1), UnspeakableError()], ids=lambda error: type(error).__name__
+)
 @pytest.mark.parametrize("call", CALLS)
-def test_a_tracker_that_fails_in_one_call(call, tmp_path, monkeypatch):
+def test_a_tracker_that_fails_in_one_call(call, error, tmp_path, monkeypatch):
     """It is warned of once, and the others get everything."""
-    for name, tracker in {"TensorBoard": raises_in(call), "json": JsonTracker}.items():
+    for name, tracker in {"TensorBoard": raises_in(call, error=error), "json": JsonTracker}.items():
         monkeypatch.setitem(TRACKERS, name, tracker)
 
     lines: list[str] = []
@@ -85,9 +92,40 @@ def test_a_tracker_that_fails_in_one_call(call, tmp_path, monkeypatch):
     trackers.for_each(lambda tracker: tracker.close())
 
     (warning,) = lines
-    assert warning.startswith("warning: tracker TensorBoard failed, and gets nothing more of this run: Connection")
+    start = "warning: tracker TensorBoard failed, and gets nothing more of this run: "
+    assert warning.startswith(f"{start}{type(error).__name__}")
     written = [json.loads(line)[0] for line in (tmp_path / "tracker.jsonl").read_text().splitlines()]
     assert written == [*["text", "scalars", "tensors"] * 2, "close"]
+
+
+def test_each_tracker_has_numbers_of_its_own(tmp_path, monkeypatch):
+    """One that empties what it is given, and one that `settings` do not want, take nothing from the next."""
+
+    class Emptying(Tracker):
+        def scalars(self, values, step):
+            values.clear()
+
+        tensors = scalars
+
+    class Unwanted(raises_in(*CALLS)):
+        def open(self, **_):
+            return False
+
+    for name, tracker in {"TensorBoard": Unwanted, "first": Emptying, "json": JsonTracker}.items():
+        monkeypatch.setitem(TRACKERS, name, tracker)
+
+    lines: list[str] = []
+    settings = small_config()
+    settings = settings.model_copy(update={"run": settings.run.model_copy(update={"dir": str(tmp_path)})})
+    metrics = Metrics(config=settings, versions={}, step=None, log=lines.append)
+    metrics.write({"step": 1, "tokens": 8, "loss": 2.0}, {"head_rms/layers.0.self_attn": torch.ones(2)})
+    metrics.close()
+    written = [json.loads(line) for line in (tmp_path / "tracker.jsonl").read_text().splitlines()]
+    assert [values for kind, _, values in written if kind in ("scalars", "tensors")] == [
+        {"loss": 2.0},
+        {"head_rms/layers.0.self_attn": [1.0, 1.0]},
+    ]
+    assert lines == []
 
 
 def test_a_run_without_the_library_of_a_tracker_goes_on(tmp_path, monkeypatch):
