@@ -80,7 +80,7 @@ def compress(
         note(f"warning: {reason} (docs/compression.md)")
 
     with reserve_output(out, folder=True), disk_errors(out), open_source_model(model, out) as source_model:
-        windows = None
+        windows, tokenizer = None, source_model.checkpoint.tokenizer
         if calibration is not None:
             windows = calibration_windows(
                 source_model=source_model, path=calibration, where=CALIBRATION, tokens=CALIBRATION_TOKENS
@@ -106,7 +106,7 @@ def compress(
         compressed = CompressedModel(source_model=source_model, heads=counts, factoriser=factoriser)
         with scratch_folder(out) as scratch:
             checkpoint = scratch / "compressed"
-            _write_checkpoint(compressed, checkpoint)
+            _write_checkpoint(compressed, checkpoint, tokenizer)
             if isinstance(model, HFFolder):
                 _, *notes = export(CheckpointFolder(checkpoint), out, dtype=_stored_dtype(model)).splitlines()
             else:
@@ -122,7 +122,7 @@ def _changed_layers(source_model: SourceModel, options: list[list[int]]) -> set[
     return {layer for layer, layer_options in enumerate(options) if layer_options != [component_heads[layer]]}
 
 
-def _write_checkpoint(compressed: CompressedModel, folder: Path) -> None:
+def _write_checkpoint(compressed: CompressedModel, folder: Path, tokenizer: Path | None) -> None:
     """Writes the compressed model as a checkpoint of step 0, without Adam's moments."""
     source_model, model = compressed.source_model, compressed.model
     shapes, checkpoint = parameter_shapes(model), source_model.checkpoint
@@ -134,8 +134,8 @@ def _write_checkpoint(compressed: CompressedModel, folder: Path) -> None:
 
         write_tensors(folder=folder, shapes=shapes, read=read)
 
-    if checkpoint.tokenizer is not None:
-        shutil.copytree(checkpoint.tokenizer, folder / TOKENIZER)
+    if tokenizer is not None:
+        shutil.copytree(tokenizer, folder / TOKENIZER)
     if (checkpoint.folder / GENERATION).is_file():
         shutil.copy(checkpoint.folder / GENERATION, folder)
 

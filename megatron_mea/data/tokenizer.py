@@ -220,6 +220,11 @@ def update_tokenizer_config(folder: Path, **changes: Any) -> None:
     (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 
 
+def has_tokenizer_files(folder: Path) -> bool:
+    """Whether a file of a tokenizer is there, which need not load."""
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
+
+
 def check_tokenizer_folder(folder: str | Path, where: str) -> None:
     """Raises UserError unless the folder exists and holds tokenizer files; imports no library."""
     path = Path(folder)
@@ -231,7 +236,7 @@ def check_tokenizer_folder(folder: str | Path, where: str) -> None:
             hint="make one with `megatron-mea tokenizer`",
         )
 
-    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
+    if not has_tokenizer_files(path):
         raise UserError(
             where=where, got=f"{folder}, without tokenizer files", expected="a Hugging Face tokenizer folder"
         )

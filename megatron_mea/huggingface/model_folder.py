@@ -18,7 +18,7 @@ from megatron_mea.checkpoint.folder import META, TOKENIZER, CheckpointMetadata, 
 from megatron_mea.config import Config
 from megatron_mea.config.load import parse_config
 from megatron_mea.config.schema import Model
-from megatron_mea.data.tokenizer import check_tokenizer_folder, load_tokenizer
+from megatron_mea.data.tokenizer import check_tokenizer_folder, has_tokenizer_files, load_tokenizer
 from megatron_mea.errors import Problem, UserError
 from megatron_mea.huggingface.config_keys import CONFIG_JSON, MAX_NAMED, read_config_json
 from megatron_mea.printing import note
@@ -127,14 +127,13 @@ class ModelFolder(ABC):
         return read_generation_config(self.folder, self.where)
 
     @property
+    @abstractmethod
     def tokenizer(self) -> Path | None:
-        """The folder of the tokenizer; None where there is none, as beside imported weights."""
-        try:
-            check_tokenizer_folder(self._tokenizer_folder, self.where)
-        except UserError:
-            return None
+        """The folder of the tokenizer; None where there is none, as beside imported weights.
 
-        return self._tokenizer_folder
+        Raises:
+            UserError: a checkpoint has such a folder, without a tokenizer's files.
+        """
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer.
@@ -231,6 +230,15 @@ class CheckpointFolder(ModelFolder):
         entries = {name: StoredTensor(file=self.folder, shape=shape, dtype="F32") for name, shape in shapes.items()}
         return self._stored(entries, partial(read_fragments, self.folder))
 
+    @property
+    def tokenizer(self) -> Path | None:
+        folder = self._tokenizer_folder
+        if not folder.exists():
+            return None
+
+        check_tokenizer_folder(folder, self.key or str(folder))
+        return folder
+
     def special_token_ids(self) -> dict[str, int | None]:
         """The special token ids of the tokenizer, by the names of a configuration; empty where there is none.
 
@@ -298,6 +306,10 @@ class HFFolder(ModelFolder):
         num_layers, tied = model.num_hidden_layers, model.tie_word_embeddings
         entries = scan_model(path=self.folder, where=self.where, num_layers=num_layers, tied=tied)
         return self._stored(entries, partial(fill_fragments, entries))
+
+    @property
+    def tokenizer(self) -> Path | None:
+        return self._tokenizer_folder if has_tokenizer_files(self._tokenizer_folder) else None
 
     def _load(self) -> tuple[PreTrainedModel, Mapping[str, Path]]:
         from megatron_mea.huggingface.transformers_model import load_pretrained

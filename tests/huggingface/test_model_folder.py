@@ -42,6 +42,14 @@ MAY_USE = {
     # A run's own checkpoints, which it resumes from.
     "find_corruption": (DOOR, "checkpoint/", "training/"),
     "CheckpointMetadata.read": (DOOR, "checkpoint/", "training/"),
+    # `rate_jump` looks for an earlier rate.
+    "complete_checkpoints": (DOOR, "checkpoint/", "training/rate_jump.py"),
+    "read_fragments": (DOOR, "checkpoint/", "training/run_start.py"),
+    # `inspect` counts parameters.
+    "weight_shapes": (DOOR, "checkpoint/", "huggingface/inspect.py"),
+    "tensor_shapes": ("checkpoint/",),
+    "read_tensors": (DOOR, "checkpoint/"),
+    "CheckpointReader": ("checkpoint/",),
     "load_file": (),
     "torch.load": (),
 }
@@ -145,6 +153,16 @@ def test_numbers_of_a_checkpoint_that_are_not_finite(verb, checkpoint, capsys):
     seal(checkpoint)
     assert main(verb.format(checkpoint).split()) == 2
     assert f"{name} in checkpoint, with numbers that are not finite" in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_tokenizer_folder_without_files_is_refused(verb, checkpoint, capsys):
+    """A checkpoint without the folder has none; one with a folder has lost it."""
+    (checkpoint / "tokenizer").mkdir()
+    assert main(verb.format(checkpoint).split()) == 2
+    assert "got:      checkpoint/tokenizer, without tokenizer files" in capsys.readouterr().err
     assert not Path("out").exists()
 
 
