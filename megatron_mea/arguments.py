@@ -10,7 +10,8 @@ from typing import Any
 
 from megatron_mea import __version__
 from megatron_mea.errors import UserError, did_you_mean, shorten
-from megatron_mea.parser import Parser, comma_separated, file_ending, float_where, int_range, one_of, utf8
+from megatron_mea.parser import Parser, WrongValue, comma_separated, file_ending, float_where, int_range, one_of, utf8
+from megatron_mea.slurm.scheduler import RESERVED_OPTIONS, parse_time
 
 _VERB_SYNONYMS = {
     "tokenizer": "train-tokenizer spm sentencepiece bpe vocab",
@@ -113,6 +114,19 @@ def _option_or_key_hint(name: str, options: list[str]) -> str:
     return did_you_mean(name, [*options, *keys], _OPTION_SYNONYMS | dict.fromkeys(keys, name.lower()))
 
 
+def _slurm_time(text: str) -> str | WrongValue:
+    expected = "SLURM's M, M:S, H:M:S, D-H, D-H:M or D-H:M:S, above zero"
+    return text if parse_time(text) else WrongValue(got=shorten(text), expected=expected)
+
+
+def _sbatch_option(word: str) -> str | WrongValue:
+    name = word.partition("=")[0] if word.startswith("--") else word[:2]
+    if name in RESERVED_OPTIONS:
+        return WrongValue(got="an option that `submit` sets", expected=RESERVED_OPTIONS[name])
+
+    return word
+
+
 def build_parser() -> tuple[Parser, Mapping[str, Parser]]:
     """The parser of the whole command line, and those of the verbs by name."""
     parser = Parser(
@@ -157,9 +171,9 @@ def build_parser() -> tuple[Parser, Mapping[str, Parser]]:
             "--gpus-per-node", type=int_range(1), needs=needs, required=required, metavar="G", help=gpus_help
         )
         time_help = f"limit of a job, H:M:S or D-H:M:S; the run goes on{time_default}"
-        sub.add_argument("--time", needs=needs, required=required, metavar="T", help=time_help)
+        sub.add_argument("--time", type=_slurm_time, needs=needs, required=required, metavar="T", help=time_help)
         sub.add_argument("--dry-run", needs=needs, action="store_true", help="print the script instead")
-        sub.pass_on("sbatch_options", needs)
+        sub.pass_on("sbatch_options", needs=needs, check=_sbatch_option)
 
     def add_source_arguments(sub: Parser) -> None:
         sources_help = (

@@ -177,7 +177,10 @@ def _sweep(
     from megatron_mea.slurm.resources import Resources
 
     resources = Resources(
-        nodes=nodes or 1, gpus_per_node=gpus_per_node or 1, time=time or "24:00:00", options=tuple(sbatch_options)
+        nodes=nodes or 1,
+        gpus_per_node=gpus_per_node or 1,
+        time="24:00:00" if time is None else time,
+        options=tuple(sbatch_options),
     )
     show(submit_array(configs=configs, out=Path(out), resources=resources, at_once=at_once, dry_run=dry_run))
 

@@ -88,6 +88,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **settings: Any) -> None:
         self.option_hint: Callable[[str, list[str]], str] = did_you_mean
         self._rest = ""
+        self._check_rest: Callable[[str], str | WrongValue] = str
         self._declared: list[argparse.Action] = []
         self._needs: dict[str, str] = {}
         self._excludes: dict[str, str] = {}
@@ -121,9 +122,9 @@ class Parser(argparse.ArgumentParser):
         self._needs[action.dest], self._excludes[action.dest] = needs, excludes
         return action
 
-    def pass_on(self, name: str, needs: str = "") -> None:
-        """Lets the words behind `--` be the value `name`, whatever they are."""
-        self._rest, self._needs[name] = name, needs
+    def pass_on(self, name: str, *, needs: str = "", check: Callable[[str], str | WrongValue]) -> None:
+        """Lets the words behind `--` be the value `name`; `check` returns a WrongValue for those that it refuses."""
+        self._rest, self._needs[name], self._check_rest = name, needs, check
 
     def parse(self, words: Sequence[str]) -> dict[str, Any]:
         """Values of all declared arguments by their names.
@@ -180,6 +181,10 @@ class Parser(argparse.ArgumentParser):
             for item in value if isinstance(value, list) else [value]:
                 if isinstance(item, WrongValue):
                     yield Problem(where=_name(action), got=item.got, expected=item.expected, hint=item.hint)
+
+        for word in getattr(values, self._rest, []):
+            if isinstance(wrong := self._check_rest(word), WrongValue):
+                yield Problem(where=f"-- {word}", got=wrong.got, expected=wrong.expected, hint=wrong.hint)
 
     def _contradictions(self, values: argparse.Namespace) -> Iterator[Problem]:
         names = {action.dest: _name(action) for action in self._declared} | {self._rest: "--"}

@@ -17,17 +17,6 @@ from megatron_mea.slurm.job_files import check_jobs
 from megatron_mea.slurm.script import Site
 from megatron_mea.training.startup import checkpoint_bytes
 
-RESERVED_OPTIONS = {
-    **{"--nodes": "--nodes", "-N": "--nodes", "--time": "--time", "-t": "--time", "--requeue": "--chain"},
-    **dict.fromkeys(("--ntasks", "-n", "--ntasks-per-node", "--gpus", "-G", "--gpus-per-node"), "--gpus-per-node"),
-    **dict.fromkeys(("--gpus-per-task", "--gres", "--ntasks-per-gpu"), "--gpus-per-node"),
-    **{"--output": "nothing: the log lies in the run folder", "-o": "nothing: the log lies in the run folder"},
-    **{"--open-mode": "nothing", "--no-requeue": "--chain", "--array": "the verb sweep", "-a": "the verb sweep"},
-    **{"--chdir": "nothing: cd there and submit", "-D": "nothing: cd there and submit"},
-    **{"--no-kill": "nothing: training needs all its nodes", "-k": "nothing: training needs all its nodes"},
-}
-"""Options of sbatch that this package sets, and what to use instead."""
-
 _ASSUMED_DISK_BYTES_PER_SECOND = 2e8
 """Bandwidth of a node at least, where no checkpoint has been timed yet."""
 _SIGNAL_EARLY_SECONDS = 60
@@ -43,9 +32,9 @@ class Resources:
     """Nodes, GPUs and time that a job requests.
 
     Args:
-        time: limit in SLURM's notation, such as 1-12:00:00.
+        time: limit in SLURM's notation, such as 1-12:00:00, that `scheduler.parse_time` reads.
         chain: number of jobs, each resuming where the one before has stopped; 1: one job that requeues itself.
-        options: for sbatch, as the user gave them.
+        options: for sbatch, as the user gave them; none of `scheduler.RESERVED_OPTIONS`.
     """
 
     nodes: int
@@ -92,7 +81,7 @@ def check_resources(
     partition = candidates[0] if candidates else None
     lead = longest_signal_lead(configs, resources)
     problems = [
-        *(problem for candidate in candidates or [None] for problem in resource_problems(resources, candidate)),
+        *(problem for candidate in candidates for problem in _partition_problems(resources, candidate)),
         *_signal_problems(lead, resources),
     ]
     if problems:
@@ -121,19 +110,9 @@ def check_resources(
     return [*options, *site.options, *_option_lines(user_options)], warnings
 
 
-def resource_problems(resources: Resources, partition: scheduler.Partition | None) -> Iterator[Problem]:
-    """Problems of the resources by themselves and, where it is known, on a partition."""
-    for word in resources.options:
-        name = word.partition("=")[0] if word.startswith("--") else word[:2]
-        if word.startswith("-") and name in RESERVED_OPTIONS:
-            yield Problem(where=f"-- {word}", got="an option that `submit` sets", expected=RESERVED_OPTIONS[name])
-
+def _partition_problems(resources: Resources, partition: scheduler.Partition) -> Iterator[Problem]:
     seconds = scheduler.parse_time(resources.time)
-    if not seconds:
-        yield Problem(
-            where="--time", got=resources.time, expected="SLURM's M, M:S, H:M:S, D-H, D-H:M or D-H:M:S, above zero"
-        )
-    elif partition is not None and partition.time_limit is not None and seconds > partition.time_limit:
+    if seconds and partition.time_limit is not None and seconds > partition.time_limit:
         limit = timedelta(seconds=partition.time_limit)
         yield Problem(
             where="--time",
@@ -142,15 +121,11 @@ def resource_problems(resources: Resources, partition: scheduler.Partition | Non
             hint="a shorter time: the run goes on by itself",
         )
 
-    if partition is not None:
-        if resources.nodes > partition.nodes:
-            yield Problem(
-                where="--nodes",
-                got=resources.nodes,
-                expected=f"at most {partition.nodes}, all of partition {partition.name}",
-            )
-        if partition.gpus and resources.gpus_per_node > partition.gpus:
-            yield Problem(where="--gpus-per-node", got=resources.gpus_per_node, expected=f"at most {partition.gpus}")
+    if resources.nodes > partition.nodes:
+        expected = f"at most {partition.nodes}, all of partition {partition.name}"
+        yield Problem(where="--nodes", got=resources.nodes, expected=expected)
+    if partition.gpus and resources.gpus_per_node > partition.gpus:
+        yield Problem(where="--gpus-per-node", got=resources.gpus_per_node, expected=f"at most {partition.gpus}")
 
 
 def signal_lead(config: Config, resources: Resources) -> int:

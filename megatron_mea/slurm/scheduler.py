@@ -11,6 +11,17 @@ from dataclasses import dataclass
 
 from megatron_mea.errors import RunError, UserError
 
+RESERVED_OPTIONS = {
+    **{"--nodes": "--nodes", "-N": "--nodes", "--time": "--time", "-t": "--time", "--requeue": "--chain"},
+    **dict.fromkeys(("--ntasks", "-n", "--ntasks-per-node", "--gpus", "-G", "--gpus-per-node"), "--gpus-per-node"),
+    **dict.fromkeys(("--gpus-per-task", "--gres", "--ntasks-per-gpu"), "--gpus-per-node"),
+    **{"--output": "nothing: the log lies in the run folder", "-o": "nothing: the log lies in the run folder"},
+    **{"--open-mode": "nothing", "--no-requeue": "--chain", "--array": "the verb sweep", "-a": "the verb sweep"},
+    **{"--chdir": "nothing: cd there and submit", "-D": "nothing: cd there and submit"},
+    **{"--no-kill": "nothing: training needs all its nodes", "-k": "nothing: training needs all its nodes"},
+}
+"""Options of sbatch that this package sets, and what to use instead."""
+
 _COMMANDS = ("sbatch", "scontrol", "squeue", "sinfo")
 
 

@@ -19,7 +19,6 @@ from megatron_mea.slurm.resources import (
     Resources,
     check_resources,
     longest_signal_lead,
-    resource_problems,
 )
 from megatron_mea.slurm.script import Site, render
 from megatron_mea.training.rank_env import RankEnv
@@ -84,11 +83,8 @@ def check_run(config: Config, resources: Resources) -> tuple[ParallelDims, int, 
         The layout, the step at which the run would begin, and warnings.
 
     Raises:
-        UserError: the resources contradict themselves, or the run cannot start, is finished, or is being trained.
+        UserError: the run cannot start, is finished, or is being trained.
     """
-    if problems := list(resource_problems(resources, None)):
-        raise UserError.from_problems(problems)
-
     dims, state = check_layout(config, resources.world_size), read_run_state(config)
     if state.finished_step is not None:
         got = f"{config.run.dir}, finished at step {state.finished_step}"

@@ -97,8 +97,8 @@ ACCEPTED = [  # command, what it sets
     ),
     ("submit c --nodes 2 --gpus-per-node 8 --time 1:00 a=1 --chain 3 --", JOB | {"overrides": ["a=1"], "chain": 3}),
     (
-        "submit c --nodes 2 --gpus-per-node 8 --time 1:00 -- -- --time=1 --help a=1",
-        JOB | {"sbatch_options": ["--", "--time=1", "--help", "a=1"]},
+        "submit c --nodes 2 --gpus-per-node 8 --time 1:00 -- -- --qos=1 --help a=1",
+        JOB | {"sbatch_options": ["--", "--qos=1", "--help", "a=1"]},
     ),
     ("sweep c --out o", {"config": "c", "out": "o"}),
     (
@@ -205,6 +205,16 @@ REFUSED = [  # command, (where, got, expected, hint) of each problem
         "submit c --nodes 0 --gpus-per-node 0 --time 1 --chain 0",
         *((name, "0", "at least 1") for name in ("--nodes", "--gpus-per-node", "--chain")),
     ),
+    (
+        "submit c --nodes 0 --gpus-per-node 8 --time 0 --chain 0 -- --array=1 -q -t1",
+        ("--nodes", "0", "at least 1"),
+        ("--time", "'0'", "SLURM's M, M:S, ..., above zero"),
+        ("--chain", "0", "at least 1"),
+        ("-- --array=1", "an option that `submit` sets", "the verb sweep"),
+        ("-- -t1", "an option that `submit` sets", "--time"),
+    ),
+    ("submit c --nodes 1 --gpus-per-node 8 --time=", ("--time", "''", "SLURM's M, M:S, ..., above zero")),
+    ("sweep c --out o --submit --time=", ("--time", "''", "SLURM's M, M:S, ..., above zero")),
     (
         "report a --out r.htm --tokens 1e9 x -1 inf",
         ("--out", "r.htm", "a file that ends in .html"),
