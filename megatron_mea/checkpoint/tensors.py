@@ -140,11 +140,24 @@ def write_fragments(folder: Path, fragments: Iterable[Fragment], *, group: Any) 
     views = {
         MetadataIndex(fragment.name, torch.Size(offsets)): (fragment.global_shape, view)
         for fragment in fragments
-        for offsets, view in fragment.chunks()
+        for offsets, view in _in_readable_pieces(fragment.chunks())
     }
     chunks = [(index, global_shape, view.shape) for index, (global_shape, view) in views.items()]
     planner = _SavePlanner(chunks, lambda index: views[index][1].contiguous())
     dcp.save({}, storage_writer=_Writer(folder), planner=planner, process_group=group)
+
+
+def _in_readable_pieces(
+    boxes: Iterable[tuple[tuple[int, ...], torch.Tensor]],
+) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
+    """The boxes, large ones of stacks in pieces: whoever reads an expert reads the piece that it is stored in."""
+    for offsets, view in boxes:
+        if view.dim() < 3:
+            yield offsets, view
+            continue
+
+        for (first, *_), (count, *_) in row_chunks(tuple(view.shape)):
+            yield (offsets[0] + first, *offsets[1:]), view[first : first + count]
 
 
 def write_tensors(

@@ -52,7 +52,10 @@ def head_moments(*, source_model: SourceModel, windows: Windows, layers: set[int
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     embedded = embed_windows(source_model=source_model, windows=windows, device=device)
     hidden = [hidden_states.cpu() for _, hidden_states in embedded]
+    decoder = None
     for layer in progress_bar(range(last + 1), desc="calibrate", unit="layer"):
+        # Freed before the next layer takes its memory.
+        del decoder
         decoder = load_layer(
             config=source_model.model,
             layer=StageLayers(blocks=range(layer, layer + 1)),

@@ -212,7 +212,10 @@ def losses_of_changes(
 
     *layers, head_layer = single_layers(source_model.model)
     hidden: dict[Change | None, torch.Tensor] = {None: torch.from_numpy(batch.input_ids).to(device)}
+    decoder = None
     for layer in layers:
+        # Freed before the next layer takes its memory.
+        del decoder
         decoder = load(source_model, layer)
         layer_input = hidden[None]
         for change, hidden_states in hidden.items():

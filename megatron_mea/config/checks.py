@@ -51,7 +51,16 @@ def start_checks(config: Config) -> Iterator[Problem]:
 
 def config_warnings(config: Config, dims: ParallelDims) -> list[str]:
     """Warnings about allowed settings that are known to train badly or slowly."""
-    return [*_embedding_warnings(config), *_pipeline_warnings(dims)]
+    return [*_embedding_warnings(config), *_pipeline_warnings(dims), *_router_warnings(config)]
+
+
+def _router_warnings(config: Config) -> Iterator[str]:
+    model = config.model
+    if model.num_experts and model.num_experts_per_tok == 1 and model.norm_topk_prob:
+        yield (
+            "one expert a token with model.norm_topk_prob has the weight 1 whatever the router says, which so learns "
+            "from its own losses alone: set model.norm_topk_prob to false"
+        )
 
 
 def _pipeline_warnings(dims: ParallelDims) -> Iterator[str]:
@@ -199,6 +208,11 @@ def _expert_problems(config: Config) -> Iterator[Problem]:
             got=model.num_experts_per_tok,
             expected=f"at most model.num_experts = {model.num_experts}",
         )
+
+    default = type(model).model_fields["router_aux_loss_coef"].default
+    if config.training.balance == "none" and model.router_aux_loss_coef not in (0, default):
+        expected = f"{default} or 0 where training.balance is none: there is no balance loss"
+        yield Problem(where="model.router_aux_loss_coef", got=model.router_aux_loss_coef, expected=expected)
 
     layers = model.num_hidden_layers
     if outside := [layer for layer in model.mlp_only_layers if layer >= layers]:

@@ -19,6 +19,9 @@ from .configuration_mea import MEAConfig
 from .experts_mea import MEAExperts, MEARouter, MEASparseMLP
 from .rotary_mea import rotary_cos_sin
 
+# The experts of experts_mea.py are decorated with @use_experts_implementation: transformers looks for that text in the
+# module of a model's class, before it lets them be computed by its grouped products.
+
 
 class MEAMLP(nn.Module):
     """SwiGLU feed-forward."""
@@ -73,6 +76,13 @@ class MEAPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": MEADecoderLayer, "attentions": MEAAttention}  # noqa: RUF012
+
+    def get_correct_experts_implementation(self, requested_experts):
+        """As transformers chooses; experts of widths that grouped products do not take are computed one by one."""
+        implementation = super().get_correct_experts_implementation(requested_experts)
+        widths = (self.config.hidden_size, self.config.moe_intermediate_size or 0)
+        is_aligned = all(width % 8 == 0 for width in widths)
+        return implementation if requested_experts is not None or is_aligned else "eager"
 
     @torch.no_grad()
     def _init_weights(self, module):

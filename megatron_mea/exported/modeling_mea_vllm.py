@@ -138,6 +138,7 @@ class MEAServedModel(MEAModel):
         return rotary_cos_sin(config=self.trained_config, position_ids=position_ids, dtype=dtype)
 
 
+# The experts are decorated with @use_experts_implementation (experts_mea.py): transformers looks for that text here.
 class MEAServedForCausalLM(MEAForCausalLM):
     """The decoder with a language-model head."""
 

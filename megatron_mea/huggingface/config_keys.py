@@ -38,6 +38,9 @@ _Name = Annotated[str, Field(max_length=64)]
 _Factors = Annotated[list[_Positive], Field(max_length=MAX_SIZE, fail_fast=True)]
 
 
+_EXPERT_COUNTS = ("num_experts", "num_local_experts")
+
+
 class _Keys(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
 
@@ -186,11 +189,13 @@ _OFF = {
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "is_causal": (None, True),
     # Routers and experts of other families.
-    **dict.fromkeys(("n_group", "topk_group", "num_expert_group", "first_k_dense_replace"), (None, 0, 1)),
+    **dict.fromkeys(("n_group", "topk_group", "num_expert_group"), (None, 0, 1)),
     **dict.fromkeys(("router_jitter_noise", "n_shared_experts", "num_shared_experts"), (None, 0)),
-    **dict.fromkeys(("shared_expert_intermediate_size", "moe_router_bias", "router_bias"), (None, 0)),
-    "routed_scaling_factor": (None, 1),
-    "scoring_func": (None, "softmax"),
+    **dict.fromkeys(("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"), (None, 0)),
+    **dict.fromkeys(("moe_num_shared_experts", "first_k_dense_replace", "moe_router_bias", "router_bias"), (None, 0)),
+    **dict.fromkeys(("use_expert_bias", "moe_router_enable_expert_bias", "swiglu_limit"), (None, 0)),
+    **dict.fromkeys(("routed_scaling_factor", "router_scaling_factor"), (None, 1)),
+    **dict.fromkeys(("scoring_func", "score_function", "moe_router_score_function"), (None, "softmax")),
     "topk_method": (None, "greedy"),
     # Another one may name a kernel, which transformers would fetch from the hub.
     **dict.fromkeys(
@@ -265,6 +270,7 @@ def read_config_json(path: Path, where: str) -> ConfigJson:
     except ValidationError as error:
         problems += _type_problems(error)
 
+    settings = {key: value for key, value in settings.items() if value is not None or key not in _EXPERT_COUNTS}
     if not is_stock:
         expected = "a key that this version knows, since others may stand for another computation"
         problems += [Problem(where=_printable(key), got=shorten(contents[key]), expected=expected) for key in unknown]
@@ -319,7 +325,7 @@ def _refusals(contents: dict[str, Any], keys: type[_Keys]) -> Iterator[Problem]:
             names = ", ".join(str(value).lower() for value in allowed[1:])
             yield Problem(where=key, got=contents[key], expected=f"nothing, or {names}")
 
-    names = ("num_experts", "num_local_experts")
+    names = _EXPERT_COUNTS
     if len({contents[name] for name in names if isinstance(contents.get(name), int)}) > 1:
         yield Problem(
             where=names[0], got=f"{contents[names[0]]}, and {names[1]} = {contents[names[1]]}", expected="one number"

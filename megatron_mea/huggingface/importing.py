@@ -140,7 +140,7 @@ def _import_warnings(*, source: HFFolder, stored: StoredTensors, model: Model) -
         warnings.append(f"{folder} brings code of its own (auto_map), which is not run: imported as a {kind}")
 
     source.generation_config()
-    if any(entry.dtype == "F64" for entry in stored.entries.values()):
+    if any("F64" in entry.dtype for entry in stored.entries.values()):
         warnings.append(f"{folder} is in float64, and is rounded to float32")
     if source.tokenizer is None:
         return [*warnings, f"{folder} has no tokenizer, so neither has the checkpoint: `generate` will refuse it"]

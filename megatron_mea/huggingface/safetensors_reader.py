@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -193,15 +195,19 @@ def fill_fragments(tensors: Mapping[str, StoredTensor], fragments: Iterable[Frag
     """Fills fragments of the tensors, a chunk at a time."""
     for fragment in fragments:
         tensor = tensors[fragment.name]
-        for offsets, view in fragment.chunks():
-            if tensor.experts:
-                _fill_from_experts(tensor, offsets=offsets, view=view)
-            else:
-                with safe_open(tensor.file, framework="pt") as file:
-                    view.copy_(file.get_slice(fragment.name)[_slices(offsets, view.shape)])
+        with ExitStack() as stack:
+            # A file is opened once, since its header lists every tensor in it.
+            open_file = cache(lambda path, stack=stack: stack.enter_context(safe_open(path, framework="pt")))
+            for offsets, view in fragment.chunks():
+                if tensor.experts:
+                    _fill_from_experts(tensor, offsets=offsets, view=view, open_file=open_file)
+                else:
+                    view.copy_(open_file(tensor.file).get_slice(fragment.name)[_slices(offsets, view.shape)])
 
 
-def _fill_from_experts(tensor: StoredTensor, *, offsets: tuple[int, ...], view: torch.Tensor) -> None:
+def _fill_from_experts(
+    tensor: StoredTensor, *, offsets: tuple[int, ...], view: torch.Tensor, open_file: Callable[[Path], safe_open]
+) -> None:
     """Fills a view of a stack (experts, rows, columns) at these offsets from the tensors of its experts."""
     for matrix, stored in tensor.experts:
         # The part of the matrix in the view, counted in the stack.
@@ -216,8 +222,7 @@ def _fill_from_experts(tensor: StoredTensor, *, offsets: tuple[int, ...], view: 
 
         in_view = _slices((start - offset for start, offset in zip(starts, offsets, strict=True)), shape)
         in_matrix = _slices((start - first for start, first in zip(starts, matrix.offsets, strict=True)), shape)
-        with safe_open(stored.file, framework="pt") as file:
-            view[in_view].copy_(file.get_slice(matrix.name)[in_matrix[1:]].unsqueeze(0))
+        view[in_view].copy_(open_file(stored.file).get_slice(matrix.name)[in_matrix[1:]].unsqueeze(0))
 
 
 def _slices(offsets: Iterable[int], shape: Iterable[int]) -> tuple[slice, ...]:

@@ -31,11 +31,14 @@ def write_safetensors(
     """
     sizes = {name: prod(shape) * dtype.itemsize for name, shape in shapes.items()}
     shards: list[list[str]] = [[]]
+    filled = 0
     for name, size in sizes.items():
-        if shards[-1] and sum(sizes[member] for member in shards[-1]) + size > shard_bytes:
+        if shards[-1] and filled + size > shard_bytes:
             shards.append([])
+            filled = 0
 
         shards[-1].append(name)
+        filled += size
 
     files = {}
     for number, names in enumerate(shards, start=1):

@@ -41,6 +41,7 @@ class Metrics:
         config_text = f"# {comment}\n{dump_config(config)}"
         write_file(run.config, config_text)
 
+        self._routed_layers = config.model.routed_layers
         self._metrics, self._heads = _RowFile(run.metrics, step), _RowFile(run.heads, step)
         self._trackers = Trackers(run=run, settings=config.logging, step=step, log=log)
         self._trackers.for_each(lambda tracker: tracker.text("config", config_text, step or 0))
@@ -60,9 +61,8 @@ class Metrics:
             self._heads.write({"step": step, "tokens": row["tokens"]} | head_row(tensors))
 
         scalars = {name: value for name, value in row.items() if name not in _NO_SCALARS} | hlc_statistics(tensors)
-        # A number a layer.
-        for name in [name for name, value in scalars.items() if isinstance(value, list)]:
-            scalars |= {f"{name}/{index}": value for index, value in enumerate(scalars.pop(name))}
+        loads = scalars.pop("expert_load", ())
+        scalars |= {f"expert_load/{layer}": load for layer, load in zip(self._routed_layers, loads, strict=False)}
 
         self._trackers.for_each(lambda tracker: tracker.scalars(dict(scalars), step))
         if tensors:

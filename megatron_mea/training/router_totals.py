@@ -81,7 +81,7 @@ class RouterTotals:
             UserError: it is that of another model.
         """
         rows = [state.get(str(layer), []) for layer in self.layers]
-        if any(len(row) != self._num_experts or min(row) < 0 for row in rows):
+        if any(len(row) != self._num_experts or min(row) < 0 or not 0 < sum(row) < 1 << 62 for row in rows):
             expected = f"{self._num_experts} counts for each of the layers {', '.join(map(str, self.layers))}"
             raise UserError(
                 where="meta.json, expert_counts", got=f"those of layers {', '.join(state)}", expected=expected

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.slow
 STEPS, LEG = 50, 3
 UNEVEN = {"num_component_heads": [1, 2, 3, 2, 4], "num_hidden_layers": 5}
 """No group divides h' or the vocabulary of 37, no pipeline the number of blocks."""
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "mlp_only_layers": [1]}
 TIED = {"tie_word_embeddings": True, "num_hidden_layers": 5}
 
 FOURS = {
@@ -155,14 +156,20 @@ def test_a_relay_of_all_layouts(tmp_path):
     check(curves, UNEVEN)
 
 
-def test_relays_with_tied_embeddings_and_in_bfloat16(tmp_path):
+def test_relays_with_tied_embeddings_with_experts_and_in_bfloat16(tmp_path):
     tied = [FOURS[name] for name in ("tp 2 x pp 2", "dp 4, ZeRO 3", "pp 2 x dp 2", "dp 4, ZeRO 1")]
     bf16 = [FOURS[name] for name in ("tp 2 x pp 2", "tp 2 x dp 2, ZeRO 3", "dp 4, ZeRO 2", "pp 2 x dp 2")]
+    experts = [FOURS[name] for name in ("tp 2 x dp 2, ZeRO 3", "tp 2 x pp 2, sequence parallel", "dp 4, ZeRO 3")]
     runs = [("tied", settings(parallel, TIED)) for parallel in tied]
     runs += [("bf16", settings(parallel=parallel, model=UNEVEN, precision="bf16")) for parallel in bf16]
+    runs += [("experts", settings(parallel, EXPERTS)) for parallel in experts]
+    runs += [("experts-bf16", settings(parallel=parallel, model=EXPERTS, precision="bf16")) for parallel in experts[:2]]
     curves = run_distributed(relay, 4, tmp_path, runs)[0]
     check(curves[:4], TIED)
-    check(curves=curves[4:], model=UNEVEN, rtol=0.05)
+    check(curves=curves[4:8], model=UNEVEN, rtol=0.05)
+    check(curves[8:11], EXPERTS)
+    # A router whose input is rounded otherwise may choose other experts.
+    check(curves=curves[11:], model=EXPERTS, rtol=0.05)
 
 
 def begin(root: Path, runs: list[tuple[str, Config]]) -> None:

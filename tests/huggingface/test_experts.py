@@ -113,7 +113,10 @@ def test_what_does_not_fit_is_named(folder, change, message):
         ("router_jitter_noise", 0.1, "nothing, or 0"),
         ("shared_expert_intermediate_size", 64, "nothing, or 0"),
         ("n_shared_experts", 1, "nothing, or 0"),
-        ("first_k_dense_replace", 3, "nothing, or 0, 1"),
+        ("first_k_dense_replace", 1, "nothing, or 0"),
+        ("score_function", "sigmoid", "nothing, or softmax"),
+        ("use_expert_bias", True, "nothing, or 0"),
+        ("moe_num_shared_experts", 2, "nothing, or 0"),
         ("router_bias", True, "nothing, or 0"),
         ("decoder_sparse_step", 0, "greater than or equal to 1"),
         ("num_experts_per_tok", 9, "at most model.num_experts = 8"),
@@ -287,8 +290,9 @@ def test_no_stack_of_experts_is_in_memory(tmp_path):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 
     model.to_empty(device="cpu")
+    torch.manual_seed(0)
     for parameter in model.parameters():
-        torch.nn.init.ones_(parameter)
+        torch.nn.init.normal_(parameter)
 
     model.save_pretrained(tmp_path / "large")
     assert len(load_file(tmp_path / "large" / "model.safetensors")) > 3 * 128

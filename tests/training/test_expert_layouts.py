@@ -40,7 +40,7 @@ CASES: dict[int, list[Case]] = {
         ("dp 2, ZeRO 1", layout(zero=1), NONE),
         ("dp 2, ZeRO 2", layout(zero=2), SEQUENCE | FULL),
         ("dp 2, ZeRO 3", layout(zero=3), BATCH | SELECTIVE),
-        ("dp 2, micro-batches of one", layout(zero=0), SEQUENCE | {"micro_batch_size": 2}),
+        ("dp 2, ZeRO 0", layout(zero=0), SEQUENCE),
     ],
     4: [
         ("tp 4, sequence parallel", layout(tensor=4, sequence=True), BATCH | FULL),

@@ -46,7 +46,7 @@ def test_fields_and_state(whole, config):
     assert all("balance_loss" not in row for row in rows(config, "whole") if "loss" not in row)
 
     events = EventAccumulator(str(whole / "tensorboard")).Reload()
-    assert {"balance_loss", "expert_load/0", "expert_load/1"} <= set(events.Tags()["scalars"])
+    assert {"balance_loss", "expert_load/1", "expert_load/2"} <= set(events.Tags()["scalars"])
 
     metadata = CheckpointMetadata.read(complete_checkpoints(whole)[-1][1])
     model, training = metadata.config["model"], metadata.config["training"]
@@ -130,6 +130,13 @@ def test_counts_of_another_model_are_refused():
     state = {"0": [1, 0, 3, 0, 0, 0, 0, 4], "2": [8, 0, 0, 0, 0, 0, 0, 0]}
     routers.load_state(state)
     assert routers.state() == state
-    for wrong in ({}, {"0": state["0"]}, state | {"2": [1]}, state | {"2": [-1] * 8}):
+    for wrong in (
+        {},
+        {"0": state["0"]},
+        state | {"2": [1]},
+        state | {"2": [-1] * 8},
+        state | {"2": [0] * 8},
+        state | {"2": [2**70] * 8},
+    ):
         with pytest.raises(UserError, match="expert_counts"):
             routers.load_state(wrong)
