@@ -166,14 +166,18 @@ class Parser(argparse.ArgumentParser):
     def _take_intermixed(self, surplus: Sequence[str], values: argparse.Namespace) -> list[str]:
         """Gives the last positional argument the words behind an option, which argparse leaves over; returns the rest.
 
-        `parse_intermixed_args` of Python 3.11 loses a `--`.
+        Behind a `--` all are positional. `parse_intermixed_args` of Python 3.11 loses it.
         """
+        end = surplus.index("--") if "--" in surplus else len(surplus)
+        words, behind = surplus[:end], surplus[end + 1 :]
         several = [action for action in self._declared if not action.option_strings and action.nargs in ("+", "*")]
-        for action in several:
-            given = getattr(values, action.dest) or []
-            setattr(values, action.dest, [*given, *(word for word in surplus if not _is_option(word))])
+        if not several:
+            return [*words, *behind]
 
-        return [word for word in surplus if not several or _is_option(word)]
+        dest = several[0].dest
+        positional = [word for word in words if not _is_option(word)]
+        setattr(values, dest, [*(getattr(values, dest) or []), *positional, *behind])
+        return [word for word in words if _is_option(word)]
 
     def _wrong_values(self, values: argparse.Namespace) -> Iterator[Problem]:
         for action in self._declared:
