@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import SequenceMatcher, get_close_matches
 from functools import cache
 from typing import Any, Literal, get_args, get_origin
 
@@ -31,9 +31,16 @@ def known_keys() -> list[str]:
 
 def leaf_keys() -> list[str]:
     """Dotted keys that take one value; a list does, whatever its entries have for keys."""
-    lists = {key for key, field in _fields().items() if get_origin(field.annotation) is list}
-    leaves = [key for key in known_keys() if key in lists or key not in _parents()]
-    return [key for key in leaves if key.rpartition(".")[0] not in lists]
+    return [key for key in _settable_keys() if key in _lists() or key not in _parents()]
+
+
+def _settable_keys() -> list[str]:
+    """Dotted keys that an override can name: all but the sections at the top, and the keys of a list's entries."""
+    return [key for key in known_keys() if "." in key and key.rpartition(".")[0] not in _lists()]
+
+
+def _lists() -> set[str]:
+    return {key for key, field in _fields().items() if get_origin(field.annotation) is list}
 
 
 def choices(key: str) -> list[str]:
@@ -70,7 +77,7 @@ def unknown_key_hints(path: Sequence[str], value: object) -> Iterator[tuple[str,
     names = [*(part for part in path[:-1] if not part.isdigit()), path[-1]]
     if not isinstance(value, dict) or not value:
         yield dotted, _key_hint(names)
-    elif sections := _similar(names[-1], _sections(".".join(names[:-1])), 0.55):
+    elif sections := _similar(names[-1], _names(_sections(".".join(names[:-1]))), 0.55):
         yield dotted, f"did you mean {sections[0]}?"
     else:
         for name, nested in list(value.items())[:_MAX_HINTS]:
@@ -80,7 +87,13 @@ def unknown_key_hints(path: Sequence[str], value: object) -> Iterator[tuple[str,
 def meant_keys(path: Sequence[str]) -> list[str]:
     """Keys that an unknown one may stand for: of its name, called so by others, or most similar."""
     section, name = ".".join(path[:-1]), path[-1]
-    return namesakes(name) or _similar(name, _children(section), 0.6) or _similar(name, known_keys(), 0.75)
+    # Few names of one section resemble another by chance; among all names, and those of other trainers, many do.
+    siblings = _names(_children(section)) | (_synonyms(_children(section)) if section else {})
+    near = _similar(name, siblings, 0.6 if section else 0.75)
+    if meant := namesakes(name) or near:
+        return meant
+
+    return [key for like in _similar(name, _names(_settable_keys()), 0.75) for key in namesakes(_last_part(like))]
 
 
 def _key_hint(path: Sequence[str]) -> str:
@@ -89,7 +102,7 @@ def _key_hint(path: Sequence[str]) -> str:
 
     section = ".".join(path[:-1])
     section = section if _children(section) else ""
-    names = [key.rpartition(".")[2] for key in _children(section)]
+    names = [_last_part(key) for key in _children(section)]
     return f"{section or 'the configuration'} has {', '.join(names)}"
 
 
@@ -109,17 +122,38 @@ def _parents() -> set[str]:
 def namesakes(name: str) -> list[str]:
     """Keys of that name in whatever section, of the least nested ones; else those that others call so."""
     name = _normalised(name)
-    keys = [key for key in known_keys() if key.rpartition(".")[2] == name]
+    keys = [key for key in _settable_keys() if _last_part(key) == name]
     depth = min((key.count(".") for key in keys), default=0)
     return [key for key in keys if key.count(".") == depth] or [
         key for key, words in KEY_SYNONYMS.items() if name in words.split()
     ]
 
 
-def _similar(name: str, keys: Sequence[str], cutoff: float) -> list[str]:
-    """The key whose own name, or whose name of another trainer, resembles `name` most."""
-    names = {word: key for key in keys for word in [*KEY_SYNONYMS.get(key, "").split(), key.rpartition(".")[2]]}
-    return [names[word] for word in get_close_matches(_normalised(name), names, n=1, cutoff=cutoff)]
+def _last_part(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def _names(keys: Sequence[str]) -> dict[str, str]:
+    return {_last_part(key): key for key in keys}
+
+
+def _synonyms(keys: Sequence[str]) -> dict[str, str]:
+    return {word: key for key in keys for word in KEY_SYNONYMS.get(key, "").split()}
+
+
+def _similar(name: str, names: Mapping[str, str], cutoff: float) -> list[str]:
+    """The key of that of `names` which resembles `name` most; none for a name of two letters, which resemble many."""
+    name = _normalised(name)
+    matches = get_close_matches(name, names, n=3, cutoff=cutoff) if len(name) > 2 else []
+    return [names[word] for word in matches if _differ_slightly(name, word)][:1]
+
+
+def _differ_slightly(name: str, other: str) -> bool:
+    """Whether the parts that two names do not share are alike: context_parallel_size is no tensor_parallel_size."""
+    parts, others = name.split("_"), other.split("_")
+    rest = "_".join(part for part in parts if part not in others)
+    other_rest = "_".join(part for part in others if part not in parts)
+    return not rest or not other_rest or SequenceMatcher(None, rest, other_rest).ratio() > 0.5
 
 
 def _normalised(name: str) -> str:

@@ -224,11 +224,15 @@ def _validation_problems(error: ValidationError) -> Iterator[Problem]:
         else:
             if item["type"].startswith("union_tag"):
                 got = item["ctx"].get("tag", item["input"])
+                hint = did_you_mean(str(got), ("linear", "dynamic", "yarn", "llama3"), VALUE_SYNONYMS)
+                if isinstance(got, dict) and "type" in got:
+                    # An older spelling of transformers.
+                    hint = "write rope_type in place of type"
                 yield Problem(
                     where=f"{where}.rope_type",
                     got=shorten(got),
                     expected="linear, dynamic, yarn or llama3",
-                    hint=did_you_mean(str(got), ("linear", "dynamic", "yarn", "llama3"), VALUE_SYNONYMS),
+                    hint=hint,
                 )
                 continue
 

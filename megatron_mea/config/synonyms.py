@@ -127,7 +127,7 @@ KEY_SYNONYMS = {
     "logging.profile": "enable_profiling profile_step_start profile_step_end profile_freq profiler",
     "run.dir": (
         "output_dir out_dir save save_dir save_path save_folder checkpoint_dir checkpoints_path "
-        "dump_folder folder default_root_dir name"
+        "dump_folder folder default_root_dir"
     ),
     "run.init_from": (
         "load load_path pretrained_checkpoint initial_load_path init_checkpoint model_name_or_path model_name finetune"

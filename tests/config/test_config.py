@@ -146,12 +146,52 @@ def test_an_unknown_choice_names_the_nearest(key, value, nearest):
     assert [problem.hint for problem in error.value.problems] == [f"did you mean {nearest}?"]
 
 
+def test_the_old_spelling_of_rope_type_is_known():
+    with pytest.raises(UserError) as error:
+        parse(model={"rope_scaling": {"type": "linear", "factor": 2}})
+    assert [problem.hint for problem in error.value.problems] == ["write rope_type in place of type"]
+
+
 @pytest.mark.parametrize(("key", "has"), [("model.xyzzy", "model has vocab_size, "), ("job", "the configuration has ")])
 def test_an_unknown_key_that_resembles_none_names_its_siblings(key, has):
     section, _, name = key.partition(".")
     with pytest.raises(UserError) as error:
         parse(**{section: {name: 1} if name else {}})
     assert error.value.problems[0].hint.startswith(has)
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("optimizer.name", []),
+        ("optimizer.type", []),
+        ("run.name", []),
+        ("schedule.type", []),
+        ("data.num_workers", []),
+        ("checkpoint.path", []),
+        ("data.path", ["data.train"]),
+        ("context_parallel_size", []),
+        ("data_parallel_size", []),
+        ("parallel.context_parallel_size", []),
+        ("parallel.data_parallel_size", []),
+        ("parallel.dp", []),
+        ("parallel.cp", []),
+        ("parallel.ep", ["parallel.expert_model_parallel_size"]),
+        ("parallel.tensor_parallel_siz", ["parallel.tensor_model_parallel_size"]),
+        ("expert_model_parallel_sizes", ["parallel.expert_model_parallel_size"]),
+        ("weight", ["training.distillation.weight"]),
+        ("hidden", []),
+        ("stepss", ["training.steps"]),
+        ("intervall", ["evaluation.interval", "checkpoint.interval", "logging.interval"]),
+        ("model.hidden", ["model.hidden_size"]),
+        ("optimizer.learning_rat", ["optimizer.lr"]),
+        ("training.max_step", ["training.steps"]),
+        ("rms_norm_epss", ["model.rms_norm_eps"]),
+        ("logging.profiles", ["logging.profile"]),
+    ],
+)
+def test_a_key_that_only_looks_like_another_is_not_offered(key, meant):
+    assert meant_keys(key.split(".")) == meant
 
 
 def test_synonyms():
