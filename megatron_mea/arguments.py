@@ -65,7 +65,7 @@ def parse_arguments(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
         parser.parse_known_args(words[:1])
 
     got = f"{shorten(name)}, an unknown verb" if words else "nothing"
-    hint = did_you_mean(name, verbs, _VERB_SYNONYMS)
+    hint = did_you_mean(name, verbs, _VERB_SYNONYMS, misspelt=True)
     raise UserError(where="VERB", got=got, expected=", ".join(verbs), hint=hint or f"see {parser.prog} --help")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
+from difflib import SequenceMatcher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,16 +42,33 @@ def shorten(value: object, limit: int = 200) -> str:
     return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 4 :]}"
 
 
-def did_you_mean(got: str, known: Iterable[str], synonyms: Mapping[str, str] | None = None) -> str:
+def did_you_mean(
+    got: str, known: Iterable[str], synonyms: Mapping[str, str] | None = None, *, misspelt: bool = False
+) -> str:
     """A hint at the known names that `got` stands for elsewhere, or at the one it resembles; empty where there is none.
 
     Args:
         synonyms: {known name: words of others for it, with spaces between}.
+        misspelt: whether `got` may resemble a synonym too.
     """
-    got, names = got.lower(), {name.lstrip("-"): name for name in known}
-    meant = [name for name in names.values() if synonyms and got in synonyms.get(name, "").split()]
-    meant = meant or [names[match] for match in get_close_matches(got.lstrip("-"), names, n=1)]
+    got, known = got.lower(), list(known)
+    words = {name: (synonyms or {}).get(name, "").split() for name in known}
+    meant = [name for name in known if got in words[name]]
+    if not meant:
+        spelt = {name: [name, *(words[name] if misspelt else [])] for name in known}
+        likeness = {word: _likeness(got, word) for spellings in spelt.values() for word in spellings}
+        nearest = max(likeness, key=likeness.__getitem__, default="")
+        meant = [name for name in known if nearest in spelt[name] and likeness[nearest]]
+
     return f"did you mean {' or '.join(meant)}?" if meant else ""
+
+
+def _likeness(got: str, word: str) -> float:
+    """Share of letters that two names have in common, in their order; 0 where a resemblance is by chance."""
+    got, word = got.lstrip("-"), word.lstrip("-")
+    ratio = SequenceMatcher(None, word, got).ratio()
+    is_part_or_turned = got in word or word in got or sorted(got) == sorted(word)
+    return ratio if ratio >= (0.6 if is_part_or_turned else 0.7) else 0.0
 
 
 class UserError(Exception):

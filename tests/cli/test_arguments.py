@@ -144,6 +144,7 @@ VERBS = ", ".join(DEFAULTS)
 REFUSED = [  # command, (where, got, expected, hint) of each problem
     ("", ("VERB", "nothing", VERBS, "see megatron-mea --help")),
     ("no-verb", ("VERB", "'no-verb', an unknown verb", VERBS, "see megatron-mea --help")),
+    ("serve", ("VERB", "'serve', an unknown verb", VERBS, "see megatron-mea --help")),
     ("--bogus train c", ("VERB", "'--bogus', an unknown verb", VERBS, "see megatron-mea --help")),
     ("--help=x", ("VERB", "'--help=x', an unknown verb", VERBS)),
     # What is missing, unknown or too much, all of it.
@@ -229,7 +230,8 @@ REFUSED = [  # command, (where, got, expected, hint) of each problem
         ("--tokens", "inf", "above 0"),
     ),
     ("export M O --dtype fp16", ("--dtype", "'fp16'", "fp32 or bf16", "did you mean ...?")),
-    ("export M O --target llama", ("--target", "'llama'", "transformers or stock or vllm")),
+    ("export M O --target llama", ("--target", "'llama'", "transformers or stock or vllm", "")),
+    ("export M O --target stok", ("--target", "'stok'", "...", "did you mean stock?")),
     ("compress M O --cache-ratio 0", ("--cache-ratio", "0.0", "above 0, and at most 1: all composite heads")),
     ("compress M O --cache-ratio 1.1", ("--cache-ratio", "1.1", "above 0, and at most 1: all composite heads")),
     (
@@ -259,6 +261,8 @@ REFUSED = [  # command, (where, got, expected, hint) of each problem
             ("trian", "train"),
             ("Train", "train"),
             ("pretrain", "train"),
+            ("fintune", "train"),
+            ("convrt", "export or import"),
             ("tokenize", "prepare"),
             ("preprocess", "prepare"),
             ("convert", "export or import"),
