@@ -6,6 +6,7 @@ import argparse
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -149,7 +150,7 @@ class Parser(argparse.ArgumentParser):
             surplus = self._take_intermixed(surplus, values)
             mistakes = [*self._contradictions(values), *self._mismatches(values, surplus, required)]
         except argparse.ArgumentError as error:
-            mistakes = [self._unreadable(error)]
+            mistakes = [self._unreadable(error, words)]
 
         if mistakes:
             last = mistakes[-1]
@@ -222,13 +223,26 @@ class Parser(argparse.ArgumentParser):
                 described = f"{_usage(action)}: {action.help}" if action.help else _usage(action)
                 yield Problem(where=_name(action), got="nothing", expected=described)
 
-    def _unreadable(self, error: argparse.ArgumentError) -> Problem:
+    def _unreadable(self, error: argparse.ArgumentError, words: Sequence[str]) -> Problem:
         action = next((action for action in self._declared if error.argument_name in _argparse_names(action)), None)
-        got = "no value" if error.message.startswith("expected ") else error.message
         if action is None:
-            return Problem(where=self.prog, got=got, expected="an option in full")
+            return Problem(where=self.prog, got=error.message, expected="an option in full")
 
-        return Problem(where=_name(action), got=got, expected=_usage(action))
+        if not error.message.startswith("expected "):
+            value = error.message.removeprefix("ignored explicit argument ")
+            return Problem(where=_name(action), got=f"the value {value}", expected=f"{_usage(action)} without a value")
+
+        # argparse takes a value for an option where it begins with a dash and is no plain number.
+        options = [name for declared in self._declared for name in declared.option_strings]
+        hints = [
+            f"did you mean {option}={value}?"
+            for option, value in pairwise(words)
+            if _is_option(option)
+            and any(name.startswith(option) for name in action.option_strings)
+            and _is_option(value)
+            and not any(name.startswith(value.partition("=")[0]) for name in options)
+        ]
+        return Problem(where=_name(action), got="no value", expected=_usage(action), hint=hints[0] if hints else "")
 
 
 def _is_option(word: str) -> bool:

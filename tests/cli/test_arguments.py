@@ -179,12 +179,22 @@ REFUSED = [  # command, (where, got, expected, hint) of each problem
     ("generate M", ("--prompt", "nothing", "--prompt TEXT")),
     # What argparse cannot read beyond.
     ("plan c --world-size", ("--world-size", "no value", "--world-size N", "see megatron-mea plan --help")),
-    ("plan c --json=yes", ("--json", "ignored explicit argument 'yes'", "--json")),
+    ("plan c --json=yes", ("--json", "the value 'yes'", "--json without a value")),
+    ("train c --help=3", ("--help", "the value '3'", "--help without a value", "see megatron-mea train --help")),
     ("prepare --input --tokenizer T --out P", ("--input", "no value", "--input SOURCE ...")),
     ("report a --out r.html --tokens", ("--tokens", "no value", "--tokens N ...")),
     ("evaluate M --tasks", ("--tasks", "no value", "--tasks NAME_OR_YAML ...")),
     ("generate M --prompt", ("--prompt", "no value", "--prompt TEXT")),
-    ("generate M --prompt -x", ("--prompt", "no value", "--prompt TEXT")),
+    ("generate M --prompt -x", ("--prompt", "no value", "--prompt TEXT", "did you mean --prompt=-x? see ...")),
+    ("generate M --prompt --temp=1", ("--prompt", "no value", "--prompt TEXT", "see megatron-mea generate --help")),
+    (
+        "generate M --prompt x --temp -1e-3",
+        ("--temperature", "no value", "--temperature T", "did you mean --temp=-1e-3? see megatron-mea generate --help"),
+    ),
+    (
+        "sweep c --out o --learning-rates -1,2",
+        ("--learning-rates", "no value", "--learning-rates LR,...", "did you mean --learning-rates=-1,2? see ..."),
+    ),
     ("compress M O --c 1", ("megatron-mea compress", "ambiguous option: --c could match ...", "an option in full")),
     (
         "report a --tokens x 2 --out",
