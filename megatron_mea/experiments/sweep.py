@@ -85,7 +85,11 @@ def run_here(configs: Sequence[Config], at_once: int = 1) -> str:
     Raises:
         UserError: one has a folder that is none, or is finished with other settings; nothing was trained.
         RunError: some failed; the others were trained all the same.
+        ValueError: `at_once` is below 1.
     """
+    if at_once < 1:
+        raise ValueError(f"at_once is {at_once}; expected 1 and more")
+
     # All of them before the first is trained, which may take days.
     has_ended = {config.run.dir: _has_ended(config) for config in configs}
     with reserve_output(Path(configs[0].run.dir).parent, folder=True):

@@ -13,7 +13,7 @@ from support.desk import BASH
 
 from megatron_mea.config import Config
 from megatron_mea.errors import UserError
-from megatron_mea.experiments.sweep import combinations
+from megatron_mea.experiments.sweep import combinations, run_here
 
 FAILS = "echo 'sbatch: error: Batch job submission failed' >&2; exit 1"
 
@@ -229,6 +229,11 @@ def test_options_of_a_job_are_refused_where_there_is_none(option, desk, ask):
     assert status == 2
     assert f"error: {option[0]}\n  got:      no --submit\n" in err
     assert not (desk.folder / "out").exists()
+
+
+def test_no_run_at_once_is_refused():
+    with pytest.raises(ValueError, match="at_once is 0"):
+        run_here([], at_once=0)
 
 
 @pytest.mark.slow
