@@ -107,7 +107,7 @@ def _variants_table(results: Sequence[Result]) -> Table:
     return Table(names, rows)
 
 
-def _stability_table(results: Sequence[Result]) -> str:
+def _stability_table(results: Sequence[Result]) -> Table:
     rates = sorted({result.run.lr for result in results})
     rows = []
     for variant in dict.fromkeys(result.run.variant for result in results):
