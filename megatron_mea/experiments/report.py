@@ -7,6 +7,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_mea.errors import UserError
 from megatron_mea.experiments import figures
 from megatron_mea.experiments.page import render
 from megatron_mea.experiments.read_head_stats import read_head_stats
@@ -68,6 +69,10 @@ def _draw_figures(results: Sequence[Result]) -> tuple[dict[str, tuple[str, bytes
             history = read_head_stats(shown.run.dir)
         except OverflowError as error:
             notes.append(f"{label}: {error}.")
+            continue
+        except UserError as error:
+            # The metrics, for which the page is read, are whole.
+            notes.append(f"{label}: {error.problems[0].where}: {error.problems[0].got}.")
             continue
 
         for kind, png in figures.draw_combinations(history).items():

@@ -231,6 +231,24 @@ def test_a_falling_rate_is_said(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("heads", "note"),
+    [
+        ('{"step": 0}\n{"step": 1}\n', "{run}/heads.jsonl:1: no row of head statistics."),
+        ('{"step": 1e300}\n', "{run}/heads.jsonl:1 has a number that no run has."),
+        (None, "{run}/heads.jsonl is no regular file."),
+    ],
+)
+def test_statistics_of_heads_that_are_none_cost_their_figures_alone(heads, note, tmp_path):
+    run, page = tmp_path / "run", tmp_path / "r.html"
+    write_run(folder=run, variant="mea", lr=1e-3, seed=1, loss=noisy_loss(1)[1])
+    (run / "heads.jsonl").mkdir() if heads is None else (run / "heads.jsonl").write_text(heads)
+    assert main(["report", str(run), "--out", str(page)]) == 0
+    assert "mea, rate 0.001, seed 1: " in page.read_text()
+    assert note.format(run=run) in page.read_text()
+    assert len(list(csv.DictReader(page.with_suffix(".csv").open()))) == 1
+
+
+@pytest.mark.parametrize(
     ("arguments", "where", "message"),
     [
         (["none", "--out", "r.html"], "none", "no such folder"),
@@ -241,7 +259,6 @@ def test_a_falling_rate_is_said(tmp_path):
         (["run", "--out", "r.html", "--tokens", "-1"], "--tokens", "-1.0"),
         (["broken", "--out", "r.html"], "metrics.jsonl:2", "no row of metrics"),
         (["words", "--out", "r.html"], "metrics.jsonl:2", "no row of metrics"),
-        (["heads", "--out", "r.html"], "heads.jsonl:1", "no row of head statistics"),
         (["strange", "--out", "r.html"], "strange/config.yaml", "an unknown key"),
         (["run", "--out", "run/config.yaml/r.html"], "error: run/config.yaml/r.html", "exists"),
     ],
@@ -254,8 +271,6 @@ def test_what_cannot_be_reported(arguments, where, message, tmp_path, monkeypatc
     (tmp_path / "broken/metrics.jsonl").write_text("\n".join([lines[0], "{", *lines[2:]]))
     write_run(folder=tmp_path / "words", variant="mea", lr=1e-3, seed=1, loss=noisy_loss(1)[1][:40])
     (tmp_path / "words/metrics.jsonl").write_text("\n".join([lines[0], lines[1].replace(" 1,", ' "one",'), *lines[2:]]))
-    write_run(folder=tmp_path / "heads", variant="mea", lr=1e-3, seed=1, loss=noisy_loss(1)[1][:40])
-    (tmp_path / "heads/heads.jsonl").write_text('{"step": 0}\n{"step": 1}\n')
     write_run(
         folder=tmp_path / "strange",
         variant="mea",
