@@ -1,7 +1,7 @@
 """The optimizers, a row each: which parameters one trains, the state that it keeps of them, and how torch builds it.
 
-Engine, checkpoints, disk checks and `plan` read these rows. There is one, which takes every parameter; an optimizer for
-some of them is a row before it, and `build_optimizer` and `initial_state` then choose by the group.
+Engine, checkpoints, disk checks and `plan` read these rows. There is one, which takes every parameter. One that takes
+all of them in its place is a row before it; several at once in a model are refused (docs/architecture.md).
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ class OptimizerSpec:
         name: of the row.
         state: its tensors in the shape of a parameter, by the names that torch gives them, with their types.
         takes: whether it trains a parameter.
+        counts_steps: whether torch also keeps the number of updates, as `step`.
         build: parameter groups, the section `optimizer` and the device -> torch's optimizer.
     """
 
     name: str
     state: Mapping[str, torch.dtype]
+    counts_steps: bool
     takes: Callable[[ParameterSpec], bool]
     build: Callable[[list[dict[str, Any]], schema.Optimizer, torch.device], torch.optim.Optimizer]
 
@@ -48,6 +50,7 @@ def _build_adamw(
 ADAMW = OptimizerSpec(
     name="adamw",
     state={"exp_avg": torch.float32, "exp_avg_sq": torch.float32},
+    counts_steps=True,
     takes=lambda spec: True,
     build=_build_adamw,
 )
@@ -75,6 +78,19 @@ def is_optimizer_state(name: str) -> bool:
     return any(name.startswith(f"{state}.") for optimizer in OPTIMIZERS for state in optimizer.state)
 
 
+def single_optimizer(parameters: Iterable[nn.Parameter]) -> OptimizerSpec:
+    """The optimizer that trains all of these parameters.
+
+    Raises:
+        NotImplementedError: several do, and DeepSpeed steps a single one.
+    """
+    optimizers = {row.name: row for row in (optimizer_of(parameter.spec) for parameter in parameters)}
+    if len(optimizers) != 1:
+        raise NotImplementedError(f"one optimizer has to take every parameter, not {', '.join(optimizers) or 'none'}")
+
+    return next(iter(optimizers.values()))
+
+
 def parameter_groups(parameters: Iterable[nn.Parameter], settings: schema.Optimizer) -> list[dict[str, Any]]:
     """Parameter groups: matrices decay, norms and biases do not, head combinations as `decay_hlc` says."""
     decayed, exempt = [], []
@@ -92,11 +108,18 @@ def parameter_groups(parameters: Iterable[nn.Parameter], settings: schema.Optimi
 def build_optimizer(
     groups: list[dict[str, Any]], *, settings: schema.Optimizer, device: torch.device
 ) -> torch.optim.Optimizer:
-    """The optimizer of these parameter groups."""
-    return ADAMW.build(groups, settings, device)
+    """The optimizer of these parameter groups.
+
+    Raises:
+        NotImplementedError: as `single_optimizer`.
+    """
+    optimizer = single_optimizer(parameter for group in groups for parameter in group["params"])
+    return optimizer.build(groups, settings, device)
 
 
-def initial_state(values: torch.Tensor, *, step_device: torch.device) -> dict[str, torch.Tensor]:
+def initial_state(
+    optimizer: OptimizerSpec, values: torch.Tensor, *, step_device: torch.device
+) -> dict[str, torch.Tensor]:
     """The state of a parameter group, whose master weights lie in one flat tensor, before its first update."""
-    zeros = {name: torch.zeros_like(values, dtype=dtype) for name, dtype in ADAMW.state.items()}
-    return {"step": torch.zeros((), device=step_device)} | zeros
+    step = {"step": torch.zeros((), device=step_device)} if optimizer.counts_steps else {}
+    return step | {name: torch.zeros_like(values, dtype=dtype) for name, dtype in optimizer.state.items()}

@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from support.engines import config
+from support.optimizers import sgd
 
+from megatron_mea import optimizers
 from megatron_mea.model.decoder import Decoder, parameter_specs
 from megatron_mea.optimizers import (
+    ADAMW,
     OPTIMIZERS,
     build_optimizer,
     initial_state,
@@ -29,8 +32,10 @@ def test_head_combinations_are_decayed_on_request(decay_hlc):
     assert (decayed["weight_decay"], exempt["weight_decay"]) == (0.1, 0.0)
 
 
-def test_the_rows_say_what_torch_keeps():
+@pytest.mark.parametrize("row", [ADAMW, sgd()], ids=lambda row: row.name)
+def test_the_rows_say_what_torch_keeps(row, monkeypatch):
     """Names, types and shapes of the state are those after an update, and so are the bytes that `plan` counts."""
+    monkeypatch.setattr(optimizers, "OPTIMIZERS", (row, ADAMW))
     settings = config()
     model = Decoder(settings.model)
     groups = parameter_groups(model.parameters(), settings.optimizer)
@@ -41,8 +46,9 @@ def test_the_rows_say_what_torch_keeps():
 
     optimizer.step()
     for parameter in model.parameters():
-        state, row = optimizer.state[parameter], optimizer_of(parameter.spec)
-        initial = initial_state(parameter, step_device=torch.device("cpu"))
+        assert optimizer_of(parameter.spec) is row
+        state = optimizer.state[parameter]
+        initial = initial_state(row, parameter, step_device=torch.device("cpu"))
         assert {name: tensor.dtype for name, tensor in state.items() if name != "step"} == dict(row.state)
         assert {name: (t.shape, t.dtype) for name, t in state.items()} == {
             name: (t.shape, t.dtype) for name, t in initial.items()
@@ -51,6 +57,15 @@ def test_the_rows_say_what_torch_keeps():
 
         held = [parameter, *(state[name] for name in row.state)]
         assert sum(tensor.nbytes for tensor in held) == state_bytes(parameter.spec) * parameter.numel()
+
+
+def test_two_optimizers_of_a_model_are_refused(monkeypatch):
+    """Before DeepSpeed has them, of which it would step one."""
+    settings = config()
+    groups = parameter_groups(Decoder(settings.model).parameters(), settings.optimizer)
+    monkeypatch.setattr(optimizers, "OPTIMIZERS", (sgd(takes=lambda spec: spec.kind == "matrix"), ADAMW))
+    with pytest.raises(NotImplementedError, match=r"take every parameter, not (sgd, adamw|adamw, sgd)$"):
+        build_optimizer(groups, settings=settings.optimizer, device=torch.device("cpu"))
 
 
 def test_names_in_checkpoints_are_told_apart():

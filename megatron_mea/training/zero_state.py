@@ -14,7 +14,7 @@ from torch import nn
 from megatron_mea.checkpoint.tensors import Fragment
 from megatron_mea.config.parallel_dims import ParallelDims
 from megatron_mea.model.decoder import Decoder
-from megatron_mea.optimizers import initial_state, optimizer_of, state_tensor_name
+from megatron_mea.optimizers import initial_state, optimizer_of, single_optimizer, state_tensor_name
 from megatron_mea.parallel.grid import Grid
 from megatron_mea.parallel.parameter import parameters_by_name
 
@@ -41,10 +41,11 @@ class ZeroState:
         else:
             partitions = [partition for group in self._optimizer.param_groups for partition in group["params"]]
 
-        fused = any(group["fused"] for group in self._optimizer.param_groups)
+        optimizer = single_optimizer(self._parameters.values())
+        fused = any(group.get("fused") for group in self._optimizer.param_groups)
         for partition in partitions:
             step_device = partition.device if fused else torch.device("cpu")
-            self._optimizer.state[partition] = initial_state(partition, step_device=step_device)
+            self._optimizer.state[partition] = initial_state(optimizer, partition, step_device=step_device)
 
         if not dims.shards_parameters:
             zero_optimizer._lazy_init_hp_params_optimizer_state()
@@ -82,7 +83,8 @@ class ZeroState:
     def sync_after_load(self, step: int) -> None:
         """After loading the `fragments` of a step: refreshes the weights, sets the count of steps; collective."""
         for parameter_state in self._optimizer.state.values():
-            parameter_state["step"].fill_(step)
+            if "step" in parameter_state:
+                parameter_state["step"].fill_(step)
 
         if not self._shards_parameters:
             self._zero.update_lp_params()

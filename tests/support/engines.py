@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from megatron_mea.config import Config
 from megatron_mea.config.load import parse_config
 from megatron_mea.data.corpora import IGNORE_INDEX, Batch
+from megatron_mea.optimizers import optimizer_of
 from megatron_mea.parallel.parameter import parameters_by_name
 from support.models import SMALL
 
@@ -214,7 +215,7 @@ def state(engine) -> dict[str, torch.Tensor]:
 
         full_tensor = parameter.spec.full_tensor
         tensors[name] = full_tensor(safe_get_full_fp32_param(parameter)).clone()
-        for moment in ("exp_avg", "exp_avg_sq"):
+        for moment in optimizer_of(parameter.spec).state:
             tensors[f"{moment}.{name}"] = full_tensor(safe_get_full_optimizer_state(parameter, moment)).clone()
 
     return tensors

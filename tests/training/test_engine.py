@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from support.distributed import run_distributed
 from support.engines import config, layout, new_engine, plain_training, set_state, state, train, train_step
+from support.optimizers import sgd
 
+from megatron_mea import optimizers
 from megatron_mea.parallel.parameter import parameters_by_name
 
 STEPS = 6
@@ -45,6 +48,7 @@ def checks_on_this_rank() -> list[tuple[float, float]]:
         assert not all(torch.equal(tensor, after[name]) for name, tensor in saved.items())
 
     check_drift()
+    check_another_optimizer()
     if rank_env.world_size == 2:
         check_pipeline(curve)
 
@@ -162,6 +166,23 @@ def check_drift() -> None:
             # Equal again, for the next parameter.
             if rank == world_size - 1:
                 stored_shard(parameter).data.view(-1)[3] *= 1 - 2**-24
+
+
+def check_another_optimizer() -> None:
+    """A row that takes every parameter is trained, and its own state saved and loaded."""
+    for zero in (1, 3):
+        with mock.patch.object(optimizers, "OPTIMIZERS", (sgd(), *optimizers.OPTIMIZERS)):
+            settings = config(parallel=layout(zero=zero))
+            engine = new_engine(settings)
+            assert isinstance(engine.optimizer.optimizer, torch.optim.SGD)
+            train(engine=engine, first=1, last=2)
+            saved = state(engine)
+            assert {name.split(".")[0] for name in saved} == {"model", "lm_head", "momentum_buffer"}
+            expected = train(engine=engine, first=3, last=4)
+
+            reloaded = new_engine(settings, initialized=False)
+            set_state(engine=reloaded, tensors=saved, step=2)
+            assert train(engine=reloaded, first=3, last=4) == expected
 
 
 @pytest.mark.slow
