@@ -1,7 +1,7 @@
 """The folder of a run: the name of every file and folder in it, which no other module writes down.
 
 What lies in a checkpoint is named by `checkpoint/folder.py`. A job (launch/job.sh) has files of its own in slurm/:
-attempts-*, failures-*, failed-* and nccl-*, and its log. `.preflight-*` are there while nodes are compared.
+attempts-*, failures-*, failed-* and nccl-*, and its log.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from megatron_mea.inputs import read_json_object
 
 _MAX_REASON = 10_000
 """Characters of what a job noted."""
+_PREFLIGHT = ".preflight-"
 
 
 def _entry(*names: str) -> property:
@@ -68,6 +69,14 @@ class RunFolder:
     """The ids of the jobs that were submitted last."""
     failure_note = _entry("slurm", "failed-sweep")
     """Status and reason of the first rank that failed, in a sweep on this machine."""
+
+    def preflight_marker(self, name: str) -> Path:
+        """A file that is there while the nodes of a job are compared (`slurm/preflight.py`)."""
+        return self.path / f"{_PREFLIGHT}{name}"
+
+    def preflight_markers(self) -> list[Path]:
+        """Those that are there."""
+        return list(self.path.glob(f"{_PREFLIGHT}*"))
 
     @property
     def marks(self) -> tuple[Path, ...]:

@@ -91,7 +91,8 @@ def test_every_package_has_a_row_and_a_folder_of_tests():
 def run_file_names() -> set[str]:
     """Names of files and folders in a run folder, those in its slurm/ included."""
     entries = [name for name, value in vars(RunFolder).items() if isinstance(value, property) and name != "marks"]
-    return {part for name in entries for part in getattr(RunFolder("/"), name).parts[1:]}
+    names = {part for name in entries for part in getattr(RunFolder("/"), name).parts[1:]}
+    return names | {RunFolder("/").preflight_marker("").name}
 
 
 @pytest.mark.parametrize("file", [name for name in FILES if name != "run_folder.py"])
@@ -101,7 +102,7 @@ def test_only_run_folder_names_the_files_of_a_run(file):
     docstrings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     constants = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and node not in docstrings]
     for text in (node.value for node in constants if isinstance(node.value, str)):
-        names = run_file_names() & set(re.split(r"[\s/,;:()'\"]+", text))
+        names = run_file_names() & set(re.split(r"[\s/,;:()*'\"]+", text))
         if " " in text:
             # A sentence may speak of checkpoints and jobs.
             names = {name for name in names if not name.isalpha() or name.isupper()}

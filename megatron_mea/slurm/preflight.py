@@ -24,6 +24,7 @@ import torch.distributed as dist
 from megatron_mea.errors import MachineError, UserError
 from megatron_mea.failures import exit_status
 from megatron_mea.printing import note
+from megatron_mea.run_folder import RunFolder
 from megatron_mea.training.distributed import choose_device, port_errors
 from megatron_mea.training.rank_env import RankEnv
 from megatron_mea.versions import versions
@@ -70,7 +71,7 @@ def preflight(run_dir: Path, rank_env: RankEnv, *, timeout: float = TIMEOUT) -> 
         UserError: the run folder is not shared or not writable, or the versions differ.
         MachineError: a node, its GPU or its network fails.
     """
-    begin, is_rank_0 = time.monotonic(), rank_env.rank == 0
+    begin, is_rank_0, run = time.monotonic(), rank_env.rank == 0, RunFolder(run_dir)
     device, machine_problem = _check_device(rank_env)
     wait = timedelta(seconds=timeout)
     with port_errors(rank_env):
@@ -85,7 +86,7 @@ def preflight(run_dir: Path, rank_env: RankEnv, *, timeout: float = TIMEOUT) -> 
 
     try:
         reports = _exchange_reports(
-            run_dir=run_dir,
+            run=run,
             rank_env=rank_env,
             store=store,
             device=_device_identity(device),
@@ -94,7 +95,8 @@ def preflight(run_dir: Path, rank_env: RankEnv, *, timeout: float = TIMEOUT) -> 
         )
     finally:
         if is_rank_0:
-            _remove_markers(run_dir)
+            for marker in run.preflight_markers():
+                marker.unlink(missing_ok=True)
 
     seconds = _time_all_reduce(device=device, rank_env=rank_env, store=store)
     if is_rank_0:
@@ -108,7 +110,7 @@ def preflight(run_dir: Path, rank_env: RankEnv, *, timeout: float = TIMEOUT) -> 
 
 
 def _exchange_reports(
-    *, run_dir: Path, rank_env: RankEnv, store: dist.Store, device: str, machine_problem: str, wait: timedelta
+    *, run: RunFolder, rank_env: RankEnv, store: dist.Store, device: str, machine_problem: str, wait: timedelta
 ) -> list[Report]:
     """Reports of all ranks on rank 0, an empty list elsewhere; where there is a problem every rank ends here.
 
@@ -116,9 +118,9 @@ def _exchange_reports(
         UserError, MachineError: on rank 0, the problems of all ranks; others exit with status 1.
     """
     if rank_env.rank == 0:
-        store.set("marker", _write_marker(run_dir))
+        store.set("marker", _write_marker(run))
     marker = store.get("marker").decode()
-    folder_problem = _check_folder(run_dir=run_dir, marker=marker, write=rank_env.local_rank == 0)
+    folder_problem = _check_folder(run=run, marker=marker, write=rank_env.local_rank == 0)
 
     report = Report(
         rank=rank_env.rank,
@@ -137,7 +139,7 @@ def _exchange_reports(
         verdict: Exception | None = None
         try:
             reports = [Report(**json.loads(store.get(f"report/{rank}"))) for rank in range(rank_env.world_size)]
-            _raise_problems(reports, run_dir)
+            _raise_problems(reports, run.path)
         except Exception as error:
             verdict = error
 
@@ -242,38 +244,34 @@ def _software_versions() -> dict[str, str]:
     return known | {"python": platform.python_version(), "cuda": torch.version.cuda or "none"}
 
 
-def _write_marker(run_dir: Path) -> str:
-    """Leaves a file in the run folder that all nodes must see; returns its name."""
-    name = f".preflight-{os.environ.get('SLURM_JOB_ID', 'local')}-{os.getpid()}"
+def _write_marker(run: RunFolder) -> str:
+    """Leaves a file in the run folder that all nodes must see; returns its name, as `preflight_marker` takes it."""
+    name = f"{os.environ.get('SLURM_JOB_ID', 'local')}-{os.getpid()}"
+    marker = run.preflight_marker(name)
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / name).touch()
+        run.path.mkdir(parents=True, exist_ok=True)
+        marker.touch()
     except OSError as error:
         # The others miss the file; this node reports the problem when it writes its own.
-        note(f"preflight: {run_dir / name}: {error.strerror}")
+        note(f"preflight: {marker}: {error.strerror}")
     return name
 
 
-def _check_folder(*, run_dir: Path, marker: str, write: bool) -> str:
+def _check_folder(*, run: RunFolder, marker: str, write: bool) -> str:
     """The problem of the run folder on this node: rank 0's marker is not there, or no file can be written; or empty."""
     deadline = time.monotonic() + _SHARED_FOLDER_TIMEOUT
-    while not (run_dir / marker).exists():
+    while not run.preflight_marker(marker).exists():
         if time.monotonic() > deadline:
             return "it does not see what rank 0 wrote there: the folder is not shared"
         time.sleep(0.5)
 
     if write:
         try:
-            (run_dir / f"{marker}-{socket.gethostname()}").touch()
+            run.preflight_marker(f"{marker}-{socket.gethostname()}").touch()
         except OSError as error:
             return f"it cannot be written there: {error.strerror}"
 
     return ""
-
-
-def _remove_markers(run_dir: Path) -> None:
-    for marker in run_dir.glob(".preflight-*"):
-        marker.unlink(missing_ok=True)
 
 
 def _shared_clock(*, store: dist.Store, rank_env: RankEnv, wait: timedelta) -> float:
