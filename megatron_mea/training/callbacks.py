@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from megatron_mea.config import Config
-from megatron_mea.training.engine import StepResult
 from megatron_mea.training.loader import StepData
+from megatron_mea.training.step_result import StepResult
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -25,35 +24,9 @@ from megatron_mea.training.loader import to_device
 from megatron_mea.training.nonfinite import NonFiniteError, locate_nonfinite
 from megatron_mea.training.pipeline_stage import NUM_LOSS_TERMS, ModelWithLoss, PipelineStage
 from megatron_mea.training.router_totals import RouterTotals
+from megatron_mea.training.step_result import StepResult
 from megatron_mea.training.teacher import Teacher
 from megatron_mea.training.zero_state import ZeroState
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepResult:
-    """Results of a step, the same on all ranks; a further scalar of some models is a field that defaults to None.
-
-    Args:
-        loss: nats a target, before the update.
-        lr: learning rate of the step.
-        grad_norm: before clipping.
-        distillation_loss: the divergence from a teacher, without its weight and T^2.
-        balance_loss, expert_load: of models with experts, as `RouterTotals.end_step` has them.
-        should_stop: whether a rank wants to stop.
-    """
-
-    loss: float
-    lr: float
-    grad_norm: float
-    distillation_loss: float | None = None
-    balance_loss: float | None = None
-    expert_load: list[float] | None = None
-    should_stop: bool = False
-
-    def scalars(self) -> dict[str, float | list[float]]:
-        """The fields of a row of the metrics."""
-        fields = {name: value for name, value in vars(self).items() if name != "should_stop"}
-        return {name: value for name, value in fields.items() if value is not None}
 
 
 class Engine:

@@ -13,7 +13,6 @@ from megatron_mea.config import Config
 from megatron_mea.outputs import disk_errors
 from megatron_mea.training import distributed, metrics
 from megatron_mea.training.callbacks import Record, TrainedStep, what_is_due
-from megatron_mea.training.engine import StepResult
 from megatron_mea.training.loader import DataStallTimer, Prefetcher, StepData, training_steps, validation_batches
 from megatron_mea.training.nonfinite import NonFiniteError, describe_nonfinite
 from megatron_mea.training.run_callbacks import build_callbacks
@@ -21,6 +20,7 @@ from megatron_mea.training.run_start import StartedRun, check_lease, start_run
 from megatron_mea.training.schedule import learning_rate
 from megatron_mea.training.signals import StopSignal
 from megatron_mea.training.startup import RunInputs
+from megatron_mea.training.step_result import StepResult
 from megatron_mea.training.watchdog import Watchdog
 
 

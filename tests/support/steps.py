@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from megatron_mea.training.callbacks import Due, Record, TrainedStep
-from megatron_mea.training.engine import StepResult
 from megatron_mea.training.loader import StepData
+from megatron_mea.training.step_result import StepResult
 
 
 def trained(step: int, *, save: bool = False, last: bool = False) -> TrainedStep:

@@ -17,7 +17,7 @@ from megatron_mea.config import Config
 from megatron_mea.run_folder import RunFolder
 from megatron_mea.training import heartbeat, loop, replicas
 from megatron_mea.training.callbacks import Callback, Record, what_is_due
-from megatron_mea.training.engine import StepResult
+from megatron_mea.training.step_result import StepResult
 
 
 def settings(*, steps: int = 12, validation: bool = True, sample_hashes: bool = False) -> Config:
