@@ -112,7 +112,9 @@ class IndexEntries:
                 for sequence in (first, last)
             )
 
-        starts = [self._document_offsets(low, high) // self.itemsize for low, high in _chunks(last, begin=first)]
+        # Also where there seems to be none: the neighbours show whether a damaged entry hides documents.
+        chunks = list(_chunks(last, begin=first)) or [(first, max(first, last))]
+        starts = [self._document_offsets(low, high) // self.itemsize for low, high in chunks]
         return np.unique(np.concatenate([np.empty(0, np.int64), *starts]))
 
     def first_sequence(self, document: int) -> tuple[int, int]:

@@ -206,3 +206,22 @@ def test_absurd_counts_take_no_memory(counts, tmp_path) -> None:
 
     with traced_memory_below(1_000_000), pytest.raises(UserError, match="that its header announces"):
         IndexedReader(tmp_path / "corpus")
+
+
+@pytest.mark.usefixtures("sampled")
+def test_documents_that_a_damaged_entry_hides_are_not_left_out(tmp_path):
+    """A later sequence's number makes a window end before its documents begin: none of them would be looked at."""
+    prefix = tmp_path / "corpus"
+    write_by_hand(prefix=prefix, dtype="u2", sequences=[[1, 2, 3]] * 300, documents=list(range(0, 301, 2)))
+    index, size = Path(f"{prefix}.idx"), Path(f"{prefix}.bin").stat().st_size
+    raw = index.read_bytes()
+    right = Reference(raw, size)
+    outcomes = set()
+    for number in range(1, 144):
+        entry = HEADER + 12 * 300 + 8 * number
+        index.write_bytes(raw[:entry] + (2 * number + 12).to_bytes(8, "little") + raw[entry + 8 :])
+        starts, begin = document_starts(prefix, 6 * number, 6 * number + 30), 6 * number
+        assert starts is None or starts == right.document_starts(begin, begin + 30), number
+        outcomes.add(starts is None)
+
+    assert True in outcomes
