@@ -38,6 +38,7 @@ def parse(*, model: dict, training: dict | None = None, parallel: dict | None = 
         ({"num_experts": 0}, {}, {}, "model.moe_intermediate_size", "None where model.num_experts is 0"),
         ({"num_experts": -1}, {}, {}, "model.num_experts", "greater than or equal to 0"),
         ({}, {"router_z_loss_coef": -0.1}, {}, "training.router_z_loss_coef", "greater than or equal to 0"),
+        ({"router_aux_loss_coef": 0.5}, {"balance": "none"}, {}, "model.router_aux_loss_coef", "balance is none"),
         ({}, {"balance": "Sequence"}, {}, "training.balance", "sequence"),
         ({}, {}, {"expert_model_parallel_size": 2}, "parallel.expert_model_parallel_size", "1: experts are sharded"),
     ],

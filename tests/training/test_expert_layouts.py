@@ -52,7 +52,8 @@ CASES: dict[int, list[Case]] = {
 
 
 def case_settings(parallel: dict | None, training: dict) -> Config:
-    return config(parallel=parallel, model=EXPERTS, steps=STEPS, seq_length=16, training=training)
+    model = EXPERTS | ({"router_aux_loss_coef": 0} if training["balance"] == "none" else {})
+    return config(parallel=parallel, model=model, steps=STEPS, seq_length=16, training=training)
 
 
 def train_cases(cases: list[Case]) -> list[tuple[list[tuple[float, ...]], float, dict[str, np.ndarray]]]:
