@@ -82,11 +82,11 @@ def single_optimizer(parameters: Iterable[nn.Parameter]) -> OptimizerSpec:
     """The optimizer that trains all of these parameters.
 
     Raises:
-        NotImplementedError: several do, and DeepSpeed steps a single one.
+        ValueError: several do, and DeepSpeed steps a single one.
     """
     optimizers = {row.name: row for row in (optimizer_of(parameter.spec) for parameter in parameters)}
     if len(optimizers) != 1:
-        raise NotImplementedError(f"one optimizer has to take every parameter, not {', '.join(optimizers) or 'none'}")
+        raise ValueError(f"one optimizer has to take every parameter, not {', '.join(optimizers) or 'none'}")
 
     return next(iter(optimizers.values()))
 
@@ -111,7 +111,7 @@ def build_optimizer(
     """The optimizer of these parameter groups.
 
     Raises:
-        NotImplementedError: as `single_optimizer`.
+        ValueError: as `single_optimizer`.
     """
     optimizer = single_optimizer(parameter for group in groups for parameter in group["params"])
     return optimizer.build(groups, settings, device)

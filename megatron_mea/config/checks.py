@@ -6,14 +6,9 @@ import math
 from collections.abc import Iterator
 
 from megatron_mea.config.parallel_dims import ParallelDims
-from megatron_mea.config.schema import Config
+from megatron_mea.config.schema import EXPERT_KEYS, Config
 from megatron_mea.config.variants import VARIANTS
 from megatron_mea.errors import Problem
-
-_EXPERT_KEYS = (
-    *("num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"),
-    *("mlp_only_layers", "decoder_sparse_step", "router_aux_loss_coef"),
-)
 
 
 def cross_checks(config: Config, *, needs_data: bool = True) -> Iterator[Problem]:
@@ -190,7 +185,7 @@ def _expert_problems(config: Config) -> Iterator[Problem]:
     model = config.model
     if model.num_experts == 0:
         # Settings that would be ignored silently: of routers, of experts and of their losses.
-        keys = [(f"model.{key}", model, key) for key in _EXPERT_KEYS]
+        keys = [(f"model.{key}", model, key) for key in (*EXPERT_KEYS, "router_aux_loss_coef")]
         keys += [(f"training.{key}", config.training, key) for key in ("balance", "router_z_loss_coef")]
         for where, section, key in keys:
             default = type(section).model_fields[key].default

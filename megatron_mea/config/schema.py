@@ -110,6 +110,13 @@ class Llama3Rope(Section):
 RopeScaling = Annotated[LinearRope | DynamicRope | YarnRope | Llama3Rope, Field(discriminator="rope_type")]
 
 
+EXPERT_KEYS = (
+    *("num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"),
+    *("mlp_only_layers", "decoder_sparse_step"),
+)
+"""Keys that count where `num_experts` is above 0, and that decide on what the model computes."""
+
+
 class Model(Section):
     vocab_size: Size = 32000
     hidden_size: Size = 512

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_mea.checkpoint.folder import GENERATION
 from megatron_mea.config.load import parse_model
-from megatron_mea.config.schema import MAX_COUNT, Model
+from megatron_mea.config.schema import EXPERT_KEYS, MAX_COUNT, Model
 from megatron_mea.errors import Problem, UserError, shorten
 from megatron_mea.huggingface.config_keys import (
     MAX_CONFIG_BYTES,
@@ -33,11 +33,6 @@ _SHARED_KEYS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings"),
 )
-EXPERT_KEYS = (
-    *("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"),
-    *("mlp_only_layers", "decoder_sparse_step"),
-)
-"""Keys that we share with Qwen3-MoE."""
 _GENERATION_BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), (1, 64)),
     **dict.fromkeys(("max_length", "max_new_tokens"), (1, MAX_COUNT)),
@@ -200,7 +195,7 @@ def _settings_problems(config: Any, model_type: str) -> Iterator[Problem]:
 
 def _stock_settings(config: Any, model_type: str) -> dict[str, Any]:
     """Our `model` section of a stock model, not validated."""
-    keys = _SHARED_KEYS + (EXPERT_KEYS if model_type == "qwen3_moe" else ())
+    keys = _SHARED_KEYS + (("num_experts", *EXPERT_KEYS) if model_type == "qwen3_moe" else ())
     fields = {key: getattr(config, key) for key in keys}
     return fields | {
         "attention_variant": "plain",

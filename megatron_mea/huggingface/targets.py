@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from megatron_mea.attention.hlc import fold_weight
-from megatron_mea.config.schema import Model
+from megatron_mea.config.schema import EXPERT_KEYS, Model
 from megatron_mea.errors import UserError
 from megatron_mea.exported import (
     attention_mea,
@@ -37,7 +37,7 @@ from megatron_mea.exported import (
 from megatron_mea.exported.modeling_mea import MEAForCausalLM
 from megatron_mea.exported.modeling_mea_vllm import MEAServedConfig, MEAServedForCausalLM
 from megatron_mea.huggingface.expert_tensors import ExpertMatrix, expert_matrices
-from megatron_mea.huggingface.hf_config import EXPERT_KEYS, to_hf_config
+from megatron_mea.huggingface.hf_config import to_hf_config
 from megatron_mea.model.decoder import parameter_shapes
 
 _CPU_WIDTHS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -148,7 +148,7 @@ def _stock_target(model: Model, fields: dict[str, Any]) -> ExportTarget:
     shared_keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     shared_keys += ("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_parameters", "max_position_embeddings")
     shared_keys += ("tie_word_embeddings", "initializer_range")
-    shared_keys += EXPERT_KEYS if model.num_experts else ()
+    shared_keys += ("num_experts", *EXPERT_KEYS) if model.num_experts else ()
     shared_fields = {name: getattr(model, name) for name in shared_keys}
     if config_class is Qwen2Config:
         del shared_fields["head_dim"]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megatron_mea.checkpoint.tensors import Fragment, row_chunks
-from megatron_mea.config.schema import Model
+from megatron_mea.config.schema import EXPERT_KEYS, Model
 from megatron_mea.config.variants import VARIANTS
 from megatron_mea.errors import Problem, UserError
 from megatron_mea.huggingface.model_folder import INIT_FROM, ModelFolder, StoredTensors
@@ -22,7 +22,7 @@ _MUST_MATCH = (
     *("attention_variant", "num_attention_heads", "num_key_value_heads", "num_component_heads", "head_dim"),
     *("hlc_mixes", "qk_norm", "attention_bias", "tie_word_embeddings", "head_norm_affine"),
     *(key for variant in VARIANTS.values() for key in variant.own_keys),
-    *("num_experts", "num_experts_per_tok", "norm_topk_prob", "mlp_only_layers", "decoder_sparse_step"),
+    *("num_experts", *EXPERT_KEYS),
 )
 """Settings that must be equal for weights of equal shapes to mean the same."""
 _ROWS_BYTES = 1 << 28

@@ -95,7 +95,8 @@ class Engine:
         norm = self.engine.get_global_grad_norm()
         norm = norm.double() if isinstance(norm, torch.Tensor) else torch.full_like(totals[0], norm)
         # One copy to the host for all of them, since the host waits for the device here.
-        *total_losses, num_stop_requests, grad_norm = torch.cat([totals, norm.reshape(1)]).tolist()
+        values = torch.cat([totals, norm.reshape(1), self.routers.end_step(router_totals)]).tolist()
+        *total_losses, num_stop_requests, grad_norm = values[: NUM_LOSS_TERMS + 2]
         # Every rank of a tensor group has the loss of the same samples.
         loss, divergence = (total / (self.grid.tp.size * num_targets) for total in total_losses)
 
@@ -110,7 +111,7 @@ class Engine:
             lr=lr,
             grad_norm=grad_norm,
             distillation_loss=None if self.stage.teacher is None else divergence,
-            **self.routers.end_step(router_totals),
+            **self.routers.fields(values[NUM_LOSS_TERMS + 2 :]),
             should_stop=num_stop_requests > 0,
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -53,22 +53,31 @@ class RouterTotals:
 
         return rows.flatten()
 
-    def end_step(self, totals: torch.Tensor) -> dict[str, float | list[float]]:
-        """Takes the vector summed over all ranks, for the next step's balance loss too; empty for a dense model.
+    def end_step(self, totals: torch.Tensor) -> torch.Tensor:
+        """Takes the vector summed over all ranks, for the next step's balance loss too.
 
         Returns:
-            `balance_loss`, the mean of the layers, 1 where experts are balanced, and `expert_load`, the tokens of the
-            fullest expert over the mean, for each routed layer.
+            (routed layers + 1,) what `fields` names, for the engine's one copy to the host; empty for a dense model.
         """
         if not self.layers:
-            return {}
+            return totals
 
         # Every rank of a tensor group has routed the same tokens.
         rows = (totals / self._tp_size).view(len(self.layers), -1)
         self._set_counts(rows[:, :-1].round().long())
         load = rows[:, :-1].amax(1) / rows[:, :-1].mean(1)
-        *load_by_layer, balance_loss = torch.cat([load, rows[:, -1:].mean(0) / self._sequences]).tolist()
-        return {"balance_loss": balance_loss, "expert_load": load_by_layer}
+        return torch.cat([load, rows[:, -1:].mean(0) / self._sequences])
+
+    @staticmethod
+    def fields(values: Sequence[float]) -> dict[str, float | list[float]]:
+        """Names the values of `end_step`.
+
+        Returns:
+            `balance_loss`, the mean of the layers, 1 where experts are balanced, and `expert_load`, the tokens of the
+            fullest expert over the mean, for each routed layer; empty for a dense model.
+        """
+        *load_by_layer, balance_loss = values or [0.0]
+        return {"balance_loss": balance_loss, "expert_load": load_by_layer} if load_by_layer else {}
 
     def state(self) -> dict[str, list[int]]:
         """The counts of the last step by layer, as meta.json holds them; empty for a dense model."""

@@ -14,7 +14,7 @@ class StepResult:
         lr: learning rate of the step.
         grad_norm: before clipping.
         distillation_loss: the divergence from a teacher, without its weight and T^2.
-        balance_loss, expert_load: of models with experts, as `RouterTotals.end_step` has them.
+        balance_loss, expert_load: of models with experts, as `RouterTotals.fields` has them.
         should_stop: whether a rank wants to stop.
     """
 
