@@ -15,6 +15,7 @@ import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.limits import PEAK_MEMORY
 from support.tokenizer_kinds import ENCODED_WHOLE, LINES, SPLIT_SAFELY
 
 from megatron_mea.data.text_encoder import PART_CHARACTERS, TextEncoder
@@ -107,17 +108,15 @@ def test_a_long_text_of_our_own_tokenizer_has_the_ids_of_sentencepiece(own_token
 @pytest.mark.slow
 def test_memory_does_not_grow_with_a_text(own_tokenizer: Path) -> None:
     """Encoded whole, eight million characters take two gigabytes."""
-    script = f"""if True:
-        import resource
-        from pathlib import Path
-        from megatron_mea.data.text_encoder import TextEncoder
-        encoder = TextEncoder(Path({str(own_tokenizer / "tokenizer.json")!r}).read_text())
-        encoder(["in the beginning god created the heaven and the earth\\n" * 10_000])
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        (ids,) = encoder(["in the beginning god created the heaven and the earth\\n" * 150_000])
-        print(len(ids), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    script = f"""
+from megatron_mea.data.text_encoder import TextEncoder
+encoder = TextEncoder(Path({str(own_tokenizer / "tokenizer.json")!r}).read_text())
+encoder(["in the beginning god created the heaven and the earth\\n" * 10_000])
+before = peak_memory()
+(ids,) = encoder(["in the beginning god created the heaven and the earth\\n" * 150_000])
+print(len(ids), peak_memory() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", PEAK_MEMORY + script], capture_output=True, text=True, check=True)
     tokens, kilobytes = map(int, done.stdout.split())
     assert tokens > 2_000_000
     # Ids, of which the array may be copied as it grows, and the text; a megabyte a part beside them.

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support.hf_folders import SIZES, save_export, save_stock_model
+from support.limits import PEAK_MEMORY
 from support.models import expert_cases
 from support.source_models import save_source_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
@@ -253,9 +254,9 @@ def test_settings_of_an_export_come_back(tmp_path):
 
 
 STREAMED = """
-import resource, sys
-from pathlib import Path
+import sys
 from megatron_mea.checkpoint import tensors
+from megatron_mea.compression.compress import compress
 from megatron_mea.huggingface import export as export_module
 from megatron_mea.huggingface.export import export
 from megatron_mea.huggingface.importing import import_model
@@ -266,23 +267,21 @@ from megatron_mea.huggingface.parity_check import Parity
 tensors.row_chunks.__defaults__ = (1 << 22,)
 export_module.check_parity = lambda **_: Parity(tokens=1, difference=0.0, scale=1.0)
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
 small, large, out = map(Path, sys.argv[1:])
 grown = []
 for name in (small, large):
-    before = peak()
+    before = peak_memory()
     import_model(ModelFolder.locate(name), out / f"{name.name}-checkpoint")
     export(ModelFolder.locate(out / f"{name.name}-checkpoint"), out / f"{name.name}-export", dtype="bf16")
-    grown.append(peak() - before)
+    compress(ModelFolder.locate(name), out / f"{name.name}-compressed", ratio=0.5)
+    grown.append(peak_memory() - before)
 print(grown[1])
 """
 
 
 @pytest.mark.slow
 def test_no_stack_of_experts_is_in_memory(tmp_path):
-    """A layer of 128 experts, 201 MB in float32: import and export together grow by less than 80 MB."""
+    """A layer of 128 experts, 201 MB in float32: import, export and compress together grow by less than 80 MB."""
     save_stock_model("qwen3_moe", tmp_path / "small")
     sizes = {"hidden_size": 512, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 256}
     config = CONFIG_MAPPING["qwen3_moe"](**SIZES | sizes | {"num_hidden_layers": 1})
@@ -298,9 +297,16 @@ def test_no_stack_of_experts_is_in_memory(tmp_path):
     assert len(load_file(tmp_path / "large" / "model.safetensors")) > 3 * 128
     del model
 
-    command = [sys.executable, "-c", STREAMED, tmp_path / "small", tmp_path / "large", tmp_path]
+    command = [sys.executable, "-c", PEAK_MEMORY + STREAMED, tmp_path / "small", tmp_path / "large", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.splitlines()[-1]) < 80_000
-    exported, expected = (load_file(tmp_path / f"large{name}" / "model.safetensors") for name in ("-export", ""))
+    exported, compressed, expected = (
+        load_file(tmp_path / f"large{name}" / "model.safetensors") for name in ("-export", "-compressed", "")
+    )
     assert all(torch.equal(exported[name], expected[name]) for name in expected)
+    # The factors of keys and values alone are new.
+    unchanged = {name for name in expected if not name.endswith(("k_proj.weight", "v_proj.weight"))}
+    assert sum(".experts." in name for name in unchanged) == 3 * 128
+    assert all(torch.equal(compressed[name], expected[name]) for name in unchanged)
+    assert len(compressed["model.layers.0.self_attn.k_proj.weight"]) == 8

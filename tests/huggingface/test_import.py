@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support.hf_folders import KINDS, LLAMA3, SIZES, YARN, edit_config_json, read_weights, save_export, save_stock_model
+from support.limits import PEAK_MEMORY
 from support.models import expert_cases, name_of, small_model, variants
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -387,18 +388,17 @@ class TestPieces:
         model.save_pretrained(tmp_path / "model")
         del model
         script = (
-            "import resource, sys\n"
+            "import sys\n"
             "from megatron_mea.huggingface.importing import import_model\n"
             "from megatron_mea.huggingface.model_folder import ModelFolder\n"
-            "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
             "import_model(ModelFolder.locate(sys.argv[1]), sys.argv[3])\n"
-            "before = peak()\n"
+            "before = peak_memory()\n"
             "import_model(ModelFolder.locate(sys.argv[2]), sys.argv[4])\n"
-            "print(peak() - before)\n"
+            "print(peak_memory() - before)\n"
         )
         small = save_stock_model("llama", tmp_path / "small")
         done = subprocess.run(
-            [sys.executable, "-c", script, small, tmp_path / "model", tmp_path / "a", tmp_path / "b"],
+            [sys.executable, "-c", PEAK_MEMORY + script, small, tmp_path / "model", tmp_path / "a", tmp_path / "b"],
             capture_output=True,
             text=True,
         )

@@ -9,6 +9,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 MEGABYTES = 500
+PEAK_MEMORY = """
+import re
+from pathlib import Path
+
+def peak_memory():
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+"""
+"""Source text for a script of its own process: its peak in kB.
+
+That of getrusage begins with the peak of the process that started it, so it shows no growth below that.
+"""
 
 
 @contextmanager
