@@ -80,10 +80,10 @@ def global_batch(settings: Config, step: int) -> Batch:
 
 def rank_batches(engine, step: int) -> list[Batch]:
     """The micro-batches of this engine's data rank."""
-    batch, grid = global_batch(engine.config, step), engine.grid
+    batch, grid, size = global_batch(engine.config, step), engine.grid, engine.config.training.micro_batch_size
 
     def micro_batches(array: np.ndarray) -> np.ndarray:
-        return array.reshape(-1, grid.dims.dp, MICRO, array.shape[1])[:, grid.data_rank]
+        return array.reshape(-1, grid.dims.dp, size, array.shape[1])[:, grid.data_rank]
 
     arrays = (micro_batches(batch.input_ids), micro_batches(batch.position_ids), micro_batches(batch.targets))
     return [
@@ -145,16 +145,18 @@ def plain_training(
         batch = global_batch(settings, step)
         ids, positions, targets = map(torch.from_numpy, (batch.input_ids, batch.position_ids, batch.targets))
         is_target = targets != IGNORE_INDEX
-        loss = model(ids, positions, targets) / int(is_target.sum())
         if teacher is None:
+            loss = model(ids, positions, targets) / int(is_target.sum())
             return loss, loss
 
         distillation = settings.training.distillation
-        logits, teacher_logits = (
-            logits[is_target] / distillation.temperature
-            for logits in (model.logits(model.forward_hidden(ids, positions)), teacher(ids, positions))
+        # One pass: routers add their losses in the backward of each.
+        student_logits = model.logits(model.forward_hidden(ids, positions))[is_target]
+        loss = F.cross_entropy(student_logits, targets[is_target])
+        log_probs, teacher_log_probs = (
+            (logits / distillation.temperature).log_softmax(-1)
+            for logits in (student_logits, teacher(ids, positions)[is_target])
         )
-        log_probs, teacher_log_probs = logits.log_softmax(-1), teacher_logits.log_softmax(-1)
         divergence = F.kl_div(log_probs, teacher_log_probs, reduction="batchmean", log_target=True)
         weight, temperature = distillation.weight, distillation.temperature
         return (1 - weight) * loss + weight * temperature**2 * divergence, loss, divergence

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,9 @@ import pytest
 import torch
 from support.distributed import run_distributed
 from support.engines import config, layout, new_engine, plain_training, rank_batches, set_state, state, train
+from support.hf_folders import save_stock_model
+from support.models import SMALL
+from transformers import AutoModelForCausalLM
 
 from megatron_mea.config import Config
 
@@ -29,6 +34,7 @@ SEQUENCE = {"balance": "sequence", "router_z_loss_coef": 0.05}
 BATCH = {"balance": "batch", "router_z_loss_coef": 0.05}
 NONE = {"balance": "none"}
 FULL, SELECTIVE = {"activation_checkpointing": "full"}, {"activation_checkpointing": "selective"}
+NOT_OF_THE_CURVE = ("activation_checkpointing", "micro_batch_size")
 
 Case = tuple[str, dict, dict]
 """Name, sections `parallel` and `training`."""
@@ -36,11 +42,11 @@ CASES: dict[int, list[Case]] = {
     2: [
         ("tp 2", layout(tensor=2), BATCH),
         ("tp 2, sequence parallel", layout(tensor=2, sequence=True), SEQUENCE | SELECTIVE),
-        ("pp 2", layout(pipeline=2), BATCH | FULL),
+        ("pp 2, micro-batches of 4", layout(pipeline=2), BATCH | FULL | {"micro_batch_size": 4}),
         ("dp 2, ZeRO 1", layout(zero=1), NONE),
-        ("dp 2, ZeRO 2", layout(zero=2), SEQUENCE | FULL),
-        ("dp 2, ZeRO 3", layout(zero=3), BATCH | SELECTIVE),
-        ("dp 2, ZeRO 0", layout(zero=0), SEQUENCE),
+        ("dp 2, ZeRO 2, micro-batches of 1", layout(zero=2), SEQUENCE | FULL | {"micro_batch_size": 1}),
+        ("dp 2, ZeRO 3, micro-batches of 1", layout(zero=3), BATCH | SELECTIVE | {"micro_batch_size": 1}),
+        ("dp 2, ZeRO 0, micro-batches of 4", layout(zero=0), SEQUENCE | {"micro_batch_size": 4}),
     ],
     4: [
         ("tp 4, sequence parallel", layout(tensor=4, sequence=True), BATCH | FULL),
@@ -61,12 +67,14 @@ def train_cases(cases: list[Case]) -> list[tuple[list[tuple[float, ...]], float,
     from megatron_mea.training.distributed import start_distributed, stop_distributed
     from megatron_mea.training.rank_env import RankEnv
     from megatron_mea.training.replicas import check_replicas
+    from megatron_mea.training.teacher import open_teacher
 
     torch.set_num_threads(1)
     start_distributed(RankEnv.from_environment())
     results = []
     for _, parallel, training in cases:
-        engine = new_engine(case_settings(parallel, training))
+        settings = case_settings(parallel, training)
+        engine = new_engine(settings, teacher=open_teacher(settings))
         half = STEPS // 2
         curve = train(engine=engine, first=1, last=half)
         # Validation in the middle counts nothing.
@@ -74,7 +82,7 @@ def train_cases(cases: list[Case]) -> list[tuple[list[tuple[float, ...]], float,
         if (parallel, training) == cases[0][1:]:
             # Resumes: weights, moments and counts are all that a step needs of those before it.
             tensors, counts = state(engine), engine.routers.state()
-            engine = new_engine(case_settings(parallel, training), initialized=False)
+            engine = new_engine(settings, initialized=False)
             set_state(engine=engine, tensors=tensors, step=half)
             engine.routers.load_state(json.loads(json.dumps(counts)))
 
@@ -92,15 +100,34 @@ def train_cases(cases: list[Case]) -> list[tuple[list[tuple[float, ...]], float,
 @functools.cache
 def reference(training: str) -> Any:
     """Results of `plain_training`; the section `training` as JSON, for the cache."""
-    return plain_training(case_settings(None, json.loads(training)))
+    settings = case_settings(None, json.loads(training))
+    distillation = settings.training.distillation
+    return plain_training(settings, stock_logits(distillation.teacher) if distillation is not None else None)
+
+
+def stock_logits(folder: Path) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Logits of transformers' own class in float64."""
+    settings = {"dtype": torch.float64, "experts_implementation": "eager"}
+    model = AutoModelForCausalLM.from_pretrained(folder, **settings)
+
+    @torch.no_grad()
+    def logits(input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        return model(input_ids, position_ids=position_ids).logits
+
+    return logits
 
 
 @pytest.mark.parametrize("world_size", CASES)
-def test_layouts(world_size):
+def test_layouts(world_size, tmp_path):
     cases = CASES[world_size]
+    if world_size == 2:
+        teacher = save_stock_model("qwen3_moe", tmp_path / "teacher", vocab_size=SMALL["vocab_size"])
+        distillation = {"teacher": str(teacher), "weight": 0.7, "temperature": 2.0}
+        cases = [*cases, ("tp 2, a teacher with experts", layout(tensor=2), BATCH | {"distillation": distillation})]
+
     results = run_distributed(train_cases, world_size, cases, timeout=120 + 60 * len(cases))
     for index, (name, _, training) in enumerate(cases):
-        curve_training = {key: value for key, value in training.items() if key != "activation_checkpointing"}
+        curve_training = {key: value for key, value in training.items() if key not in NOT_OF_THE_CURVE}
         expected_curve, expected_validation, expected = reference(json.dumps(curve_training))
         tensors: dict[str, np.ndarray] = {}
         for result in results:
