@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.source_models import save_source_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -202,6 +203,14 @@ def test_tasks_of_local_files(exported, whole, tiny, tmp_path, capsys, monkeypat
     both = json.loads(capsys.readouterr().out)
     assert both["tasks"]["piqa"] == result["tasks"]["piqa"]
     assert both["cross_entropy"] > 0
+
+    # A model with experts.
+    routed = save_source_model("qwen3_moe", tmp_path / "qwen3_moe", tokenizer=tiny.tokenizer)
+    assert main(["import", str(routed), str(tmp_path / "checkpoint")]) == 0
+    assert main(["export", str(tmp_path / "checkpoint"), str(tmp_path / "routed")]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "routed"), "--tasks", str(first)]) == 0
+    assert json.loads(capsys.readouterr().out)["tasks"]["piqa"]["acc"] == accuracy(tmp_path / "routed", ROWS)
 
 
 @pytest.mark.slow

@@ -214,7 +214,10 @@ def test_an_export_loads_in_a_fresh_process_with_nothing_newly_initialised(tmp_p
 
 @pytest.mark.slow
 def test_every_verb_takes_them(tiny, tmp_path, capsys):
-    source = save_source_model("qwen3_moe", tmp_path / "moe", tokenizer=tiny.tokenizer)
+    """In a model in which both keys make layers dense: one of four has experts."""
+    layers = {"num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3]}
+    source = save_source_model("qwen3_moe", tmp_path / "moe", tokenizer=tiny.tokenizer, **layers)
+    assert ModelFolder.locate(source).settings().routed_layers == [1]
     data, compressed = str(tiny.validation), tmp_path / "compressed"
     losses = {}
     command = ["compress", str(source), str(compressed), "--cache-ratio", "0.5", "--calibration", data, "--align"]
@@ -233,7 +236,7 @@ def test_every_verb_takes_them(tiny, tmp_path, capsys):
     result = tmp_path / "sensitivity.json"
     command = ["sensitivity", str(source), "--component-heads", "2", "--data", data, "--out", str(result)]
     assert main(command) == 0
-    assert len(json.loads(result.read_text())["layers"]) == 3
+    assert len(json.loads(result.read_text())["layers"]) == 4
 
 
 def test_a_stock_export_needs_what_qwen3_moe_has(tmp_path, capsys):

@@ -32,11 +32,15 @@ KINDS = {
 HEADS, DIM, LAYERS = 4, {"mistral": 4, "qwen2": 4}, 3
 
 
-def save_source_model(kind: str, folder: Path, *, tokenizer: Path | None = None) -> Path:
-    """Saves a Hugging Face folder with random weights: a stock model, or one of our variants."""
+def save_source_model(kind: str, folder: Path, *, tokenizer: Path | None = None, **changes: Any) -> Path:
+    """Saves a Hugging Face folder with random weights: a stock model, or one of our variants.
+
+    Args:
+        changes: of the configuration of a stock model.
+    """
     torch.manual_seed(0)
     if kind in KINDS:
-        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**SIZES | KINDS[kind]))
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**SIZES | KINDS[kind] | changes))
     else:
         variant = {"attention_variant": kind, "num_component_heads": 4 if kind.startswith("plain") else [4, 3, 4]}
         model = MEAForCausalLM(to_hf_config(parse_model(SIZES | {"head_dim": 8} | variant)))
