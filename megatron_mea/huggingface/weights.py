@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,11 +18,13 @@ from megatron_mea.huggingface.model_folder import INIT_FROM, ModelFolder, Stored
 from megatron_mea.huggingface.safetensors_reader import check_tensors
 from megatron_mea.model.decoder import parameter_shapes
 
+_LAYER_KEYS = ("mlp_only_layers", "decoder_sparse_step")
+"""Settings that say which layers have experts, each of them or both together."""
 _MUST_MATCH = (
     *("attention_variant", "num_attention_heads", "num_key_value_heads", "num_component_heads", "head_dim"),
     *("hlc_mixes", "qk_norm", "attention_bias", "tie_word_embeddings", "head_norm_affine"),
     *(key for variant in VARIANTS.values() for key in variant.own_keys),
-    *("num_experts", *EXPERT_KEYS),
+    *("num_experts", *(key for key in EXPERT_KEYS if key not in _LAYER_KEYS)),
 )
 """Settings that must be equal for weights of equal shapes to mean the same."""
 _ROWS_BYTES = 1 << 28
@@ -60,6 +62,7 @@ def open_weights(path: Path, model: Model, *, rank: int = 0, world_size: int = 1
         for key in differing
         if key in _MUST_MATCH
     ]
+    problems += _routed_layers_problems(model=model, stored_model=stored_model, path=path)
     # A smaller vocabulary would drop tokens, and is refused by the shapes.
     vocab_size = min(model.vocab_size, stored_model.vocab_size)
     problems += check_tensors(
@@ -85,6 +88,21 @@ def open_weights(path: Path, model: Model, *, rank: int = 0, world_size: int = 1
         stored = replace(stored, fill=partial(_fill_with_added_rows, stored))
 
     return WeightSource(warnings, stored)
+
+
+def _routed_layers_problems(*, model: Model, stored_model: Model, path: Path) -> Iterator[Problem]:
+    """The layers of two models with experts that have some in one of them alone, of the layers that both have."""
+    if not (model.num_experts and stored_model.num_experts):
+        return
+
+    layers = range(min(model.num_hidden_layers, stored_model.num_hidden_layers))
+    routed, stored_routed = ([layer for layer in layers if each.is_routed(layer)] for each in (model, stored_model))
+    if routed != stored_routed:
+        yield Problem(
+            where=", ".join(f"model.{key}" for key in _LAYER_KEYS),
+            got=f"experts in the layers {routed}",
+            expected=f"in {stored_routed}, as in {INIT_FROM} = {path}",
+        )
 
 
 def _fill_with_added_rows(stored: StoredTensors, fragments: Iterable[Fragment]) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support.hf_folders import SIZES, save_export, save_stock_model
 from support.limits import PEAK_MEMORY
-from support.models import expert_cases
+from support.models import expert_cases, small_model
 from support.source_models import save_source_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -153,6 +153,23 @@ def test_experts_of_a_dense_model_are_refused_by_name(folder, tmp_path):
         with pytest.raises(UserError) as caught:
             open_weights(source, ModelFolder.locate(other).settings())
         assert "model.num_experts" in {problem.where for problem in caught.value.problems}
+
+
+def test_layers_are_compared_by_what_they_are(tmp_path):
+    """Which layers have experts may be said by either key."""
+    case = expert_cases()[2]
+    assert case["decoder_sparse_step"] == 2
+    folder = save_export(tmp_path / "export", **case)
+    other = case | {"decoder_sparse_step": 1}
+    for dense in ([0, 2], [2, 0]):
+        assert not open_weights(folder, small_model(**other | {"mlp_only_layers": dense})).warnings
+
+    with pytest.raises(UserError) as caught:
+        open_weights(folder, small_model(**other | {"mlp_only_layers": [0]}))
+    problem = caught.value.problems[0]
+    assert problem.where == "model.mlp_only_layers, model.decoder_sparse_step"
+    assert problem.got == "experts in the layers [1, 2]"
+    assert problem.expected == f"in [1], as in run.init_from = {folder}"
 
 
 @given(
