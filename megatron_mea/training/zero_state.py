@@ -132,6 +132,12 @@ def stored_shard(parameter: nn.Parameter) -> torch.Tensor:
     return getattr(parameter, "ds_tensor", parameter)
 
 
+def stored_start(parameter: nn.Parameter) -> int:
+    """Index in this rank's flattened parameter of the first element of `stored_shard`."""
+    partition = getattr(parameter, "ds_tensor", None)
+    return 0 if partition is None else partition.numel() * parameter.ds_zero_partition_rank
+
+
 def pipeline_module(
     stage: nn.Module, *, grid: Grid, loss: Callable[..., torch.Tensor], tied_weight: nn.Parameter | None
 ) -> nn.Module:

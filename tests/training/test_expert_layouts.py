@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from support.distributed import run_distributed
-from support.engines import config, layout, new_engine, plain_training, rank_batches, set_state, state, train
+from support.engines import (
+    config,
+    layout,
+    new_engine,
+    plain_training,
+    rank_batches,
+    set_state,
+    state,
+    train,
+    train_step,
+)
 from support.hf_folders import save_stock_model
 from support.models import SMALL
 from transformers import AutoModelForCausalLM
 
 from megatron_mea.config import Config
+from megatron_mea.parallel.grid import TensorGroup
+from megatron_mea.parallel.parameter import normal, parameters_by_name, sharded_parameter
+from megatron_mea.training import nonfinite
 
 pytestmark = pytest.mark.slow
 
@@ -93,8 +108,56 @@ def train_cases(cases: list[Case]) -> list[tuple[list[tuple[float, ...]], float,
         tensors |= {f"counts.{layer}": torch.tensor(counts) for layer, counts in engine.routers.state().items()}
         results.append((curve, validation, {name: tensor.numpy() for name, tensor in tensors.items()}))
 
+    if torch.distributed.get_world_size() == 2:
+        check_nonfinite_experts()
+
     stop_distributed()
     return results
+
+
+def check_nonfinite_experts() -> None:
+    """Their numbers are in the message, whichever rank holds them."""
+    from megatron_mea.training.nonfinite import NonFiniteError, describe_nonfinite
+    from megatron_mea.training.zero_state import stored_shard, stored_start
+
+    gate_up, down = (f"model.layers.2.mlp.experts.{stack}_proj" for stack in ("gate_up", "down"))
+    for parallel in (layout(tensor=2), layout(zero=3)):
+        settings = case_settings(parallel, BATCH)
+        engine = new_engine(settings)
+        for name, experts in ((gate_up, (1, 6)), (down, (6,))):
+            parameter = parameters_by_name(engine.model)[name]
+            spec, shard = parameter.spec, stored_shard(parameter).data.view(-1)
+            for expert in experts:
+                # The last element of its matrix.
+                index = (
+                    (expert + 1 - spec.global_offset[0]) * math.prod(spec.local_shape[1:]) - 1 - stored_start(parameter)
+                )
+                if 0 <= index < len(shard):
+                    shard[index] = math.nan
+
+        with pytest.raises(NonFiniteError) as error:
+            train_step(engine=engine, step=1, lr=1e-3)
+
+        data = SimpleNamespace(step=1, samples=np.arange(8).reshape(4, 2))
+        corpora = SimpleNamespace(describe=lambda samples: "a corpus")
+        message = describe_nonfinite(error.value, data=data, config=settings, corpora=corpora, model=engine.model)
+        assert f"parameters that are not finite: {gate_up} (experts 1, 6), {down} (expert 6)\n" in message
+
+
+def test_many_experts_that_are_not_finite_are_counted():
+    parameter = sharded_parameter(
+        name="experts",
+        global_shape=(20, 2, 3),
+        component="experts",
+        kind="matrix",
+        initialize=normal(1.0),
+        tp=TensorGroup(size=2, rank=1, group=None),
+        shard_dim=0,
+        is_stack=True,
+    )
+    experts = nonfinite._nonfinite_experts(parameter.spec, torch.full((10, 2, 3), torch.inf))
+    assert experts == set(range(10, 20))
+    assert nonfinite._with_experts("it", experts) == "it (experts 10, 11, 12, 13, 14, 15, 16, 17 and 2 more)"
 
 
 @functools.cache
