@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).parent / "bench"))
 from common import QUICKSTART, BenchParser, peak_flops, seconds
 from local_ranks import launch, layout, make_config, random_step
 
-from megatron_mea.attention.document_mask import PerDocumentAttention, causal_attention, document_attention
+from megatron_mea.attention.causal import causal_attention
+from megatron_mea.attention.document_mask import PerDocumentAttention, attention_function
 from megatron_mea.attention.head_norm import head_norm
 from megatron_mea.config import Config
 from megatron_mea.model.decoder import Decoder
@@ -110,7 +111,7 @@ def documents() -> Facts:
     positions = index - torch.where(starts, index, 0).cummax(1).values
     upstream = torch.randn(batch, heads, seq, dim, device=DEVICE, dtype=torch.bfloat16)
 
-    flex = document_attention(positions)
+    flex = attention_function(positions, document_mask=True)
     facts: Facts = {"documents": int(starts.sum())}
     outputs = [flex(*inputs), PerDocumentAttention(positions.cpu())(*inputs)]
     results = [(output, *torch.autograd.grad(output, inputs, upstream)) for output in outputs]
@@ -121,7 +122,7 @@ def documents() -> Facts:
         return f"{1e3 * median_seconds(lambda: torch.autograd.grad(attend(*inputs), inputs, upstream)):.2f} ms"
 
     facts["flex, mask made once"] = timed(flex)
-    facts["the mask"] = f"{1e3 * median_seconds(lambda: document_attention(positions)):.2f} ms"
+    facts["the mask"] = f"{1e3 * median_seconds(lambda: attention_function(positions, document_mask=True)):.2f} ms"
     facts["causal, no documents"] = timed(causal_attention)
     facts["the loop"] = timed(PerDocumentAttention(positions.cpu()))
     try:

@@ -13,9 +13,9 @@ from importlib import import_module
 import torch
 from torch import nn
 
-from megatron_mea.attention.document_mask import AttentionFn, causal_attention, document_attention
+from megatron_mea.attention.document_mask import AttentionFn, attention_function
 from megatron_mea.config.schema import Model
-from megatron_mea.parallel.grid import NO_TP, TensorGroup
+from megatron_mea.parallel.grid import NO_CP, NO_TP, ContextGroup, TensorGroup
 
 FLOAT32 = 4
 """Bytes of a float32 element."""
@@ -69,22 +69,30 @@ class CoreAttention(nn.Module):
         super().__init__()
 
     @staticmethod
-    def attention_fn(position_ids: torch.Tensor, *, document_mask: bool) -> AttentionFn:
-        """The attention function that all layers get for tokens at these positions (batch, seq)."""
-        return document_attention(position_ids) if document_mask else causal_attention
+    def attention_fn(position_ids: torch.Tensor, *, document_mask: bool, cp: ContextGroup = NO_CP) -> AttentionFn:
+        """The attention function that all layers get for sequences whose tokens are at these positions (batch, seq).
+
+        Over a context group its queries are those of this rank's tokens.
+        """
+        return attention_function(position_ids, document_mask=document_mask, cp=cp)
 
     def project(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Projections of the module's own from the layer's normalised input (batch, seq, hidden); None: it has none."""
         return None
 
     def transform_kv(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Composite keys and values as projected, each (batch, h, seq, d), before norm and RoPE -> the same shapes"""
+        """Composite keys and values as projected, each (batch, h, seq, d), before norm and RoPE -> the same shapes
+
+        Over a context group they are those of this rank's tokens; a class that changes them has composite heads sent.
+        """
         return key, value
 
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, attend: AttentionFn
     ) -> torch.Tensor:
         """(batch, H, seq, d), (batch, h, seq, d), (batch, h, seq, d) -> (batch, outputs, seq, features of an output)
+
+        Over a context group queries and outputs are those of this rank's tokens.
 
         Args:
             attend: what `attention_fn` returned.

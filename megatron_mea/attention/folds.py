@@ -40,7 +40,11 @@ class StepFolds:
         self.micro_batches = micro_batches
         pairs = ((layer.key_projection, layer.value_projection) for layer in layers)
         self._layers = [
-            tuple(None if projection.hlc is None else _StepFold(projection) for projection in pair) for pair in pairs
+            tuple(
+                None if projection.hlc is None or projection.gathers_components else _StepFold(projection)
+                for projection in pair
+            )
+            for pair in pairs
         ]
 
     def for_micro_batch(self, micro_batch: int) -> list[FoldedKV]:

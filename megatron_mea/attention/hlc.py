@@ -94,6 +94,15 @@ def folding_is_cheaper(
     return folding_cost < combining_cost
 
 
+def components_are_fewer(*, num_components: int, num_composites: int, tensor_parallel_size: int) -> bool:
+    """Whether a rank needs fewer component heads than it has composite heads.
+
+    Then a context group gathers component heads, h' / (h / t) of the traffic, and each rank combines those of all
+    tokens, which costs 2 h' h d / t multiplications a token: little beside attention to as many tokens.
+    """
+    return num_components < max(1, num_composites // tensor_parallel_size)
+
+
 class FoldedProjection(NamedTuple):
     """A projection straight to this rank's composite heads: weight (h d, hidden), and bias (h d,) or None."""
 
@@ -101,8 +110,9 @@ class FoldedProjection(NamedTuple):
     bias: torch.Tensor | None
 
 
-Form = Literal["plain", "folded", "combined"]
-"""How heads are computed: without a combination, by a folded weight, or by combining component heads."""
+Form = Literal["plain", "folded", "combined", "components"]
+"""How heads are computed: without a combination, by a folded weight, by combining component heads, or not yet: as
+component heads that are combined after a context group has gathered them."""
 
 
 class HeadProjection(Linear):
@@ -117,6 +127,10 @@ class HeadProjection(Linear):
         layer: the name of the attention layer; parameters are called `LAYER.k_proj` and `LAYER.hlc_k` for `side` = "k".
         side: "k" for keys or "v" for values.
         hlc: initialisation of the combination, a key of `HLC_INITS`; None without a combination (h' = h).
+
+    Attributes:
+        gathers_components: whether `forward` returns component heads, which `combine` takes once a context group has
+            gathered them; the attention layer decides.
     """
 
     def __init__(
@@ -146,6 +160,7 @@ class HeadProjection(Linear):
         )
         self.tp, self.hidden_size, self.head_dim = tp, hidden_size, head_dim
         self.num_components, self.num_composites = num_components, num_composites
+        self.gathers_components = False
 
         self.shards_composites = num_composites % tp.size == 0
         self.hlc = None
@@ -161,7 +176,7 @@ class HeadProjection(Linear):
             )
 
     def forward(self, hidden_states: torch.Tensor, folded: FoldedProjection | None = None) -> torch.Tensor:
-        """(batch, seq, hidden), in full on every rank -> (batch, this rank's heads, seq, d)
+        """(batch, seq, hidden), in full on every tensor rank -> (batch, this rank's heads, seq, d)
 
         Args:
             folded: the result of `fold`; None chooses the cheapest form.
@@ -171,13 +186,18 @@ class HeadProjection(Linear):
         if form == "folded":
             folded = folded or self.fold()
             return self._project(hidden_states, weight=folded.weight, bias=folded.bias)
+        if form == "plain":
+            return self._forward_plain(hidden_states)
 
-        return self._forward_plain(hidden_states) if form == "plain" else self._forward_combined(hidden_states)
+        components = self._forward_components(hidden_states)
+        return components.transpose(1, 2) if form == "components" else combine_heads(components, self._columns())
 
     def form(self, tokens: int) -> Form:
         """The cheapest form for this many tokens."""
         if self.hlc is None:
             return "plain"
+        if self.gathers_components:
+            return "components"
 
         is_folded = folding_is_cheaper(
             tokens=tokens,
@@ -188,6 +208,10 @@ class HeadProjection(Linear):
         )
         return "folded" if is_folded else "combined"
 
+    def combine(self, components: torch.Tensor) -> torch.Tensor:
+        """(batch, h', seq, d) -> (batch, this rank's composite heads, seq, d)"""
+        return combine_heads(components.transpose(1, 2), self._columns())
+
     def fold(self) -> FoldedProjection:
         """Applies the combination to the projection's weights, which are gathered if sharded."""
         columns = self._columns()
@@ -195,8 +219,8 @@ class HeadProjection(Linear):
         folded_bias = None if bias is None else fold_weight(bias, columns)
         return FoldedProjection(fold_weight(weight, columns), folded_bias)
 
-    def _forward_combined(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Projects to component heads, gathers them if sharded, and combines activations."""
+    def _forward_components(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Projects to component heads (batch, seq, h', d), and gathers them over the tensor group if sharded."""
         batch, seq, _ = hidden_states.shape
         if self._is_sharded:
             heads = gather_from_tp_region(F.linear(hidden_states, self.weight, self.bias), dim=-1, tp=self.tp)
@@ -204,7 +228,7 @@ class HeadProjection(Linear):
             weight, bias = self._full_projection()
             heads = F.linear(hidden_states, weight, bias)
 
-        return combine_heads(heads.view(batch, seq, self.num_components, self.head_dim), self._columns())
+        return heads.view(batch, seq, self.num_components, self.head_dim)
 
     def _forward_plain(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Projects to this rank's heads, without a combination."""

@@ -7,15 +7,16 @@ import math
 import torch
 from torch import nn
 
-from megatron_mea.attention.core import core_attention_class
-from megatron_mea.attention.document_mask import AttentionFn, causal_attention
+from megatron_mea.attention.causal import causal_attention
+from megatron_mea.attention.core import CoreAttention, core_attention_class
+from megatron_mea.attention.document_mask import AttentionFn
 from megatron_mea.attention.head_norm import HeadNorm
-from megatron_mea.attention.hlc import FoldedProjection, HeadProjection
+from megatron_mea.attention.hlc import FoldedProjection, HeadProjection, components_are_fewer
 from megatron_mea.config.schema import Model
 from megatron_mea.exported.rotary_mea import apply_rotary
 from megatron_mea.parallel.activation_checkpoint import maybe_checkpoint
-from megatron_mea.parallel.collectives import enter_tp_region, exit_tp_region
-from megatron_mea.parallel.grid import NO_TP, TensorGroup
+from megatron_mea.parallel.collectives import enter_tp_region, exit_tp_region, gather_from_cp_region
+from megatron_mea.parallel.grid import NO_CP, NO_TP, ContextGroup, TensorGroup
 from megatron_mea.parallel.layers import Linear, RMSNorm
 
 
@@ -28,27 +29,47 @@ class MultiheadExplicitAttention(nn.Module):
     4. An RMSNorm over the d features of every query head's output by itself ("GroupNorm"), then W_O.
 
     `qk_norm` (Qwen3) acts on the queries and on the composite keys, before RoPE. Over a tensor group every rank
-    holds an equal part of the query heads and computes the composite heads that these attend to.
+    holds an equal part of the query heads and computes the composite heads that these attend to. Over a context group
+    it gathers the keys and values of all tokens, as component or composite heads, whichever it needs fewer of.
 
     Args:
         layer: counted from 0 over the full model.
         recompute: save only projected queries, keys and values for backward, and recompute the rest.
     """
 
-    def __init__(self, config: Model, layer: int, *, tp: TensorGroup = NO_TP, recompute: bool = False) -> None:
+    def __init__(
+        self,
+        config: Model,
+        layer: int,
+        *,
+        tp: TensorGroup = NO_TP,
+        cp: ContextGroup = NO_CP,
+        recompute: bool = False,
+    ) -> None:
         super().__init__()
         self.recompute = recompute
         name = f"model.layers.{layer}.self_attn"
         hidden, dim, heads = config.hidden_size, config.head_dim, config.num_attention_heads
         std, bias = config.initializer_range, config.attention_bias
-        self.tp, self.num_heads, self.head_dim = tp, heads // tp.size, dim
+        self.tp, self.cp, self.num_heads, self.head_dim = tp, cp, heads // tp.size, dim
+        core_class = core_attention_class(config)
+        num_components = config.component_heads[layer]
+        gathers_components = (
+            cp.size > 1
+            and core_class.transform_kv is CoreAttention.transform_kv
+            and components_are_fewer(
+                num_components=num_components,
+                num_composites=config.num_key_value_heads,
+                tensor_parallel_size=tp.size,
+            )
+        )
 
         def head_projection(side: str, *, combines: bool) -> HeadProjection:
-            return HeadProjection(
+            projection = HeadProjection(
                 layer=name,
                 side=side,
                 hidden_size=hidden,
-                num_components=config.component_heads[layer],
+                num_components=num_components,
                 num_composites=config.num_key_value_heads,
                 head_dim=dim,
                 std=std,
@@ -56,6 +77,8 @@ class MultiheadExplicitAttention(nn.Module):
                 hlc=config.hlc_init if combines else None,
                 tp=tp,
             )
+            projection.gathers_components = combines and gathers_components
+            return projection
 
         def norm(suffix: str) -> RMSNorm:
             return RMSNorm(name=f"{name}.{suffix}", size=dim, eps=config.rms_norm_eps, tp=tp, reduce_weight_grad=True)
@@ -98,7 +121,7 @@ class MultiheadExplicitAttention(nn.Module):
                 reduce_weight_grad=True,
             )
 
-        self.core_attention = core_attention_class(config)(name=name, config=config, layer=layer, tp=tp)
+        self.core_attention = core_class(name=name, config=config, layer=layer, tp=tp)
 
     def forward(
         self,
@@ -106,12 +129,16 @@ class MultiheadExplicitAttention(nn.Module):
         cos: torch.Tensor,
         sin: torch.Tensor,
         *,
+        full_cos_sin: tuple[torch.Tensor, torch.Tensor] | None = None,
         attend: AttentionFn = causal_attention,
         folded: tuple[FoldedProjection | None, FoldedProjection | None] = (None, None),
     ) -> torch.Tensor:
         """(batch, seq, hidden), with cos and sin (batch, 1, seq, d), -> (batch, seq, hidden)
 
+        Over a context group all of them are those of this rank's tokens.
+
         Args:
+            full_cos_sin: cos and sin of all tokens of the sequences, over a context group.
             attend: the attention function that step 3 calls.
             folded: folded projections of keys and of values (attention/folds.py); None to choose the cheapest form.
         """
@@ -129,6 +156,7 @@ class MultiheadExplicitAttention(nn.Module):
             self.core_attention.project(hidden_states),
             cos=cos,
             sin=sin,
+            full_cos_sin=full_cos_sin,
             attend=attend,
             enabled=self.recompute,
         )
@@ -143,15 +171,40 @@ class MultiheadExplicitAttention(nn.Module):
         *,
         cos: torch.Tensor,
         sin: torch.Tensor,
+        full_cos_sin: tuple[torch.Tensor, torch.Tensor] | None,
         attend: AttentionFn,
     ) -> torch.Tensor:
         """q, k, v -> this rank's partial o_proj output (batch, seq, hidden), to be reduced over the tensor group."""
         key, value = self.core_attention.transform_kv(key, value)
-        if self.q_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
+        query = apply_rotary(query if self.q_norm is None else self.q_norm(query), cos, sin)
+        key = self._keys_of_all_tokens(key, cos=cos, sin=sin, full_cos_sin=full_cos_sin)
+        value = gather_from_cp_region(value, self.cp)
+        if self.value_projection.gathers_components:
+            value = self.value_projection.combine(value)
 
-        query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
         output = self.core_attention(query, key, value, attend=attend)
         # shape: (batch, H, seq, d), or of pairs of heads (batch, H / 2, seq, 2d) -> (batch, seq, H d)
         output = output.transpose(1, 2).flatten(2) if self.head_norm is None else self.head_norm(output)
         return self.o_proj(self.core_attention.transform_output(output, projected))
+
+    def _keys_of_all_tokens(
+        self,
+        key: torch.Tensor,
+        *,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        full_cos_sin: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """Keys as projected (batch, heads, this rank's tokens, d) -> rotated composite keys (batch, heads, seq, d)"""
+        if not self.key_projection.gathers_components:
+            key = key if self.k_norm is None else self.k_norm(key)
+            return gather_from_cp_region(apply_rotary(key, cos, sin), self.cp)
+
+        if self.k_norm is None:
+            # A combination of rotated heads is the rotated combination.
+            return self.key_projection.combine(gather_from_cp_region(apply_rotary(key, cos, sin), self.cp))
+
+        # The norm is that of composite heads, and comes before the rotation.
+        assert full_cos_sin is not None
+        key = self.k_norm(self.key_projection.combine(gather_from_cp_region(key, self.cp)))
+        return apply_rotary(key, *full_cos_sin)

@@ -12,7 +12,7 @@ from torch import nn
 from megatron_mea.attention.core import FLOAT32, AttentionSizes, CoreAttention
 from megatron_mea.attention.document_mask import visible_tokens_mask
 from megatron_mea.config.schema import Model
-from megatron_mea.parallel.grid import NO_TP, TensorGroup
+from megatron_mea.parallel.grid import NO_CP, NO_TP, ContextGroup, TensorGroup
 from megatron_mea.parallel.parameter import sharded_parameter
 
 
@@ -39,9 +39,11 @@ class TalkingHeadsAttention(CoreAttention):
         )
 
     @staticmethod
-    def attention_fn(position_ids: torch.Tensor, *, document_mask: bool) -> Callable[..., torch.Tensor]:
+    def attention_fn(
+        position_ids: torch.Tensor, *, document_mask: bool, cp: ContextGroup = NO_CP
+    ) -> Callable[..., torch.Tensor]:
         """An attention function that takes the two mixes too."""
-        return partial(_attend, visible=visible_tokens_mask(position_ids, document_mask=document_mask))
+        return partial(_attend, visible=visible_tokens_mask(position_ids, document_mask=document_mask, cp=cp))
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, attend: Callable) -> torch.Tensor:
         """(batch, H, seq, d), (batch, h, seq, d), (batch, h, seq, d) -> (batch, H, seq, d)"""
@@ -76,26 +78,26 @@ def _attend(
     logits_mix: torch.Tensor,
     weights_mix: torch.Tensor,
 ) -> torch.Tensor:
-    """query (batch, H, seq, d), key and value (batch, h, seq, d), mixes (H, H) -> (batch, H, seq, d)
+    """query (batch, H, queries, d), key and value (batch, h, keys, d), mixes (H, H) -> (batch, H, queries, d)
 
     Args:
-        visible: boolean mask (batch or 1, 1, seq, seq).
+        visible: boolean mask (batch or 1, 1, queries, keys).
     """
-    batch, heads, seq, dim = query.shape
-    groups = key.shape[1]
+    batch, heads, queries, dim = query.shape
+    groups, keys = key.shape[1:3]
 
-    # shape: (batch, h, H / h seq, d) @ (batch, h, d, seq) -> (batch, H, seq, seq)
-    logits = (query.reshape(batch, groups, -1, dim) @ key.transpose(2, 3)).view(batch, heads, seq, seq)
+    # shape: (batch, h, H / h queries, d) @ (batch, h, d, keys) -> (batch, H, queries, keys)
+    logits = (query.reshape(batch, groups, -1, dim) @ key.transpose(2, 3)).view(batch, heads, queries, keys)
     mixed = _combine_scores(logits / math.sqrt(dim), logits_mix).masked_fill(~visible, -math.inf)
 
     softmax_dtype = torch.promote_types(mixed.dtype, torch.float32)
     weights = _combine_scores(mixed.softmax(-1, dtype=softmax_dtype).to(value.dtype), weights_mix)
-    # shape: (batch, h, H / h seq, seq) @ (batch, h, seq, d) -> (batch, H, seq, d)
-    return (weights.view(batch, groups, -1, seq) @ value).view(batch, heads, seq, dim)
+    # shape: (batch, h, H / h queries, keys) @ (batch, h, keys, d) -> (batch, H, queries, d)
+    return (weights.view(batch, groups, -1, keys) @ value).view(batch, heads, queries, dim)
 
 
 def _combine_scores(scores: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
-    """(batch, H, seq, seq), (H, H) -> (batch, H, seq, seq)"""
+    """(batch, H, queries, keys), (H, H) -> (batch, H, queries, keys)"""
     # Not by broadcasting, which would save a transposed copy of the scores for backward.
-    # shape: (batch, H, H) @ (batch, H, seq seq) -> (batch, H, seq seq)
+    # shape: (batch, H, H) @ (batch, H, queries keys) -> (batch, H, queries keys)
     return (mix.t().expand(len(scores), -1, -1) @ scores.flatten(2)).view_as(scores)

@@ -298,6 +298,7 @@ class CheckpointMetadata:
             layout={
                 "tensor_model_parallel_size": dims.tp,
                 "pipeline_model_parallel_size": dims.pp,
+                "context_parallel_size": dims.cp,
                 "data_parallel_size": dims.dp,
                 "zero_stage": config.parallel.zero_stage,
             },

@@ -1,4 +1,4 @@
-"""Layouts: which sizes of the tensor, pipeline and data groups fit a configuration."""
+"""Layouts: which sizes of the tensor, pipeline, context and data groups fit a configuration."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from megatron_mea.config.schema import Config, Model
 from megatron_mea.errors import Problem, UserError
 
 _TENSOR_KEY, _PIPELINE_KEY = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
+_CONTEXT_KEY = "parallel.context_parallel_size"
 _MAX_WORLD_SIZES = 64
 """Most numbers of processes in a message."""
 TEACHER_KEY = "training.distillation.teacher"
@@ -23,14 +24,11 @@ def check_layout(config: Config, world_size: int | None = None) -> ParallelDims:
         UserError: no such layout is possible; the message ends with a table of the layouts that are.
     """
     parallel = config.parallel
-    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    world_size = tensor * pipeline if world_size is None else world_size
+    if world_size is None:
+        model_size = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+        world_size = model_size * parallel.context_parallel_size
 
-    problems = list(
-        _layout_problems(
-            config=config, tensor=tensor, pipeline=pipeline, zero_stage=parallel.zero_stage, world_size=world_size
-        )
-    )
+    problems = list(_layout_problems(config, world_size))
     if problems:
         raise UserError.from_problems(problems, footer="\n".join(_layout_table(config, world_size)))
 
@@ -38,47 +36,65 @@ def check_layout(config: Config, world_size: int | None = None) -> ParallelDims:
 
 
 def possible_layouts(config: Config, world_size: int) -> list[ParallelDims]:
-    """The layouts that `world_size` processes can have with this model and batch, and ZeRO 0 or 1."""
-    tensor_sizes, pipeline_sizes, data_sizes = _possible_sizes(config)
+    """The layouts that `world_size` processes can have with this model and batch, and ZeRO 0 or 1.
+
+    The sequence stays whole where `config` leaves it whole: splitting it is for those who ask for it.
+    """
+    replica_shapes, data_sizes = _possible_sizes(config)
     layouts = []
-    for tensor in tensor_sizes:
-        for pipeline in pipeline_sizes:
-            if world_size % (tensor * pipeline) == 0 and world_size // (tensor * pipeline) in data_sizes:
-                dims = ParallelDims.from_config(config, world_size, tp=tensor, pp=pipeline)
-                layouts.append(replace(dims, zero_stage=1))
+    for tensor, pipeline, context in replica_shapes:
+        replica = tensor * pipeline * context
+        if world_size % replica == 0 and world_size // replica in data_sizes:
+            dims = ParallelDims.from_config(config, world_size, tp=tensor, pp=pipeline, cp=context)
+            layouts.append(replace(dims, zero_stage=1))
 
     return layouts
 
 
-def _possible_sizes(config: Config) -> tuple[list[int], range, set[int]]:
-    """The tensor, pipeline and data parallel sizes that work with this model and batch, each with each.
+def _possible_sizes(config: Config) -> tuple[list[tuple[int, int, int]], set[int]]:
+    """The tensor, pipeline and context parallel sizes that work with this model, and the data parallel sizes.
 
-    Few numbers, since a tensor group divides the heads and data ranks the micro-batches of a step.
+    Few numbers, since a tensor group divides the heads, a context group the sequence and data ranks the micro-batches.
     """
     training = config.training
-    heads = config.model.num_attention_heads
-    tensor_sizes = [size for size in _divisors(heads) if not any(_tensor_problems(config, size))]
+    tensor_sizes = [
+        size for size in _divisors(config.model.num_attention_heads) if not any(_tensor_problems(config, size))
+    ]
+    pipeline_sizes = range(1, config.model.num_hidden_layers + 1)
+    context_sizes = _divisors(config.data.seq_length) if config.parallel.context_parallel_size > 1 else [1]
+    replica_shapes = [
+        (tensor, pipeline, context)
+        for tensor in tensor_sizes
+        for pipeline in pipeline_sizes
+        for context in context_sizes
+        if not any(_sequence_problems(config=config, tensor=tensor, context=context))
+    ]
     micro_batches = training.global_batch_size // training.micro_batch_size
-    return tensor_sizes, range(1, config.model.num_hidden_layers + 1), set(_divisors(micro_batches))
+    return replica_shapes, set(_divisors(micro_batches))
 
 
-def _layout_problems(
-    *, config: Config, tensor: int, pipeline: int, zero_stage: int, world_size: int
-) -> Iterator[Problem]:
+def _layout_problems(config: Config, world_size: int) -> Iterator[Problem]:
+    parallel = config.parallel
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    context = parallel.context_parallel_size
     yield from _model_problems(config=config, tensor=tensor, pipeline=pipeline)
-    if pipeline > 1 and zero_stage > 1:
-        yield Problem(where="parallel.zero_stage", got=zero_stage, expected=f"0 or 1 where {_PIPELINE_KEY} is above 1")
+    yield from _sequence_problems(config=config, tensor=tensor, context=context)
+    if pipeline > 1 and parallel.zero_stage > 1:
+        expected = f"0 or 1 where {_PIPELINE_KEY} is above 1"
+        yield Problem(where="parallel.zero_stage", got=parallel.zero_stage, expected=expected)
 
-    if world_size % (tensor * pipeline):
+    sizes = {_TENSOR_KEY: tensor, _PIPELINE_KEY: pipeline} | ({_CONTEXT_KEY: context} if context > 1 else {})
+    replica = math.prod(sizes.values())
+    if world_size % replica:
         yield Problem(
-            where=f"{_TENSOR_KEY} x {_PIPELINE_KEY}",
-            got=f"{tensor} x {pipeline} on {world_size} processes",
+            where=" x ".join(sizes),
+            got=f"{' x '.join(map(str, sizes.values()))} on {world_size} processes",
             expected="a product that divides the number of processes",
         )
         return
 
     global_batch, micro_batch = config.training.global_batch_size, config.training.micro_batch_size
-    data = world_size // (tensor * pipeline)
+    data = world_size // replica
     if global_batch % (micro_batch * data):
         yield Problem(
             where="training.global_batch_size",
@@ -130,7 +146,7 @@ def _model_problems(*, config: Config, tensor: int, pipeline: int) -> Iterator[P
 
 
 def _tensor_problems(config: Config, size: int) -> Iterator[Problem]:
-    """Tensor group sizes by which heads, features, vocabulary or sequence cannot be sharded (docs/parallelism.md)."""
+    """Tensor group sizes by which heads, features or vocabulary cannot be sharded (docs/parallelism.md)."""
     model = config.model
     parts = [("num_attention_heads", "query heads")]
     if len(model.routed_layers) < model.num_hidden_layers:
@@ -166,13 +182,24 @@ def _tensor_problems(config: Config, size: int) -> Iterator[Problem]:
             where="model.vocab_size", got=model.vocab_size, expected=f"at least {size * size} on {size} ranks"
         )
 
-    if config.parallel.sequence_parallel:
-        if size == 1:
-            yield Problem(where="parallel.sequence_parallel", got=True, expected=f"false where {_TENSOR_KEY} is 1")
-        elif config.data.seq_length % size:
-            yield Problem(
-                where="data.seq_length", got=config.data.seq_length, expected=f"a multiple of {_TENSOR_KEY} = {size}"
-            )
+    if config.parallel.sequence_parallel and size == 1:
+        yield Problem(where="parallel.sequence_parallel", got=True, expected=f"false where {_TENSOR_KEY} is 1")
+
+
+def _sequence_problems(*, config: Config, tensor: int, context: int) -> Iterator[Problem]:
+    """Sizes of the tensor and the context group by which a sequence cannot be sharded."""
+    seq_length = config.data.seq_length
+    if context > 1 and seq_length % (2 * context):
+        yield Problem(
+            where=_CONTEXT_KEY,
+            got=context,
+            expected=f"half of a divisor of data.seq_length = {seq_length}: a rank holds two equal chunks of it",
+        )
+        return
+
+    if config.parallel.sequence_parallel and seq_length // context % tensor:
+        parts = _TENSOR_KEY if context == 1 else f"{_CONTEXT_KEY} x {_TENSOR_KEY}"
+        yield Problem(where="data.seq_length", got=seq_length, expected=f"a multiple of {parts} = {context * tensor}")
 
 
 def _layout_table(config: Config, world_size: int) -> Iterator[str]:
@@ -193,17 +220,19 @@ def _layout_table(config: Config, world_size: int) -> Iterator[str]:
         return
 
     yield f"layouts of {world_size} processes that work with {settings}:"
-    yield "  tensor  pipeline  data  micro-batches  zero_stage"
+    splits_context = config.parallel.context_parallel_size > 1
+    yield f"  tensor  pipeline  {'context  ' if splits_context else ''}data  micro-batches  zero_stage"
     for dims in layouts:
+        context = f"{dims.cp:7}  " if splits_context else ""
         zero_stages = "0, 1" if dims.pp > 1 else "0, 1, 2, 3"
-        yield f"  {dims.tp:6}  {dims.pp:8}  {dims.dp:4}  {dims.num_micro_batches:13}  {zero_stages}"
+        yield f"  {dims.tp:6}  {dims.pp:8}  {context}{dims.dp:4}  {dims.num_micro_batches:13}  {zero_stages}"
 
 
 def _possible_world_sizes(config: Config, largest: int) -> set[int]:
     """Numbers of processes up to `largest` that have a layout."""
-    tensor_sizes, pipeline_sizes, data_sizes = _possible_sizes(config)
-    model_sizes = {tensor * pipeline for tensor in tensor_sizes for pipeline in pipeline_sizes}
-    return {size * data for size in model_sizes for data in data_sizes if size * data <= largest}
+    replica_shapes, data_sizes = _possible_sizes(config)
+    replica_sizes = set(map(math.prod, replica_shapes))
+    return {size * data for size in replica_sizes for data in data_sizes if size * data <= largest}
 
 
 def _divisors(number: int) -> list[int]:

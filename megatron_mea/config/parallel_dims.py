@@ -11,11 +11,12 @@ from megatron_mea.config.schema import Config
 class ParallelDims:
     """Sizes of the process groups of a run, and what its layout decides.
 
-    world_size = pp x dp x tp, the outermost first: tensor ranks are neighbours, to share a node. Grid, engine and plan
-    read this; a further axis is a field here, a factor of `world_size`, and a group in `build_grid`.
+    world_size = pp x dp x cp x tp, the outermost first: tensor ranks are neighbours, to share a node, then context
+    ranks. Grid, engine and plan read this; a further axis is a field here, a factor of `world_size`, and a group in
+    `build_grid`.
 
     Args:
-        tp, pp, dp: tensor, pipeline and data parallel size.
+        tp, pp, dp, cp: tensor, pipeline, data and context parallel size.
         num_micro_batches: of each data rank in a step.
         zero_stage: the ZeRO stage as it runs: 0 loses the gradient norm and is no cheaper than 1, so it runs as 1.
         sequence_parallel: whether activations outside of tensor-parallel regions are sharded along the sequence.
@@ -24,27 +25,30 @@ class ParallelDims:
     tp: int = 1
     pp: int = 1
     dp: int = 1
+    cp: int = 1
     num_micro_batches: int = 1
     zero_stage: int = 1
     sequence_parallel: bool = False
 
     @classmethod
     def from_config(
-        cls, config: Config, world_size: int, *, tp: int | None = None, pp: int | None = None
+        cls, config: Config, world_size: int, *, tp: int | None = None, pp: int | None = None, cp: int | None = None
     ) -> ParallelDims:
         """The layout of a configuration on `world_size` processes, which `layout.check_layout` has found possible.
 
         Args:
-            tp, pp: sizes in place of the configuration's.
+            tp, pp, cp: sizes in place of the configuration's.
         """
         parallel, training = config.parallel, config.training
         tp = parallel.tensor_model_parallel_size if tp is None else tp
         pp = parallel.pipeline_model_parallel_size if pp is None else pp
-        dp = world_size // (tp * pp)
+        cp = parallel.context_parallel_size if cp is None else cp
+        dp = world_size // (tp * pp * cp)
         return cls(
             tp=tp,
             pp=pp,
             dp=dp,
+            cp=cp,
             num_micro_batches=training.global_batch_size // (training.micro_batch_size * dp),
             zero_stage=max(parallel.zero_stage, 1),
             sequence_parallel=parallel.sequence_parallel,
@@ -53,7 +57,12 @@ class ParallelDims:
     @property
     def world_size(self) -> int:
         """Number of processes."""
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.dp_cp
+
+    @property
+    def dp_cp(self) -> int:
+        """Number of ranks that hold the same parameters: gradients are averaged, and ZeRO partitions, over them."""
+        return self.dp * self.cp
 
     @property
     def sequence_shards(self) -> int:
@@ -83,7 +92,7 @@ class ParallelDims:
         can wait for the last micro-batch, and in a pipeline, whose micro-batches overlap.
 
         Args:
-            tokens: number of tokens of a micro-batch.
+            tokens: number of tokens of a micro-batch on this rank.
         """
         is_possible = self.tp > 1 and self.pp == 1 and self.zero_stage <= 1 and self.num_micro_batches > 1
         return is_possible and self.num_micro_batches * tokens > hidden_size

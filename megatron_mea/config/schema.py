@@ -228,6 +228,7 @@ class Data(Section):
 class Parallel(Section):
     tensor_model_parallel_size: Size = 1
     pipeline_model_parallel_size: Size = 1
+    context_parallel_size: Size = 1
     expert_model_parallel_size: Size = 1
     sequence_parallel: bool = False
     zero_stage: Annotated[Int, Field(ge=0, le=3)] = 1

@@ -35,6 +35,10 @@ KEY_SYNONYMS = {
     "model.mlp_only_layers": "dense_layers n_dense_layers first_k_dense_replace moe_layer_freq",
     "model.decoder_sparse_step": "moe_every_n_layers interleave_moe_layer_step moe_layer_step",
     "model.router_aux_loss_coef": "moe_aux_loss_coeff aux_loss_coef aux_loss_alpha lb_loss_weight load_balance_coeff",
+    "parallel.context_parallel_size": (
+        "cp cp_size context_parallel context_parallel_degree context_parallelism ulysses_degree "
+        "sequence_parallel_degree ring_degree sp_size"
+    ),
     "parallel.expert_model_parallel_size": "ep ep_size expert_parallel expert_parallel_size expert_parallel_degree",
     "training.balance": "moe_router_load_balancing_type load_balancing load_balancing_type",
     "training.router_z_loss_coef": "moe_z_loss_coeff z_loss_weight router_z_loss z_loss_coeff",

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from megatron_mea.attention.core import core_attention_class
-from megatron_mea.attention.document_mask import AttentionFn
 from megatron_mea.attention.folds import FoldedKV, fold_kv
 from megatron_mea.attention.mea import MultiheadExplicitAttention
 from megatron_mea.config.schema import Model
@@ -21,7 +20,7 @@ from megatron_mea.model.moe import MoE, RouterLosses
 from megatron_mea.parallel.activation_checkpoint import maybe_checkpoint
 from megatron_mea.parallel.collectives import enter_tp_region, exit_tp_region
 from megatron_mea.parallel.cross_entropy import chunk_size, linear_cross_entropy_sum
-from megatron_mea.parallel.grid import NO_TP, TensorGroup
+from megatron_mea.parallel.grid import NO_CP, NO_TP, ContextGroup, TensorGroup
 from megatron_mea.parallel.layers import Embedding, Linear, RMSNorm, cross_entropy_sum
 from megatron_mea.parallel.parameter import ParameterSpec, normal, parameters_by_name, sharded_parameter
 
@@ -114,6 +113,7 @@ class TransformerBlock(nn.Module):
         layer: int,
         *,
         tp: TensorGroup = NO_TP,
+        cp: ContextGroup = NO_CP,
         recompute: bool = False,
         router_losses: RouterLosses | None = None,
     ) -> None:
@@ -129,25 +129,21 @@ class TransformerBlock(nn.Module):
             )
 
         self.input_layernorm = norm("input_layernorm")
-        self.self_attn = MultiheadExplicitAttention(config=config, layer=layer, tp=tp, recompute=recompute)
+        self.self_attn = MultiheadExplicitAttention(config=config, layer=layer, tp=tp, cp=cp, recompute=recompute)
         self.post_attention_layernorm = norm("post_attention_layernorm")
         self.mlp: MLP | MoE
         if config.is_routed(layer):
-            self.mlp = MoE(config=config, layer=layer, tp=tp, recompute=recompute, losses=router_losses)
+            self.mlp = MoE(config=config, layer=layer, tp=tp, cp=cp, recompute=recompute, losses=router_losses)
         else:
             self.mlp = MLP(config=config, layer=layer, tp=tp, recompute=recompute)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
-        *,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        attend: AttentionFn,
-        folded: FoldedKV,
+        **attention_arguments: Any,
     ) -> torch.Tensor:
-        """(batch, seq, hidden), with cos and sin (batch, 1, seq, d), -> (batch, seq, hidden)"""
-        attended = self.self_attn(self.input_layernorm(hidden_states), cos=cos, sin=sin, attend=attend, folded=folded)
+        """(batch, seq, hidden) -> (batch, seq, hidden); the arguments are those of the attention layer."""
+        attended = self.self_attn(self.input_layernorm(hidden_states), **attention_arguments)
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
@@ -199,7 +195,8 @@ class Decoder(nn.Module):
 
     Args:
         config: the `model` section.
-        tp: the tensor group of this rank.
+        tp, cp: the tensor group and the context group of this rank. Token ids, targets and hidden states are those of
+            this rank's tokens, position ids those of the full sequence, from which RoPE and documents follow.
         stage: the layers to build; None for all. Where embeddings are tied and the first and last stage differ, each
             holds a copy of the matrix.
         document_mask: whether attention stays inside documents, which begin where position ids are zero.
@@ -216,6 +213,7 @@ class Decoder(nn.Module):
         config: Model,
         *,
         tp: TensorGroup = NO_TP,
+        cp: ContextGroup = NO_CP,
         stage: StageLayers | None = None,
         document_mask: bool = False,
         activation_checkpointing: ActivationCheckpointing = "none",
@@ -224,7 +222,7 @@ class Decoder(nn.Module):
         router_losses: RouterLosses | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.tp = config, tp
+        self.config, self.tp, self.cp = config, tp, cp
         self.activation_checkpointing = activation_checkpointing
         self.document_mask, self.fold_outside = document_mask, fold_outside
         self._training_block = _compile_run_block(config.num_hidden_layers) if compile_blocks else run_block
@@ -237,7 +235,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleDict(
             {
                 str(index): TransformerBlock(
-                    config=config, layer=index, tp=tp, recompute=selective, router_losses=router_losses
+                    config=config, layer=index, tp=tp, cp=cp, recompute=selective, router_losses=router_losses
                 )
                 for index in stage.blocks
             }
@@ -258,7 +256,8 @@ class Decoder(nn.Module):
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The sum of the cross-entropies (nats) of all targets that are not `IGNORE_INDEX`; a float32 scalar.
 
-        All arguments are (batch, seq); `targets[:, i]` is what should follow `input_ids[:, i]`.
+        All arguments are (batch, seq), and over a context group, but for the positions, this rank's shard of it.
+        `targets[:, i]` is what should follow `input_ids[:, i]`.
         """
         return self.loss(self.forward_hidden(input_ids, position_ids), targets)
 
@@ -283,7 +282,7 @@ class Decoder(nn.Module):
         Args:
             hidden_states: (batch, seq) token ids on the first stage, (batch, seq, hidden) on the others; with sequence
                 parallelism this rank's shard of the sequence.
-            position_ids: (batch, seq)
+            position_ids: (batch, seq), of the full sequence.
             folded: folded key and value projections of every block; None to fold here where that is cheapest.
 
         Returns:
@@ -306,10 +305,12 @@ class Decoder(nn.Module):
             config=self.config, position_ids=position_ids, dtype=hidden_states.dtype, inv_freq=self._inv_freq
         )
         # shape: (batch, seq, d) -> (batch, 1, seq, d), the same for all heads
-        cos, sin = (angle.unsqueeze(1) for angle in cos_sin)
+        full_cos, full_sin = (angle.unsqueeze(1) for angle in cos_sin)
+        cos, sin = (self.cp.shard(angle, dim=2) for angle in (full_cos, full_sin))
+        num_tokens = position_ids.numel() // self.cp.size
 
         attention_fn = core_attention_class(self.config).attention_fn
-        attend = attention_fn(position_ids, document_mask=self.document_mask)
+        attend = attention_fn(position_ids, document_mask=self.document_mask, cp=self.cp)
         # Validation runs uncompiled, since compiled code does not call the hooks that observe it.
         block_fn = self._training_block if torch.is_grad_enabled() else run_block
 
@@ -317,7 +318,7 @@ class Decoder(nn.Module):
             if folded is not None:
                 folded_kv = folded[index]
             else:
-                folded_kv = fold_kv(block.self_attn, position_ids.numel()) if self.fold_outside else (None, None)
+                folded_kv = fold_kv(block.self_attn, num_tokens) if self.fold_outside else (None, None)
 
             hidden_states = maybe_checkpoint(
                 block_fn,
@@ -325,6 +326,7 @@ class Decoder(nn.Module):
                 hidden_states,
                 cos=cos,
                 sin=sin,
+                full_cos_sin=(full_cos, full_sin),
                 attend=attend,
                 folded=folded_kv,
                 enabled=self.activation_checkpointing == "full",

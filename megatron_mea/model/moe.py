@@ -17,8 +17,8 @@ from torch import nn
 
 from megatron_mea.config.schema import Model
 from megatron_mea.parallel.activation_checkpoint import maybe_checkpoint
-from megatron_mea.parallel.collectives import copy_to_tp_region, enter_tp_region, exit_tp_region
-from megatron_mea.parallel.grid import NO_TP, TensorGroup
+from megatron_mea.parallel.collectives import all_reduce, copy_to_tp_region, enter_tp_region, exit_tp_region
+from megatron_mea.parallel.grid import NO_CP, NO_TP, ContextGroup, TensorGroup
 from megatron_mea.parallel.grouped import gather_tokens, grouped_linear, sum_choices
 from megatron_mea.parallel.parameter import normal, sharded_parameter
 
@@ -85,9 +85,11 @@ class Router(nn.Module):
     alone, so its gradient is partial.
     """
 
-    def __init__(self, config: Model, layer: int, *, tp: TensorGroup, losses: RouterLosses | None) -> None:
+    def __init__(
+        self, config: Model, layer: int, *, tp: TensorGroup, cp: ContextGroup, losses: RouterLosses | None
+    ) -> None:
         super().__init__()
-        self.config, self.tp, self.losses, self.stats = config, tp, losses, RouterStats()
+        self.config, self.tp, self.cp, self.losses, self.stats = config, tp, cp, losses, RouterStats()
         self.weight = sharded_parameter(
             name=f"model.layers.{layer}.mlp.gate.weight",
             global_shape=(config.num_experts, config.hidden_size),
@@ -120,28 +122,33 @@ class Router(nn.Module):
             # shape: (batch, seq, top_k) -> (batch, experts)
             counts = torch.zeros(len(chosen), num_experts, dtype=torch.int64, device=chosen.device)
             counts.scatter_add_(1, chosen.flatten(1), torch.ones_like(chosen).flatten(1))
-            share = self._share(counts.to(probabilities.dtype))
+            share = self._share(counts, probabilities.dtype)
 
+        # A context rank adds its tokens' part of the mean over a sequence.
         # shape: (batch, experts)
-        terms = share * probabilities.mean(1)
+        terms = share * (probabilities.mean(1) / self.cp.size)
         # Each rank adds the terms of its own experts, since gradients are summed over the tensor group.
         own = self.tp.local_range(num_experts)
         loss = losses.balance_coef * terms[:, own].sum()
         if losses.z_coef:
-            # The same on every rank.
-            loss = loss + losses.z_coef * logits.logsumexp(-1).square().mean(1).sum() / self.tp.size
+            # The same on every tensor rank.
+            z_loss = logits.logsumexp(-1).square().mean(1).sum()
+            loss = loss + losses.z_coef * z_loss / (self.tp.size * self.cp.size)
 
         total_counts, balance_loss = counts.sum(0), terms.detach().double().sum()
         return _AddAuxiliaryGradient.apply(
             weights, loss * losses.gradient_scale, lambda: self.stats.add(total_counts, balance_loss)
         )
 
-    def _share(self, counts: torch.Tensor) -> torch.Tensor:
-        """How often experts are chosen, 1 where they are balanced, from choices (batch, experts)."""
+    def _share(self, counts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """How often experts are chosen, 1 where they are balanced, from this rank's choices (batch, experts)."""
         if self.losses.balance == "batch":
             previous = self.stats.previous_counts
-            counts = torch.ones_like(counts[:1]) if previous is None else previous.to(counts).unsqueeze(0)
+            counts = torch.ones_like(counts[:1]) if previous is None else previous.unsqueeze(0)
+        else:
+            counts = all_reduce(counts, over=self.cp)
 
+        counts = counts.to(dtype)
         return counts * (self.config.num_experts / counts.sum(1, keepdim=True))
 
 
@@ -202,12 +209,13 @@ class MoE(nn.Module):
         layer: int,
         *,
         tp: TensorGroup = NO_TP,
+        cp: ContextGroup = NO_CP,
         recompute: bool = False,
         losses: RouterLosses | None = None,
     ) -> None:
         super().__init__()
         self.tp = tp
-        self.gate = Router(config, layer, tp=tp, losses=losses)
+        self.gate = Router(config, layer, tp=tp, cp=cp, losses=losses)
         self.experts = Experts(config, layer, tp=tp, recompute=recompute)
 
     # In float32 the compiler has no grouped product, and the rows of an expert differ in every step.

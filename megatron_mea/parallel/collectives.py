@@ -1,9 +1,10 @@
-"""Collectives with gradients over a tensor group, after Megatron-LM (arXiv 1909.08053, 2205.05198).
+"""Collectives with gradients over tensor groups, after Megatron-LM (arXiv 1909.08053, 2205.05198), and context groups.
 
 Inside a tensor-parallel region every rank computes with its shard of a matrix. A gradient that leaves the region is
 the sum over the ranks, so `enter_tp_region` is the identity forward and an all-reduce backward, and `exit_tp_region`
 the other way round (Megatron's copy_to and reduce_from). With sequence parallelism they are an all-gather and a
-reduce-scatter along the sequence. All are the identity in a group of one.
+reduce-scatter along the sequence. All are the identity in a group of one. They call torch.distributed directly, since
+the compiler turns those calls into its own; behind a wrapper gradients would be lost.
 """
 
 from __future__ import annotations
@@ -11,17 +12,19 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from megatron_mea.parallel.grid import TensorGroup
+from megatron_mea.parallel.grid import ContextGroup, TensorGroup
 
 SEQUENCE_DIM = 1
 """The dimension of (batch, seq, hidden) that sequence parallelism shards."""
 
 
-def all_reduce(x: torch.Tensor, *, tp: TensorGroup, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
-    """Returns a copy of `x` reduced over the tensor group; no gradient passes."""
+def all_reduce(
+    x: torch.Tensor, *, over: TensorGroup | ContextGroup, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+) -> torch.Tensor:
+    """Returns a copy of `x` reduced over a group; no gradient passes."""
     x = x.detach().contiguous().clone()
-    if tp.size > 1:
-        dist.all_reduce(x, op=op, group=tp.group)
+    if over.size > 1:
+        dist.all_reduce(x, op=op, group=over.group)
 
     return x
 
@@ -43,13 +46,13 @@ class _CopyToRegion(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return all_reduce(gradient, tp=ctx.tp), None
+        return all_reduce(gradient, over=ctx.tp), None
 
 
 class _ReduceFromRegion(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, tp):
-        return all_reduce(x, tp=tp)
+        return all_reduce(x, over=tp)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -129,3 +132,36 @@ def copy_to_tp_region(parameter: torch.Tensor, tp: TensorGroup) -> torch.Tensor:
 def gather_from_tp_region(x: torch.Tensor, *, dim: int, tp: TensorGroup) -> torch.Tensor:
     """Concatenates equal shards along `dim`, for a use that differs by rank; the gradient is reduce-scattered."""
     return x if tp.size == 1 else _GatherFromRegion.apply(x, dim, tp)
+
+
+def gather_from_cp_region(x: torch.Tensor, cp: ContextGroup) -> torch.Tensor:
+    """(batch, heads, this rank's tokens, d) -> (batch, heads, seq, d), all tokens in their order, on every rank.
+
+    The gradient is summed over the context group and reduce-scattered.
+    """
+    return x if cp.size == 1 else _GatherTokens.apply(x, cp)
+
+
+class _GatherTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cp):
+        ctx.cp = cp
+        batch, heads, tokens, dim = x.shape
+        # gloo wants as many dimensions as its input has.
+        shards = x.new_empty(cp.size * batch, heads, tokens, dim)
+        dist.all_gather_into_tensor(shards, x.contiguous(), group=cp.group)
+
+        # shape: (c batch, heads, seq / c, d) -> (c, batch, heads, 2, chunk, d)
+        shards = shards.view(cp.size, batch, heads, 2, tokens // 2, dim)
+        first_half, second_half = shards[:, :, :, 0].unbind(0), shards[:, :, :, 1].unbind(0)
+        return torch.cat([*first_half, *reversed(second_half)], dim=2)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        cp = ctx.cp
+        chunks = gradient.chunk(2 * cp.size, dim=2)
+        # shape: (batch, heads, chunk, d), 2c of them -> (c, batch, heads, seq / c, d)
+        shards = torch.stack([torch.cat([chunks[rank], chunks[-1 - rank]], dim=2) for rank in range(cp.size)])
+        shard = torch.empty_like(shards[0])
+        dist.reduce_scatter_tensor(shard, shards.flatten(0, 1), group=cp.group)
+        return shard, None

@@ -87,9 +87,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if tp.size > 1:
                 # So far log_p is normalised over this rank's shard alone.
                 local_lse = logits[:, 0].to(sum_dtype) - log_p[:, 0]
-                largest = all_reduce(local_lse, tp=tp, op=dist.ReduceOp.MAX)
+                largest = all_reduce(local_lse, over=tp, op=dist.ReduceOp.MAX)
                 sums, target_logit = all_reduce(
-                    torch.stack([(local_lse - largest).exp(), (target_log_p + local_lse) * is_local]), tp=tp
+                    torch.stack([(local_lse - largest).exp(), (target_log_p + local_lse) * is_local]), over=tp
                 )
                 global_lse = largest + sums.log()
                 loss, target_log_p = global_lse - target_logit, target_log_p + local_lse - global_lse

@@ -152,7 +152,7 @@ def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor, *, vocab_size
         return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
     rows = tp.local_range(vocab_size)
-    largest = all_reduce(logits.amax(-1), tp=tp, op=dist.ReduceOp.MAX)
+    largest = all_reduce(logits.amax(-1), over=tp, op=dist.ReduceOp.MAX)
     shifted = logits - largest.unsqueeze(-1)
     sum_exp = reduce_from_tp_region(shifted.exp().sum(-1), tp)
 
@@ -191,7 +191,7 @@ class _KLDivergence(torch.autograd.Function):
         log_q = _log_softmax_(logits / temperature, tp)
         log_p = _log_softmax_(teacher_logits.to(logits.dtype) / temperature, tp)
         p = log_p.exp()
-        divergence = all_reduce(log_p.sub_(log_q).mul_(p).sum(-1), tp=tp)
+        divergence = all_reduce(log_p.sub_(log_q).mul_(p).sum(-1), over=tp)
         ctx.save_for_backward(log_q.exp_().sub_(p))
         ctx.temperature = temperature
         return divergence
@@ -204,5 +204,5 @@ class _KLDivergence(torch.autograd.Function):
 
 def _log_softmax_(logits: torch.Tensor, tp: TensorGroup) -> torch.Tensor:
     """Turns logits (tokens, shard of the vocabulary) into log-probabilities in place; no gradient passes."""
-    logits.sub_(all_reduce(logits.amax(-1), tp=tp, op=dist.ReduceOp.MAX).unsqueeze(-1))
-    return logits.sub_(all_reduce(logits.exp().sum(-1), tp=tp).log_().unsqueeze(-1))
+    logits.sub_(all_reduce(logits.amax(-1), over=tp, op=dist.ReduceOp.MAX).unsqueeze(-1))
+    return logits.sub_(all_reduce(logits.exp().sum(-1), over=tp).log_().unsqueeze(-1))

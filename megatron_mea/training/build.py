@@ -20,14 +20,15 @@ from megatron_mea.training.teacher import make_teacher
 def router_losses(config: Config, grid: Grid) -> RouterLosses:
     """The auxiliary losses of a run's routers.
 
-    Their gradients are averaged over data ranks and summed over micro-batches, whatever the loss is scaled by.
+    Their gradients are averaged over data and context ranks and summed over micro-batches, whatever the loss is scaled
+    by.
     """
     training = config.training
     return RouterLosses(
         balance=training.balance,
         balance_coef=0.0 if training.balance == "none" else config.model.router_aux_loss_coef,
         z_coef=training.router_z_loss_coef,
-        gradient_scale=grid.dims.dp / training.global_batch_size,
+        gradient_scale=grid.dims.dp_cp / training.global_batch_size,
     )
 
 
@@ -45,6 +46,7 @@ def build_engine(
     model = Decoder(
         config=config.model,
         tp=grid.tp,
+        cp=grid.cp,
         stage=stage,
         document_mask=config.data.document_mask,
         activation_checkpointing=config.training.activation_checkpointing,

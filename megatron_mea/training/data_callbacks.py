@@ -17,12 +17,13 @@ class SampleHashes(Callback):
         self._grid = grid
 
     def on_log(self, trained: TrainedStep) -> list[str]:
-        hashes_by_rank: list[list[list[str]]] = [[]] * self._grid.dims.dp
+        hashes_by_rank: list[list[list[str]]] = [[]] * self._grid.dims.dp_cp
         group = self._grid.mpu.get_data_parallel_group()
         dist.all_gather_object(hashes_by_rank, trained.data.hashes(), group=group)
-        # Ranks take the micro-batches of a global batch in turn.
+        # Data ranks take the micro-batches of a global batch in turn; the context ranks of each read the same.
+        hashes_by_data_rank = hashes_by_rank[:: self._grid.dims.cp]
         trained.record.row["sample_hashes"] = [
-            digest for turn in zip(*hashes_by_rank, strict=True) for micro_batch in turn for digest in micro_batch
+            digest for turn in zip(*hashes_by_data_rank, strict=True) for micro_batch in turn for digest in micro_batch
         ]
         return []
 

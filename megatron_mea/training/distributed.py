@@ -19,7 +19,7 @@ import torch.distributed as dist
 from megatron_mea.config.parallel_dims import ParallelDims
 from megatron_mea.config.schema import Config
 from megatron_mea.errors import MachineError, UserError
-from megatron_mea.parallel.grid import Grid, TensorGroup
+from megatron_mea.parallel.grid import ContextGroup, Grid, TensorGroup
 from megatron_mea.training.rank_env import RankEnv
 
 START_MINUTES = 30.0
@@ -139,11 +139,15 @@ def _import_muon() -> None:
 
 
 def build_grid(config: Config) -> Grid:
-    """The coordinates of this rank and its process groups; collective. Tensor ranks are neighbours, to share a node."""
+    """The coordinates of this rank and its process groups; collective. Tensor and then context ranks are neighbours.
+
+    To DeepSpeed context ranks are data ranks, since both hold the same parameters and other tokens. Its own sequence
+    parallelism is not used: with ZeRO 3 it partitions over data ranks alone, and trains wrong numbers without a word.
+    """
     from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
 
     dims = ParallelDims.from_config(config, dist.get_world_size())
-    topology = PipeModelDataParallelTopology(num_pp=dims.pp, num_mp=dims.tp, num_dp=dims.dp)
+    topology = PipeModelDataParallelTopology(num_pp=dims.pp, num_mp=dims.tp, num_dp=dims.dp_cp)
     # It prints its topology.
     with contextlib.redirect_stdout(io.StringIO()):
         mpu = PipelineParallelGrid(topology)
@@ -155,22 +159,35 @@ def build_grid(config: Config) -> Grid:
         sequence_parallel=dims.sequence_parallel,
     )
 
+    data_rank, context_rank = divmod(mpu.get_data_parallel_rank(), dims.cp)
+    cp = ContextGroup(size=dims.cp, rank=context_rank, group=_context_group(dims) if dims.cp > 1 else None)
+
     embedding_group = None
     if dims.pp > 1:
         # The distance between a rank of the first stage and its counterpart in the last.
-        distance = (dims.pp - 1) * dims.dp * dims.tp
+        distance = (dims.pp - 1) * dims.dp_cp * dims.tp
         # Every rank takes part in making every group.
-        groups = [(first, dist.new_group([first, first + distance])) for first in range(dims.dp * dims.tp)]
+        groups = [(first, dist.new_group([first, first + distance])) for first in range(dims.dp_cp * dims.tp)]
         embedding_group = next((group for first, group in groups if dist.get_rank() in (first, first + distance)), None)
 
     return Grid(
         tp=tp,
+        cp=cp,
         dims=dims,
-        data_rank=mpu.get_data_parallel_rank(),
+        data_rank=data_rank,
         pipeline_rank=mpu.get_pipe_parallel_rank(),
         embedding_group=embedding_group,
         mpu=mpu,
     )
+
+
+def _context_group(dims: ParallelDims) -> Any:
+    """The process group of this rank's context group; collective over all ranks, which make every group."""
+    span = dims.cp * dims.tp
+    firsts = [start + tensor_rank for start in range(0, dims.world_size, span) for tensor_rank in range(dims.tp)]
+    groups = {first: dist.new_group(list(range(first, first + span, dims.tp))) for first in firsts}
+    rank = dist.get_rank()
+    return groups[rank - rank % span + rank % dims.tp]
 
 
 def writers_group() -> Any:

@@ -30,7 +30,7 @@ from megatron_mea.training.zero_state import ZeroState
 
 
 class Engine:
-    """A decoder and its optimizer under DeepSpeed, on any number of tensor and data ranks.
+    """A decoder and its optimizer under DeepSpeed, on any number of tensor, context and data ranks.
 
     Args:
         config: the full configuration.
@@ -83,10 +83,10 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
-        # DeepSpeed divides by the micro-batches and averages over data parallelism: this undoes both, so that the
-        # gradient is that of the sum over all targets divided by their number.
+        # DeepSpeed divides by the micro-batches and averages over data and context ranks: this undoes both, so that
+        # the gradient is that of the sum over all targets divided by their number.
         dims = self.grid.dims
-        loss_sums = self._run_step(batches, dims.num_micro_batches * dims.dp / num_targets)
+        loss_sums = self._run_step(batches, dims.num_micro_batches * dims.dp_cp / num_targets)
         stop = torch.full_like(loss_sums[:1], float(stop_requested()))
         totals = torch.cat([loss_sums, stop, self.routers.pop_local()])
         dist.all_reduce(totals)
@@ -128,8 +128,8 @@ class Engine:
 
         loss_sum = self._evaluate(count_targets(), count)
 
-        # Every tensor rank of the last stage has seen the loss, and the targets, of the same samples.
-        num_scored = num_targets if self.grid.is_last_stage else 0
+        # Every tensor rank of the last stage has seen the loss of the same samples, every context rank of a part.
+        num_scored = num_targets / self.grid.cp.size if self.grid.is_last_stage else 0
         totals = torch.stack([loss_sum, torch.full_like(loss_sum, float(num_scored))])
         dist.all_reduce(totals)
         total_loss, total_targets = totals.tolist()
@@ -149,7 +149,7 @@ class Engine:
         folds = self._step_folds(batches)
         for index, batch in enumerate(batches):
             folded = None if folds is None else folds.for_micro_batch(index)
-            input_ids, position_ids, targets = to_device(batch, self.device)
+            input_ids, position_ids, targets = to_device(batch, device=self.device, cp=self.grid.cp)
             loss, micro_batch_sums = self.engine(input_ids, position_ids, targets, folded=folded)
             loss_sums += micro_batch_sums
 
@@ -160,7 +160,7 @@ class Engine:
 
     def _step_folds(self, batches: Sequence[Batch]) -> StepFolds | None:
         """Weights folded once for all micro-batches of a step; None where that does not pay."""
-        tokens, hidden_size = batches[0].input_ids.size, self.config.model.hidden_size
+        tokens, hidden_size = batches[0].input_ids.size // self.grid.cp.size, self.config.model.hidden_size
         pays = self.grid.dims.folds_once_per_step(tokens=tokens, hidden_size=hidden_size)
         return None if not pays else StepFolds([block.self_attn for block in self.model.blocks], len(batches))
 
@@ -169,7 +169,7 @@ class Engine:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.engine.eval()
         for batch in batches:
-            input_ids, position_ids, targets = to_device(batch, self.device)
+            input_ids, position_ids, targets = to_device(batch, device=self.device, cp=self.grid.cp)
             _, micro_batch_sums = self.engine(input_ids, position_ids, targets)
             loss_sum += micro_batch_sums[0]
 

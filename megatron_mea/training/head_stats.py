@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_mea.attention.mea import MultiheadExplicitAttention
-from megatron_mea.parallel.collectives import all_gather
-from megatron_mea.parallel.grid import TensorGroup
+from megatron_mea.parallel.collectives import all_gather, all_reduce
+from megatron_mea.parallel.grid import NO_CP, NO_TP, ContextGroup, TensorGroup
 from megatron_mea.parallel.parameter import parameters_by_name
 from megatron_mea.training.callbacks import Callback, Record
 from megatron_mea.training.engine import Engine
@@ -64,11 +64,12 @@ class HeadOutputs:
         self._mean_squares[name] = self._mean_squares.get(name, 0) + mean_square
         self._num_passes[name] = self._num_passes.get(name, 0) + 1
 
-    def rms(self, tp: TensorGroup) -> dict[str, torch.Tensor]:
-        """(heads,) for every layer of this stage, by the name of its attention; collective over the tensor group."""
+    def rms(self, tp: TensorGroup = NO_TP, cp: ContextGroup = NO_CP) -> dict[str, torch.Tensor]:
+        """(heads,) for every layer of this stage, by the name of its attention; collective over both groups."""
         rms_by_layer = {}
         for name, mean_square in self._mean_squares.items():
-            local_rms = (mean_square / self._num_passes[name]).sqrt()
+            # Context ranks have equally many tokens.
+            local_rms = (all_reduce(mean_square, over=cp) / (cp.size * self._num_passes[name])).sqrt()
             layer_rms = all_gather(local_rms, dim=0, tp=tp) if tp.size > 1 else local_rms
             rms_by_layer[name] = layer_rms.float().cpu()
 
@@ -133,7 +134,7 @@ class HeadStatistics(Callback):
         named = parameters_by_name(self._engine.model).items()
         names = [name for name, parameter in named if parameter.spec.component == "hlc"]
         combinations = self._gather_stages({name: self._engine.state.full_weight(name).cpu() for name in names})
-        rms = self._gather_stages(self._outputs.rms(self._engine.grid.tp))
+        rms = self._gather_stages(self._outputs.rms(tp=self._engine.grid.tp, cp=self._engine.grid.cp))
         record.head_tensors.update(head_tensors(combinations, rms))
 
     def _gather_stages(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

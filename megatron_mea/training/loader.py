@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron_mea.config import Config
 from megatron_mea.data.corpora import Batch, Corpora
 from megatron_mea.errors import UserError
-from megatron_mea.parallel.grid import Grid
+from megatron_mea.parallel.grid import ContextGroup, Grid
 
 PREFETCH_DEPTH = 2
 """Items that are ready at most."""
@@ -99,9 +99,10 @@ class Prefetcher(Generic[Item]):
         return False
 
 
-def to_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Token ids, position ids and targets, each (batch, seq)."""
-    tensors = [torch.tensor(array) for array in (batch.input_ids, batch.position_ids, batch.targets)]
+def to_device(batch: Batch, *, device: torch.device, cp: ContextGroup) -> tuple[torch.Tensor, ...]:
+    """This rank's token ids (batch, seq / c), the position ids of all tokens (batch, seq), and this rank's targets."""
+    input_ids, position_ids, targets = map(torch.tensor, (batch.input_ids, batch.position_ids, batch.targets))
+    tensors = [cp.shard(input_ids, dim=1), position_ids, cp.shard(targets, dim=1)]
     if device.type == "cuda":
         # From pinned memory the copy is asynchronous.
         tensors = [tensor.pin_memory() for tensor in tensors]

@@ -76,7 +76,7 @@ def _replay(
         a scalar that is finite if the outputs of this rank's stage are; the gradients of parameters.
     """
     is_first_stage = grid.pipeline_rank == 0
-    input_ids, position_ids, targets = to_device(batch, device)
+    input_ids, position_ids, targets = to_device(batch, device=device, cp=grid.cp)
 
     inputs: list[torch.Tensor] = [input_ids]
     if not is_first_stage:

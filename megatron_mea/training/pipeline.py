@@ -75,7 +75,7 @@ class PipelineEngine(Engine):
 
     def _micro_batches(self, batches: Iterator[Batch]) -> Iterator[tuple[tuple[torch.Tensor, ...], torch.Tensor]]:
         for batch in batches:
-            input_ids, position_ids, targets = to_device(batch, self.device)
+            input_ids, position_ids, targets = to_device(batch, device=self.device, cp=self.grid.cp)
             if self._last_stage is not None:
                 self._last_stage.targets.append(targets)
             yield (input_ids, position_ids), targets

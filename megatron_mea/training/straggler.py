@@ -27,9 +27,9 @@ _NOISE_SECONDS = 0.02
 class StragglerDetector(Callback):
     """Times the forward passes of this rank's part of the model, and compares the ranks.
 
-    The time excludes waiting for other stages and for the gradients of other data ranks. The ranks of a tensor group
-    wait for one another within a forward pass, and with ZeRO 3 all do: then a slow rank shows as a slow group. A pass
-    in which this process was suspended is left out.
+    The time excludes waiting for other stages and for the gradients of other data ranks. The ranks of a tensor or
+    context group wait for one another within a forward pass, and with ZeRO 3 all do: then a slow rank shows as a slow
+    group. A pass in which this process was suspended is left out.
 
     Args:
         model: this rank's part; its `forward_hidden` is wrapped.

@@ -92,7 +92,7 @@ def make_teacher(*, stored: StoredTensors, config: Config, grid: Grid, device: t
         )
 
     stage = pipeline_stages(model, grid.dims.pp, seq_length=config.data.seq_length)[grid.pipeline_rank]
-    decoder = Decoder(config=model, tp=grid.tp, stage=stage, document_mask=config.data.document_mask)
+    decoder = Decoder(config=model, tp=grid.tp, cp=grid.cp, stage=stage, document_mask=config.data.document_mask)
     specs_and_values = [(parameter.spec, parameter.data.view(-1)) for parameter in decoder.parameters()]
     fragments = [
         Fragment(

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.models import positions_of, small_model
 
-from megatron_mea.attention.document_mask import _flex_document_attention, causal_attention, document_attention
+from megatron_mea.attention.causal import causal_attention
+from megatron_mea.attention.document_mask import _flex_document_attention, attention_function
 from megatron_mea.config.schema import TrainCorpus
 from megatron_mea.config.variants import VARIANTS
 from megatron_mea.data.corpora import IGNORE_INDEX, Corpora
@@ -56,7 +57,7 @@ def test_attention_equals_a_dense_mask_with_gradients():
     position_ids = positions(BORDERS, 13)
     results = []
     for attend in (
-        document_attention(position_ids),
+        attention_function(position_ids, document_mask=True),
         lambda q, k, v: masked_attention(q, k, v, position_ids=position_ids),
     ):
         inputs = random_heads(13, torch.float64)
@@ -70,7 +71,9 @@ def test_attention_equals_a_dense_mask_with_gradients():
 
 def test_one_document_is_causal_attention():
     inputs = random_heads(7, torch.float64)
-    assert torch.equal(document_attention(positions([[]] * 3, 7))(*inputs), causal_attention(*inputs))
+    assert torch.equal(
+        attention_function(positions([[]] * 3, 7), document_mask=True)(*inputs), causal_attention(*inputs)
+    )
 
 
 def test_a_window_that_begins_inside_a_document():
@@ -80,7 +83,10 @@ def test_a_window_that_begins_inside_a_document():
     tail_position_ids[0, :3] += 5
     inputs = random_heads(13, torch.float64)
 
-    assert torch.equal(document_attention(tail_position_ids)(*inputs), document_attention(position_ids)(*inputs))
+    assert torch.equal(
+        attention_function(tail_position_ids, document_mask=True)(*inputs),
+        attention_function(position_ids, document_mask=True)(*inputs),
+    )
 
 
 def test_flex_attention_equals_one_call_per_document():
@@ -89,7 +95,7 @@ def test_flex_attention_equals_one_call_per_document():
     inputs = [x.detach() for x in random_heads(seq=160, dtype=torch.float32, width=16)]
     with torch.no_grad():
         actual = _flex_document_attention(position_ids, compiled=False)(*inputs)
-        expected = document_attention(position_ids)(*inputs)
+        expected = attention_function(position_ids, document_mask=True)(*inputs)
 
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 

@@ -12,7 +12,7 @@ from megatron_mea.attention.hlc import HeadProjection
 from megatron_mea.model import decoder as model_decoder
 from megatron_mea.model.decoder import Decoder
 from megatron_mea.model.moe import MoE, RouterLosses
-from megatron_mea.parallel.grid import NO_TP, TensorGroup
+from megatron_mea.parallel.grid import TensorGroup
 from megatron_mea.parallel.layers import IGNORE_INDEX
 from megatron_mea.parallel.parameter import init_parameters, parameters_by_name
 from megatron_mea.training.head_stats import HeadOutputs
@@ -49,7 +49,7 @@ def check_all(cases: list[dict], size: int) -> int:
         with outputs.recording():
             expected_loss = reference(ids, positions, targets)
 
-        expected_rms = outputs.rms(NO_TP)
+        expected_rms = outputs.rms()
         expected_loss.backward()
         gradients = {name: parameter.grad for name, parameter in parameters_by_name(reference).items()}
         scale = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
