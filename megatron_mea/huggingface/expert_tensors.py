@@ -64,19 +64,18 @@ def parse_expert_name(name: str) -> Expert | None:
     return Expert(match[1], int(match[2]), match[3]) if match else None
 
 
-def stack_shapes(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:
+def stack_shapes(shapes: Iterable[tuple[str, tuple[int, ...]]], num_experts: int) -> dict[str, tuple[int, ...]]:
     """The stacks that (name, shape) pairs of tensors on disk make up: names and shapes in memory.
 
-    A stack is left out whose matrices are not all there, from expert 0 on, in one shape.
+    A stack is left out whose matrices are not all there, of experts 0 to num_experts - 1, in one shape.
     """
     layers: dict[str, dict[tuple[int, str], tuple[int, ...]]] = {}
     for name, shape in shapes:
-        if expert := parse_expert_name(name):
+        if (expert := parse_expert_name(name)) and expert.index < num_experts:
             layers.setdefault(expert.prefix, {})[expert.index, expert.kind] = shape
 
     stacks = {}
     for prefix, matrices in layers.items():
-        num_experts = 1 + max(index for index, _ in matrices)
         for stack, kinds in _KINDS.items():
             of_kinds = [shape for (_, kind), shape in matrices.items() if kind in kinds]
             if len(of_kinds) == num_experts * len(kinds) and len(set(of_kinds)) == 1 and len(of_kinds[0]) == 2:

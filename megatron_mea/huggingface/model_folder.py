@@ -303,8 +303,13 @@ class HFFolder(ModelFolder):
         from megatron_mea.huggingface.safetensors_reader import fill_fragments, scan_model
 
         model = self.settings()
-        num_layers, tied = model.num_hidden_layers, model.tie_word_embeddings
-        entries = scan_model(path=self.folder, where=self.where, num_layers=num_layers, tied=tied)
+        entries = scan_model(
+            path=self.folder,
+            where=self.where,
+            num_layers=model.num_hidden_layers,
+            num_experts=model.num_experts,
+            tied=model.tie_word_embeddings,
+        )
         return self._stored(entries, partial(fill_fragments, entries))
 
     @property

@@ -89,11 +89,12 @@ def scan_safetensors(path: Path, where: str) -> dict[str, StoredTensor]:
     return stored
 
 
-def scan_model(*, path: Path, where: str, num_layers: int, tied: bool) -> dict[str, StoredTensor]:
+def scan_model(*, path: Path, where: str, num_layers: int, num_experts: int, tied: bool) -> dict[str, StoredTensor]:
     """Lists the tensors of a folder as `scan_safetensors` does, the matrix of tied embeddings once.
 
     Args:
         num_layers: that config.json says; far too many are refused before specifications are made of each.
+        num_experts: of a layer; the tensors of others keep their names.
         tied: whether the embeddings are.
 
     Raises:
@@ -107,13 +108,14 @@ def scan_model(*, path: Path, where: str, num_layers: int, tied: bool) -> dict[s
             expected=f"at most {len(tensors)}, as many as the safetensors have tensors",
         )
 
-    return _without_tied_head(path=path, where=where, tensors=_stack_experts(tensors), tied=tied)
+    return _without_tied_head(path=path, where=where, tensors=_stack_experts(tensors, num_experts), tied=tied)
 
 
-def _stack_experts(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+def _stack_experts(tensors: dict[str, StoredTensor], num_experts: int) -> dict[str, StoredTensor]:
     """The tensors with the names and shapes that they have in memory, where experts are stacked."""
     stacked = {}
-    for name, shape in stack_shapes((name, tensor.shape) for name, tensor in tensors.items()).items():
+    shapes = ((name, tensor.shape) for name, tensor in tensors.items())
+    for name, shape in stack_shapes(shapes, num_experts).items():
         if name in tensors:
             # Stored twice: the experts stay as they are, and are refused.
             continue
@@ -149,16 +151,21 @@ def check_tensors(
             got = f"{name} of shape {shapes[name]} in {path}"
             problems.append(Problem(where=where, got=got, expected=f"{shape}, by {expected_by}"))
 
-    def is_unknown(name: str) -> bool:
-        expert = parse_expert_name(name)
-        # Those of an incomplete stack are not all named: the first that is missing is.
-        num_experts = expected.get(expert.stack, (0,))[0] if expert and expert.stack not in shapes else 0
-        return name not in expected and not (expert and expert.index < num_experts)
+    for name in shapes:
+        if name in expected:
+            continue
 
-    problems += [
-        Problem(where=where, got=f"{name} in {path}", expected=f"only what {expected_by} describes")
-        for name in filter(is_unknown, shapes)
-    ]
+        expert, allowed = parse_expert_name(name), f"only what {expected_by} describes"
+        num_experts = expected.get(expert.stack, (0,))[0] if expert else 0
+        if expert and expert.index < num_experts:
+            # Of an incomplete stack the first that is missing is named, and not all others.
+            if expert.stack not in shapes:
+                continue
+        elif num_experts:
+            allowed = f"experts 0 to {num_experts - 1}, by {expected_by}"
+
+        problems.append(Problem(where=where, got=f"{name} in {path}", expected=allowed))
+
     more = len(problems) - MAX_NAMED
     if more > 0:
         problems[MAX_NAMED:] = [Problem(where=where, got=f"{more} more such tensors", expected="none")]

@@ -47,11 +47,17 @@ def load_pretrained(config_json: ConfigJson) -> tuple[PreTrainedModel, dict[str,
     """
     folder, where, config = config_json.file.parent, config_json.where, transformers_config(config_json)
     model_class = _OWN_CLASSES.get(config_json.model_type)
-    num_layers, tied = config.num_hidden_layers, config.tie_word_embeddings
+    stored = scan_model(
+        path=folder,
+        where=where,
+        num_layers=config.num_hidden_layers,
+        num_experts=getattr(config, "num_experts", 0),
+        tied=config.tie_word_embeddings,
+    )
     tensors = {
         # A model that was saved without its head has names without the prefix.
         name if name.startswith(("model.", "lm_head.")) else f"model.{name}": tensor
-        for name, tensor in scan_model(path=folder, where=where, num_layers=num_layers, tied=tied).items()
+        for name, tensor in stored.items()
     }
 
     try:

@@ -28,7 +28,7 @@ from megatron_mea.huggingface.importing import import_model
 from megatron_mea.huggingface.model_folder import ModelFolder
 from megatron_mea.huggingface.weights import open_weights
 
-EXPERT = "model.layers.0.mlp.experts.3.up_proj.weight"
+EXPERT, DOWN = (f"model.layers.0.mlp.experts.3.{kind}_proj.weight" for kind in ("up", "down"))
 
 
 @pytest.fixture(scope="module")
@@ -87,21 +87,26 @@ def test_fused_tensors_are_read_as_separate_ones(folder):
     ("change", "message"),
     [
         ({EXPERT: None}, f"without {EXPERT}"),
+        ({EXPERT.replace(".3.", ".7."): None}, "without model.layers.0.mlp.experts.7.up_proj.weight"),
         ({EXPERT: torch.zeros(16, 15)}, f"{EXPERT} of shape (16, 15)"),
-        ({EXPERT.replace(".3.", ".8."): torch.zeros(16, 16)}, "experts.8.up_proj.weight"),
+        ({EXPERT.replace(".3.", ".8."): torch.zeros(16, 16)}, "experts.8.up_proj.weight{too_many}"),
+        ({DOWN.replace(".3.", ".8."): torch.zeros(16, 16)}, "experts.8.down_proj.weight{too_many}"),
+        ({EXPERT.replace(".3.", ".99."): torch.zeros(2)}, "experts.99.up_proj.weight{too_many}"),
+        ({f"{EXPERT}.bias": torch.zeros(2)}, f"{EXPERT}.bias in"),
         ({"model.layers.0.mlp.experts.gate_up_proj": torch.zeros(8, 32, 16)}, "experts.0.gate_proj.weight"),
         ({"model.layers.0.mlp.gate.weight": None}, "without model.layers.0.mlp.gate.weight"),
     ],
-    ids=["missing", "shape", "one more", "twice", "router"],
+    ids=["missing", "last", "shape", "one more", "one more down", "far more", "bias", "twice", "router"],
 )
 def test_what_does_not_fit_is_named(folder, change, message):
     tensors = load_file(folder / "model.safetensors")
     changed = {name: tensor for name, tensor in (tensors | change).items() if tensor is not None}
     save_file(changed, folder / "model.safetensors")
     error = refusal(folder)
-    assert message in error
-    # Not every expert of a stack that lacks one.
-    assert error.count("safetensors") + error.count("without") + error.count("shape") < 25
+    too_many = f" in {folder}\n  expected: experts 0 to 7, by {folder}/config.json"
+    assert message.format(too_many=too_many) in error
+    # That tensor alone; of what is stored twice, gate and up of all experts.
+    assert error.count("error: ") == (16 if "model.layers.0.mlp.experts.gate_up_proj" in change else 1)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +196,11 @@ def test_names_go_out_and_come_back(experts, rows, columns, kind):
         assert (parsed.index, parsed.stack) == (expert, name)
 
     assert (covered == 1).all()
-    assert stack_shapes((matrix.name, matrix.shape[1:]) for matrix in matrices) == {name: (experts, rows, columns)}
+    shapes = [(matrix.name, matrix.shape[1:]) for matrix in matrices]
+    assert stack_shapes(shapes, experts) == {name: (experts, rows, columns)}
+    # That of one more is left alone.
+    assert stack_shapes(shapes, experts - 1) == ({name: (experts - 1, rows, columns)} if experts > 1 else {})
+    assert stack_shapes(shapes, experts + 1) == {}
     assert not list(expert_matrices("model.layers.7.mlp.down_proj.weight", (rows, columns)))
 
 
