@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_mea.arguments import complete, parse_arguments
 from megatron_mea.console import guard_console, outlive_console
 from megatron_mea.errors import UserError
-from megatron_mea.failures import exit_status
+from megatron_mea.failures import end_with_status, exit_status
 from megatron_mea.printing import note, show
 from megatron_mea.training.signals import hangup_signals
 
@@ -27,13 +27,20 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit status: 0 done, 2 the user's input was wrong."""
+    """Runs one command; returns its exit status: 0 done, 2 the user's input was wrong.
+
+    Args:
+        argv: its words; None: those of this process, which ends with it.
+    """
     if "_ARGCOMPLETE" in os.environ:
         # A shell asks what may follow the words of its line; it takes the answer from here.
         complete()
 
     guard_console()
-    return exit_status(lambda: _run_verb(sys.argv[1:] if argv is None else list(argv)))
+    if argv is None:
+        return end_with_status(lambda: exit_status(lambda: _run_verb(sys.argv[1:])))
+
+    return exit_status(lambda: _run_verb(list(argv)))
 
 
 def _run_verb(argv: list[str]) -> None:

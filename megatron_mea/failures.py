@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import os
 import re
@@ -9,6 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 from megatron_mea.errors import MachineError, RunError, UserError, shorten
 from megatron_mea.printing import note
@@ -69,6 +71,29 @@ def exit_status(work: Callable[[], None]) -> int:
         return status
 
     return 0
+
+
+def end_with_status(work: Callable[[], int]) -> int:
+    """Calls `work` and returns its status, with which this process then ends, also as a member of a process group.
+
+    The threads of a group that is not left may abort a process while Python is torn down, with another status. So such
+    a process ends before that: after its own threads, such as the one that writes a checkpoint, and what is registered
+    with `atexit`.
+    """
+    status: int | None = None
+
+    def leave() -> None:
+        distributed = sys.modules.get("torch.distributed")
+        if status is not None and distributed is not None and distributed.is_initialized():
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(OSError, ValueError):
+                    stream.flush()
+            os._exit(status)
+
+    # What is registered first is called last.
+    atexit.register(leave)
+    status = work()
+    return status
 
 
 def is_peer_failure(error: BaseException | None) -> bool:

@@ -136,6 +136,38 @@ def test_few_open_files():
         assert expected in done.stderr
 
 
+IN_A_GROUP = """
+import atexit, os, threading, time
+import torch.distributed as dist
+from megatron_mea.errors import UserError
+from megatron_mea.failures import end_with_status, exit_status
+
+class Aborts:
+    def __del__(self, abort=os.abort):
+        abort()
+
+# Python deletes it last of all, as it does torch's threads.
+kept = Aborts()
+
+def work():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    threading.Thread(target=lambda: (time.sleep(0.5), print("written"))).start()
+    atexit.register(print, "closed", end="")
+    raise UserError(where="run.dir", got="3", expected="a folder")
+
+raise SystemExit(end_with_status(lambda: exit_status(work)))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_group_does_not_change_the_status():
+    """Nothing is lost: threads end, callbacks are called, and what they print is there."""
+    done = subprocess.run([sys.executable, "-c", IN_A_GROUP], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "megatron-mea: error: run.dir\n  got:      3\n" in done.stderr
+    assert done.stdout == "written\nclosed"
+
+
 @pytest.mark.parametrize(
     ("error", "writes_file"), [(ValueError("a bug"), True), (AcceleratorError("CUDA error: uncorrectable ECC"), False)]
 )
