@@ -8,7 +8,7 @@ finite numbers, a checkpoint's checksums and index. `locate` and `settings` of a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -110,10 +110,9 @@ class ModelFolder(ABC):
             UserError: it is damaged, cannot be loaded, or has numbers that are not finite.
         """
         generation, warnings = self.generation_config()
-        model, files = self._load()
-        self.refuse_not_finite(
-            {name: files[name] for name, values in model.named_parameters() if not is_finite(values)}
-        )
+        model, entries = self._load()
+        parameters = ((name, (0,) * values.dim(), values) for name, values in model.named_parameters())
+        self.refuse_not_finite(_nonfinite_names(entries, parameters), entries)
         for warning in warnings:
             note(f"warning: {warning}")
 
@@ -148,22 +147,24 @@ class ModelFolder(ABC):
         where, got = (str(folder), got) if self.key is None else (self.key, f"{folder}: {got}")
         return UserError(where=where, got=got, expected=expected, hint=hint)
 
-    def refuse_not_finite(self, files: Mapping[str, Path]) -> None:
-        """Raises UserError where there are tensors, here with the file of each, with numbers that are not finite."""
-        if files:
+    def refuse_not_finite(self, names: Sequence[str], entries: Mapping[str, StoredTensor]) -> None:
+        """Raises UserError where there are names: of tensors, or experts of one, with numbers that are not finite."""
+        if names:
+            files = {matrix.name: expert.file for entry in entries.values() for matrix, expert in entry.experts}
+            files |= {name: entry.file for name, entry in entries.items()}
             raise UserError.from_problems(
                 Problem(
                     where=self.where,
-                    got=f"{name} in {file}, with numbers that are not finite in float32",
+                    got=f"{name} in {files[name]}, with numbers that are not finite in float32",
                     expected="finite numbers",
                     hint="take weights from before they diverged",
                 )
-                for name, file in list(files.items())[:MAX_NAMED]
+                for name in names[:MAX_NAMED]
             )
 
     @abstractmethod
-    def _load(self) -> tuple[PreTrainedModel, Mapping[str, Path]]:
-        """The model for `as_transformers`, and the file of each parameter."""
+    def _load(self) -> tuple[PreTrainedModel, Mapping[str, StoredTensor]]:
+        """The model for `as_transformers`, and what is stored by the names of its parameters."""
 
     def _stored(self, entries: Mapping[str, StoredTensor], fill: Callable[[Iterable[Fragment]], None]) -> StoredTensors:
         """The opened tensors, compared with the settings."""
@@ -255,13 +256,14 @@ class CheckpointFolder(ModelFolder):
         # Without a padding token, batches are padded with the end-of-document token, as is usual.
         return ids | {"pad_token_id": ids["eos_token_id"] if ids["pad_token_id"] is None else ids["pad_token_id"]}
 
-    def _load(self) -> tuple[PreTrainedModel, Mapping[str, Path]]:
+    def _load(self) -> tuple[PreTrainedModel, Mapping[str, StoredTensor]]:
         from megatron_mea.checkpoint.tensors import read_tensors
         from megatron_mea.huggingface.transformers_model import build_causal_lm
 
-        weights = read_tensors(self.folder, self.tensors().shapes)
+        stored = self.tensors()
+        weights = read_tensors(self.folder, stored.shapes)
         model = build_causal_lm(model=self.settings(), weights=weights, **self.special_token_ids())
-        return model, dict.fromkeys(weights, self.folder)
+        return model, stored.entries
 
 
 class HFFolder(ModelFolder):
@@ -316,7 +318,7 @@ class HFFolder(ModelFolder):
     def tokenizer(self) -> Path | None:
         return self._tokenizer_folder if has_tokenizer_files(self._tokenizer_folder) else None
 
-    def _load(self) -> tuple[PreTrainedModel, Mapping[str, Path]]:
+    def _load(self) -> tuple[PreTrainedModel, Mapping[str, StoredTensor]]:
         from megatron_mea.huggingface.transformers_model import load_pretrained
 
         for warning in self.config_json.warnings:
@@ -348,12 +350,13 @@ class StoredTensors:
         """Fills fragments of the tensors; no collective.
 
         Returns:
-            The names of those with numbers that are not finite in float32.
+            The names on disk of those with numbers that are not finite in float32.
         """
         fragments = list(fragments)
         self.fill(fragments)
         # Padding, which nothing was read into, may be anything.
-        return [item.name for item in fragments if not all(is_finite(view) for _, view in item.chunks())]
+        boxes = ((item.name, offsets, view) for item in fragments for offsets, view in item.chunks())
+        return _nonfinite_names(self.entries, boxes)
 
     def read_tensor(
         self, name: str, *, offsets: tuple[int, ...] | None = None, shape: tuple[int, ...] | None = None
@@ -369,9 +372,9 @@ class StoredTensors:
         self.refuse_not_finite(self.read([fragment]))
         return fragment.values.view(fragment.local_shape)
 
-    def refuse_not_finite(self, names: Iterable[str]) -> None:
-        """Raises UserError where there are names: of tensors with numbers that are not finite."""
-        self.source.refuse_not_finite({name: self.entries[name].file for name in names})
+    def refuse_not_finite(self, names: Sequence[str]) -> None:
+        """Raises UserError where there are names, as `read` returns them."""
+        self.source.refuse_not_finite(names, self.entries)
 
 
 def is_finite(values: torch.Tensor) -> bool:
@@ -379,6 +382,22 @@ def is_finite(values: torch.Tensor) -> bool:
     import torch
 
     return bool(torch.stack(values.aminmax()).isfinite().all())
+
+
+def _nonfinite_names(
+    entries: Mapping[str, StoredTensor], boxes: Iterable[tuple[str, tuple[int, ...], torch.Tensor]]
+) -> list[str]:
+    """The names on disk of tensors with boxes (name, offsets, values) that are not finite, once each."""
+    from megatron_mea.huggingface.safetensors_reader import expert_parts
+
+    names: dict[str, None] = {}
+    for name, offsets, values in boxes:
+        if not is_finite(values):
+            parts = expert_parts(entries[name], offsets=offsets, shape=values.shape)
+            experts = [matrix.name for matrix, _, in_box, _ in parts if not is_finite(values[in_box])]
+            names |= dict.fromkeys(experts or [name])
+
+    return list(names)
 
 
 def _missing(path: Path, name: str) -> str:

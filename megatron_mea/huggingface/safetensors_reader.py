@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
@@ -216,20 +216,28 @@ def _fill_from_experts(
     tensor: StoredTensor, *, offsets: tuple[int, ...], view: torch.Tensor, open_file: Callable[[Path], safe_open]
 ) -> None:
     """Fills a view of a stack (experts, rows, columns) at these offsets from the tensors of its experts."""
+    for matrix, stored, in_view, in_matrix in expert_parts(tensor, offsets=offsets, shape=view.shape):
+        view[in_view].copy_(open_file(stored.file).get_slice(matrix.name)[in_matrix].unsqueeze(0))
+
+
+def expert_parts(
+    tensor: StoredTensor, *, offsets: tuple[int, ...], shape: tuple[int, ...]
+) -> Iterator[tuple[ExpertMatrix, StoredTensor, tuple[slice, ...], tuple[slice, ...]]]:
+    """The experts of a stack in a box of it: matrix, its tensor, and the part that both have, of the box and of it."""
     for matrix, stored in tensor.experts:
-        # The part of the matrix in the view, counted in the stack.
+        # Counted in the stack.
         starts = tuple(map(max, offsets, matrix.offsets))
         stops = (
             min(offset + size, first + length)
-            for offset, size, first, length in zip(offsets, view.shape, matrix.offsets, matrix.shape, strict=True)
+            for offset, size, first, length in zip(offsets, shape, matrix.offsets, matrix.shape, strict=True)
         )
-        shape = tuple(stop - start for start, stop in zip(starts, stops, strict=True))
-        if min(shape) <= 0:
+        common = tuple(stop - start for start, stop in zip(starts, stops, strict=True))
+        if min(common) <= 0:
             continue
 
-        in_view = _slices((start - offset for start, offset in zip(starts, offsets, strict=True)), shape)
-        in_matrix = _slices((start - first for start, first in zip(starts, matrix.offsets, strict=True)), shape)
-        view[in_view].copy_(open_file(stored.file).get_slice(matrix.name)[in_matrix[1:]].unsqueeze(0))
+        in_box = _slices((start - offset for start, offset in zip(starts, offsets, strict=True)), common)
+        in_matrix = _slices((start - first for start, first in zip(starts, matrix.offsets, strict=True)), common)
+        yield matrix, stored, in_box, in_matrix[1:]
 
 
 def _slices(offsets: Iterable[int], shape: Iterable[int]) -> tuple[slice, ...]:

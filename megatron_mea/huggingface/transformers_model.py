@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
@@ -14,7 +12,7 @@ from megatron_mea.exported.modeling_mea import MEAForCausalLM
 from megatron_mea.exported.modeling_mea_vllm import MEAServedForCausalLM
 from megatron_mea.huggingface.config_keys import ConfigJson
 from megatron_mea.huggingface.hf_config import to_hf_config, transformers_config
-from megatron_mea.huggingface.safetensors_reader import check_tensors, scan_model
+from megatron_mea.huggingface.safetensors_reader import StoredTensor, check_tensors, scan_model
 
 _OWN_CLASSES = {"mea": MEAForCausalLM, "mea_vllm": MEAServedForCausalLM}
 
@@ -33,14 +31,14 @@ def build_causal_lm(*, model: Model, weights: dict[str, torch.Tensor], **ids: in
     return causal_lm
 
 
-def load_pretrained(config_json: ConfigJson) -> tuple[PreTrainedModel, dict[str, Path]]:
+def load_pretrained(config_json: ConfigJson) -> tuple[PreTrainedModel, dict[str, StoredTensor]]:
     """Loads a Hugging Face folder in float32: safetensors alone, no code of it, and nothing from the hub.
 
     Its tensors are compared with its config.json first, before memory is taken by the sizes that stand there;
     transformers would initialize missing ones at random.
 
     Returns:
-        The model, and the file of each parameter.
+        The model, and what is stored by the names of its parameters.
 
     Raises:
         UserError: the files cannot be read, or differ from config.json.
@@ -90,7 +88,7 @@ def load_pretrained(config_json: ConfigJson) -> tuple[PreTrainedModel, dict[str,
     except Exception as error:
         raise _not_loadable(where, error) from None
 
-    return model, {name: tensor.file for name, tensor in tensors.items()}
+    return model, tensors
 
 
 def _choose_expert_products(model: PreTrainedModel) -> None:

@@ -145,6 +145,35 @@ def test_other_architectures_are_refused_by_name(folder, model_type):
     assert model_type in refusal(folder)
 
 
+def test_an_expert_that_is_not_finite_is_named_with_its_file(folder):
+    """However it is read; and not the stack, which stands in several files."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    for name in (EXPERT, DOWN):
+        tensors[name][-1, -1] = torch.nan
+
+    files = {name: f"{'third' if '.experts.3.' in name else 'others'}.safetensors" for name in tensors}
+    for file in set(files.values()):
+        save_file({name: tensors[name] for name in tensors if files[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+
+    location, stack = ModelFolder.locate(folder, "HF_DIR"), DOWN.replace("3.down_proj.weight", "down_proj")
+    stored = location.tensors()
+    readers = {
+        (EXPERT, DOWN): location.as_transformers,
+        (DOWN,): lambda: stored.read_tensor(stack, offsets=(2, 9, 0), shape=(2, 7, 16)),
+    }
+    for names, read in readers.items():
+        with pytest.raises(UserError) as caught:
+            read()
+        got = {str(problem.got) for problem in caught.value.problems}
+        expected = {f"{name} in {folder}/third.safetensors, with numbers" for name in names}
+        assert {text.removesuffix(" that are not finite in float32") for text in got} == expected
+
+    # Rows without it.
+    assert stored.read_tensor(stack, offsets=(2, 0, 0), shape=(2, 9, 16)).isfinite().all()
+
+
 def test_a_dense_model_has_no_experts(tmp_path):
     folder = save_stock_model("qwen3", tmp_path / "qwen3")
     edit(folder, num_experts=8)
