@@ -30,13 +30,21 @@ FOURS = {
     "tp 4": layout(tensor=4),
     "pp 2 x dp 2": layout(pipeline=2),
     "tp 2 x dp 2, ZeRO 3": layout(tensor=2, zero=3),
+    "cp 2 x dp 2, ZeRO 3": layout(context=2, zero=3),
     "dp 4, ZeRO 2": layout(zero=2),
+    "cp 2 x tp 2": layout(context=2, tensor=2),
     "pp 4": layout(pipeline=4, zero=0),
     "tp 2 x dp 2, ZeRO 1, sequence parallel": layout(tensor=2, zero=1, sequence=True),
     "dp 4, ZeRO 1": layout(),
     "tp 2 x pp 2, sequence parallel": layout(tensor=2, zero=1, sequence=True, pipeline=2),
 }
-PAIRS = {"tp 2": layout(tensor=2), "pp 2": layout(pipeline=2), "dp 2, ZeRO 3": layout(zero=3), "dp 2, ZeRO 1": layout()}
+PAIRS = {
+    "tp 2": layout(tensor=2),
+    "pp 2": layout(pipeline=2),
+    "cp 2": layout(context=2),
+    "dp 2, ZeRO 3": layout(zero=3),
+    "dp 2, ZeRO 1": layout(),
+}
 
 
 def settings(parallel: dict, model: dict, *, precision: str = "fp32") -> Config:
@@ -158,8 +166,8 @@ def test_a_relay_of_all_layouts(tmp_path):
 
 def test_relays_with_tied_embeddings_with_experts_and_in_bfloat16(tmp_path):
     tied = [FOURS[name] for name in ("tp 2 x pp 2", "dp 4, ZeRO 3", "pp 2 x dp 2", "dp 4, ZeRO 1")]
-    bf16 = [FOURS[name] for name in ("tp 2 x pp 2", "tp 2 x dp 2, ZeRO 3", "dp 4, ZeRO 2", "pp 2 x dp 2")]
-    experts = [FOURS[name] for name in ("tp 2 x dp 2, ZeRO 3", "tp 2 x pp 2, sequence parallel", "dp 4, ZeRO 3")]
+    bf16 = [FOURS[name] for name in ("tp 2 x pp 2", "cp 2 x dp 2, ZeRO 3", "dp 4, ZeRO 2", "cp 2 x tp 2")]
+    experts = [FOURS[name] for name in ("tp 2 x dp 2, ZeRO 3", "cp 2 x tp 2", "dp 4, ZeRO 3")]
     runs = [("tied", settings(parallel, TIED)) for parallel in tied]
     runs += [("bf16", settings(parallel=parallel, model=UNEVEN, precision="bf16")) for parallel in bf16]
     runs += [("experts", settings(parallel, EXPERTS)) for parallel in experts]

@@ -22,6 +22,7 @@ CASES = {
     "one rank, experts": (1, {}, EXPERTS, "none", False),
     "tp 2, sequence parallel": (2, layout(tensor=2, sequence=True), MEA | {"qk_norm": True}, "selective", False),
     "pp 2": (2, layout(pipeline=2), MEA, "full", False),
+    "cp 2": (2, layout(context=2), MEA | {"num_component_heads": 2, "qk_norm": True}, "selective", False),
     "dp 2, ZeRO 2": (2, layout(zero=2), MEA | {"num_component_heads": 2}, "none", False),
 }
 

@@ -18,11 +18,12 @@ from support.models import SMALL
 BATCH, MICRO = 8, 2
 
 
-def layout(*, tensor: int = 1, zero: int = 1, sequence: bool = False, pipeline: int = 1) -> dict:
+def layout(*, tensor: int = 1, zero: int = 1, sequence: bool = False, pipeline: int = 1, context: int = 1) -> dict:
     """The `parallel` section."""
     return {
         "tensor_model_parallel_size": tensor,
         "pipeline_model_parallel_size": pipeline,
+        "context_parallel_size": context,
         "zero_stage": zero,
         "sequence_parallel": sequence,
     }

@@ -62,11 +62,14 @@ CASES: dict[int, list[Case]] = {
         ("dp 2, ZeRO 2, micro-batches of 1", layout(zero=2), SEQUENCE | FULL | {"micro_batch_size": 1}),
         ("dp 2, ZeRO 3, micro-batches of 1", layout(zero=3), BATCH | SELECTIVE | {"micro_batch_size": 1}),
         ("dp 2, ZeRO 0, micro-batches of 4", layout(zero=0), SEQUENCE | {"micro_batch_size": 4}),
+        ("cp 2", layout(context=2), SEQUENCE | SELECTIVE),
+        ("cp 2, ZeRO 3", layout(context=2, zero=3), BATCH | FULL),
     ],
     4: [
         ("tp 4, sequence parallel", layout(tensor=4, sequence=True), BATCH | FULL),
         ("tp 2 x dp 2, ZeRO 2, sequence parallel", layout(tensor=2, zero=2, sequence=True), SEQUENCE),
         ("tp 2 x dp 2, ZeRO 3", layout(tensor=2, zero=3), SEQUENCE | FULL),
+        ("cp 2 x tp 2, sequence parallel", layout(context=2, tensor=2, sequence=True), SEQUENCE | FULL),
         ("tp 2 x pp 2, sequence parallel", layout(tensor=2, sequence=True, pipeline=2), BATCH),
     ],
 }

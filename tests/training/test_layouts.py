@@ -31,11 +31,15 @@ PAIRS = {
     "dp 2, ZeRO 1": layout(zero=1),
     "dp 2, ZeRO 2": layout(zero=2),
     "dp 2, ZeRO 3": layout(zero=3),
+    "cp 2, ZeRO 1": layout(context=2),
+    "cp 2, ZeRO 2": layout(context=2, zero=2),
+    "cp 2, ZeRO 3": layout(context=2, zero=3),
 }
 TRIPLES = {
     "tp 3": layout(tensor=3),
     "tp 3, sequence parallel": layout(tensor=3, sequence=True),
     "pp 3": layout(pipeline=3),
+    "cp 3": layout(context=3),
 }
 FOURS = {
     "tp 4": layout(tensor=4),
@@ -46,12 +50,19 @@ FOURS = {
     "tp 2 x pp 2": layout(tensor=2, pipeline=2),
     "tp 2 x pp 2, sequence parallel": layout(tensor=2, zero=0, sequence=True, pipeline=2),
     "pp 2 x dp 2": layout(pipeline=2),
+    "cp 2 x dp 2, ZeRO 1": layout(context=2),
+    "cp 2 x dp 2, ZeRO 2": layout(context=2, zero=2),
+    "cp 2 x dp 2, ZeRO 3": layout(context=2, zero=3),
+    "cp 2 x tp 2, sequence parallel": layout(context=2, tensor=2, sequence=True, zero=2),
+    "cp 2 x pp 2": layout(context=2, pipeline=2),
 }
-KINDS = {name: FOURS[name] for name in FOURS if name not in ("tp 4", "tp 2 x pp 2", "pp 2 x dp 2")}
+KINDS = {name: FOURS[name] for name in FOURS if "cp" not in name and name not in ("tp 4", "tp 2 x pp 2", "pp 2 x dp 2")}
+CONTEXT = {name: FOURS[name] for name in FOURS if "cp" in name}
 EIGHTS = {
     "tp 2 x dp 4": layout(tensor=2),
     "pp 2 x dp 4": layout(pipeline=2),
     "tp 2 x pp 2 x dp 2": layout(tensor=2, pipeline=2),
+    "tp 2 x pp 2 x cp 2, sequence parallel": layout(tensor=2, pipeline=2, context=2, sequence=True),
     "tp 2 x pp 2 x dp 2, sequence parallel": layout(tensor=2, zero=1, sequence=True, pipeline=2),
 }
 
@@ -120,9 +131,15 @@ DEFAULT = {
         ("tp 2, sequence parallel, selective", layout(tensor=2, sequence=True), VARIANTS[2], "weights", "selective"),
         ("pp 2, selective", layout(pipeline=2), PAIRS_OF_HEADS, "activations", "selective"),
         ("tp 2, vocabulary divides", layout(tensor=2), {"vocab_size": 48, "num_component_heads": 4}, "weights", "none"),
+        ("cp 2, ZeRO 1, q/k norm", layout(context=2), VARIANTS[2] | {"qk_norm": True}, "weights", "selective"),
+        ("cp 2, ZeRO 3, talking", layout(context=2, zero=3), TALKING, "weights", "full"),
     ],
     3: once(TRIPLES, [THREE]),
-    4: once(KINDS, [VARIANTS[2] | TIED, VARIANTS[3], {"num_key_value_heads": 2}, VARIANTS[2]]),
+    4: [
+        *once(KINDS, [VARIANTS[2] | TIED, VARIANTS[3], {"num_key_value_heads": 2}, VARIANTS[2]]),
+        *once(CONTEXT, [VARIANTS[2], PAIRS_OF_HEADS, VARIANTS[3], {"num_component_heads": 1}, VARIANTS[2] | TIED]),
+        ("cp 4", layout(context=4), VARIANTS[2] | {"qk_norm": True}, "weights", "selective"),
+    ],
     8: once({name: EIGHTS[name] for name in EIGHTS if name != "tp 2 x pp 2 x dp 2"}, [TIED]),
 }
 FULL = {
@@ -130,7 +147,8 @@ FULL = {
     + cross({name: PAIRS[name] for name in PAIRS if "tp" not in name}, [TALKING, TALKING | TIED]),
     3: cross(TRIPLES, [THREE | variant for variant in ({}, TIED, {"num_component_heads": 1}, {"qk_norm": True})]),
     4: cross(FOURS, [VARIANTS[0], VARIANTS[1] | TIED, VARIANTS[2] | TIED, VARIANTS[3]])
-    + cross({name: FOURS[name] for name in FOURS if "tp 4" not in name}, [PAIRS_OF_HEADS | TIED]),
+    + cross({name: FOURS[name] for name in FOURS if "tp 4" not in name}, [PAIRS_OF_HEADS | TIED])
+    + cross({name: FOURS[name] for name in FOURS if "tp" not in name}, [TALKING | TIED]),
     8: cross(EIGHTS, [VARIANTS[0] | TIED, VARIANTS[2]]),
 }
 
@@ -168,6 +186,7 @@ def train_cases(cases: list[Case]) -> list[tuple[list[tuple[float, float]], floa
         # Every other case computes its loss in chunks that do not divide a micro-batch.
         decoder.chunk_size = lambda tokens, columns, chunk=(10**9, 7)[index % 2]: min(tokens, chunk)
         engine = new_engine(case_settings(case))
+        check_zero_group(engine)
         curve = train(engine=engine, first=1, last=STEPS)
         check_replicas(model=engine.model, grid=engine.grid, config=engine.config)
         validation = engine.evaluate(iter(rank_batches(engine, STEPS + 1)), engine.grid.dims.num_micro_batches)
@@ -177,6 +196,19 @@ def train_cases(cases: list[Case]) -> list[tuple[list[tuple[float, float]], floa
 
     stop_distributed()
     return results
+
+
+def check_zero_group(engine) -> None:
+    """ZeRO partitions, and gradients are averaged, over data x context ranks: fewer train wrong numbers silently."""
+    import torch.distributed as dist
+
+    dims = engine.grid.dims
+    groups = [engine.grid.mpu.get_data_parallel_group()]
+    if dims.zero_stage < 3:
+        groups += getattr(engine.optimizer, "real_dp_process_group", [engine.engine.data_parallel_group])
+    else:
+        groups += [parameter.ds_process_group for parameter in engine.model.parameters()]
+    assert {dist.get_world_size(group) for group in groups} == {dims.dp_cp}
 
 
 @functools.cache

@@ -221,9 +221,10 @@ def test_a_layout_changes_rounding_only(config, whole, tmp_path):
     from megatron_mea.cli import main
 
     tensor_parallel = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
+    context_2 = "parallel.context_parallel_size=2"
     zero_2, pipeline_2 = "parallel.zero_stage=2", "parallel.pipeline_model_parallel_size=2"
     status, _ = interrupt(
-        config, "layout", *tensor_parallel, zero_2, step=12, signal_number=signal.SIGTERM, processes=4
+        config, "layout", *tensor_parallel, context_2, zero_2, step=12, signal_number=signal.SIGTERM, processes=4
     )
     assert status == 0
     status, output = interrupt(
@@ -233,14 +234,15 @@ def test_a_layout_changes_rounding_only(config, whole, tmp_path):
     assert "changed since then: parallel.pipeline_model_parallel_size: 1 -> 2" in output
     assert scalar_names(config, "layout") == scalar_names(config, "whole")
 
-    # Two stages of two tensor ranks recorded the same head statistics at step 20 as one process.
+    output = train(config, "layout", context_2, "parallel.zero_stage=3", processes=2)
+    # At step 20 two stages of two tensor ranks, then two context ranks record the head statistics of one process.
     actual, expected = (read_head_stats(config.parent / name) for name in ("layout", "whole"))
     assert actual.matrices.keys() == expected.matrices.keys()
-    at_20, expected_at_20 = actual.steps.index(20), expected.steps.index(20)
-    for name, outputs in expected.outputs.items():
-        assert actual.outputs[name][at_20] == pytest.approx(outputs[expected_at_20], rel=1e-3)
+    for step in (20, 40, 60):
+        index, expected_index = actual.steps.index(step), expected.steps.index(step)
+        for name, outputs in expected.outputs.items():
+            assert actual.outputs[name][index] == pytest.approx(outputs[expected_index], rel=1e-3)
 
-    output = train(config, "layout", "parallel.zero_stage=3", processes=2)
     assert "changed since then: parallel.tensor_model_parallel_size: 2 -> 1" in output
     for actual, expected in zip(rows(config, "layout"), rows(config, "whole"), strict=True):
         assert actual.get("sample_hashes") == expected.get("sample_hashes")
