@@ -3,7 +3,7 @@
     python tools/gpu_check.py [NAME ...] [--out gpu.json]
 
 Every check runs, whatever becomes of the others; exit status 1 where one failed. NAMEs choose among them: kernels,
-documents, compile, layouts, resume, waits, model (default: all). One process, one GPU.
+documents, context, compile, layouts, resume, waits, model (default: all). One process, one GPU.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from megatron_mea.attention.document_mask import PerDocumentAttention, attention
 from megatron_mea.attention.head_norm import head_norm
 from megatron_mea.config import Config
 from megatron_mea.model.decoder import Decoder
+from megatron_mea.parallel.grid import ContextGroup
 from megatron_mea.parallel.parameter import init_parameters, parameters_by_name
 from megatron_mea.plan.plan import make_plan
 from megatron_mea.training.build import build_engine
@@ -130,6 +132,46 @@ def documents() -> Facts:
         facts["its distance"] = f"{distance(variable_length(starts)(*inputs), results[1][0]):.1e}"
     except (ImportError, RuntimeError, TypeError, NotImplementedError) as error:
         facts["variable length"] = str(error).partition("\n")[0]
+
+    return facts
+
+
+def context() -> Facts:
+    """Attention of each of four context ranks' queries to all keys, with documents and without, against all queries."""
+    batch, heads, groups, seq, dim, size = 2, 32, 8, 8192, 64, 4
+    shapes = ((batch, heads, seq, dim), (batch, groups, seq, dim), (batch, groups, seq, dim))
+    query, key, value = (torch.randn(shape, device=DEVICE, dtype=torch.bfloat16).requires_grad_() for shape in shapes)
+    upstream = torch.randn_like(query)
+    starts = torch.rand(batch, seq, device=DEVICE) < 8 / seq
+    starts[:, 0] = True
+    index = torch.arange(seq, device=DEVICE)
+    positions = index - torch.where(starts, index, 0).cummax(1).values
+
+    def gradients(attend: Callable, inputs: tuple, upstream: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        output = attend(*inputs)
+        return output, *torch.autograd.grad(output, inputs, upstream)
+
+    facts: Facts = {}
+    for document_mask in (False, True):
+        attend = attention_function(positions, document_mask=document_mask)
+        expected = gradients(attend, (query, key, value), upstream)
+        sums = [torch.zeros_like(key, dtype=torch.float32), torch.zeros_like(value, dtype=torch.float32)]
+        distances, times = [], []
+        for rank in range(size):
+            cp = ContextGroup(size=size, rank=rank)
+            inputs = (cp.shard(query, dim=2).detach().requires_grad_(), key, value)
+            attend = attention_function(positions, document_mask=document_mask, cp=cp)
+            output, d_query, *d_key_value = gradients(attend, inputs, cp.shard(upstream, dim=2))
+            sums = [total + part for total, part in zip(sums, d_key_value, strict=True)]
+            own_results = zip((output, d_query), expected, strict=False)
+            distances += [distance(own, cp.shard(full, dim=2)) for own, full in own_results]
+            times.append(1e3 * median_seconds(partial(gradients, attend, inputs, cp.shard(upstream, dim=2))))
+
+        distances += [distance(total, full) for total, full in zip(sums, expected[2:], strict=True)]
+        name = "documents" if document_mask else "causal"
+        facts[f"{name}, distance"] = f"{max(distances):.1e}"
+        facts[f"{name}, ms of each rank"] = [round(time_of_rank, 2) for time_of_rank in times]
+        assert max(distances) < 1e-2, facts
 
     return facts
 
@@ -355,6 +397,7 @@ def model() -> Facts:
 CHECKS = {
     "kernels": kernels,
     "documents": documents,
+    "context": context,
     "compile": compiled,
     "layouts": layouts,
     "resume": resume,

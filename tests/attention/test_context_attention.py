@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.bias import causal_lower_right
 
 from megatron_mea.attention.causal import causal_attention
 from megatron_mea.attention.document_mask import _flex_document_attention, attention_function, visible_tokens_mask
@@ -48,6 +52,16 @@ def test_the_last_queries_see_all_tokens_before_them(queries, keys, dtype, toler
     for result, reference in zip(actual, expected, strict=True):
         assert result.dtype == dtype
         torch.testing.assert_close(result.double(), reference.double(), rtol=tolerance, atol=tolerance)
+
+
+def test_the_mask_of_a_gpu_aligns_queries_and_keys_at_their_ends():
+    """What `causal_attention` asks of a GPU's kernels, of which a CPU makes a dense mask."""
+    inputs = random_heads(5, 12)
+    masked = partial(F.scaled_dot_product_attention, attn_mask=causal_lower_right(5, 12), enable_gqa=True)
+    for actual, expected in zip(
+        outputs_and_gradients(masked, inputs), outputs_and_gradients(causal_attention, inputs), strict=True
+    ):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_very_different_scores_merge():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from itertools import combinations, pairwise
 
@@ -86,6 +87,72 @@ def test_what_cannot_work_is_refused_with_a_table_of_what_can(name):
     if not layouts:
         world_sizes = [int(size) for size in re.search(r"^  ([\d, ]+)$", table, re.MULTILINE).group(1).split(", ")]
         assert world_sizes == [size for size in range(1, 2 * world + 1) if possible_layouts(settings, size)]
+
+
+def context(size: int, *, tensor: int = 1, seq_length: int = 12, sequence: bool = False) -> Config:
+    settings = config(parallel=sizes(tensor) | {"context_parallel_size": size, "sequence_parallel": sequence})
+    return settings.model_copy(update={"data": settings.data.model_copy(update={"seq_length": seq_length})})
+
+
+CONTEXT = "parallel.context_parallel_size"
+
+
+@pytest.mark.parametrize(
+    ("settings", "world", "keys"),
+    [
+        (context(4), 4, [CONTEXT]),
+        (context(12), 12, [CONTEXT]),
+        (context(7, seq_length=2**20), 8, [CONTEXT, f"{TENSOR} x {PIPELINE} x {CONTEXT}"]),
+        (context(2, tensor=4, sequence=True), 8, ["data.seq_length"]),
+        (context(3), 4, [f"{TENSOR} x {PIPELINE} x {CONTEXT}"]),
+        (context(2), 6, ["training.global_batch_size"]),
+        # More context ranks than processes.
+        (context(6), 2, [f"{TENSOR} x {PIPELINE} x {CONTEXT}"]),
+    ],
+    ids=["chunks", "too many", "neither", "sequence parallel", "processes", "batch", "few processes"],
+)
+def test_a_sequence_that_cannot_be_shared_is_refused_with_a_table_of_what_can(settings, world, keys):
+    refused_keys, table = refusal(settings, world)
+    assert refused_keys == keys
+    rows = re.findall(r"^ +(\d+) +(\d+) +(\d+) +(\d+) +(\d+)  0", table, re.MULTILINE)
+    layouts = [tuple(map(int, row)) for row in rows]
+    assert "tensor  pipeline  context  data" in table
+    assert layouts == [
+        (dims.tp, dims.pp, dims.cp, dims.dp, dims.num_micro_batches) for dims in possible_layouts(settings, world)
+    ]
+    assert {row[2] for row in layouts} > {1}
+
+
+def test_every_row_with_context_ranks_works_and_nothing_else():
+    """Against an enumeration of all sizes, with and without sequence parallelism."""
+    for world, sequence in itertools.product((1, 2, 4, 6, 8, 12), (False, True)):
+        asked = context(2, seq_length=24, tensor=2, sequence=sequence)
+        possible = {(dims.tp, dims.pp, dims.cp) for dims in possible_layouts(asked, world)}
+        for tensor, pipeline, size in itertools.product(range(1, 9), range(1, 4), range(1, 13)):
+            parallel = sizes(tensor=tensor, pipeline=pipeline) | {"context_parallel_size": size}
+            settings = config(parallel=parallel | {"sequence_parallel": sequence})
+            settings = settings.model_copy(update={"data": asked.data})
+            works = True
+            try:
+                dims = check_layout(settings, world)
+            except UserError:
+                works = False
+
+            assert works == ((tensor, pipeline, size) in possible)
+            if works:
+                assert dims.world_size == world == dims.tp * dims.pp * dims.cp * dims.dp
+                assert dims.num_micro_batches * dims.dp * 2 == 8
+
+            data = world // (tensor * pipeline * size)
+            expected = tensor in (1, 2, 4) and world == data * tensor * pipeline * size and 4 % max(data, 1) == 0
+            expected = expected and (size == 1 or 24 % (2 * size) == 0)
+            expected = expected and (not sequence or (tensor > 1 and 24 // size % tensor == 0))
+            assert works == expected, (world, sequence, tensor, pipeline, size)
+
+
+def test_without_a_number_of_processes_one_copy_of_the_model_has_as_many_as_it_needs():
+    dims = check_layout(context(3, tensor=2))
+    assert (dims.world_size, dims.tp, dims.pp, dims.cp, dims.dp, dims.dp_cp) == (6, 2, 1, 3, 1, 3)
 
 
 @pytest.mark.parametrize("world", [4096, 99_999, 10**9 + 7])

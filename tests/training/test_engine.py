@@ -57,8 +57,8 @@ def checks_on_this_rank() -> list[tuple[float, float]]:
 
     # A loss and a gradient that are not finite stop the step before the update, on all ranks.
     for kind in ("loss", "gradient"):
-        for zero in (1, 3):
-            engine = new_engine(config(parallel=layout(zero=zero)))
+        for zero, context in sorted({(1, 1), (3, 1), (1, rank_env.world_size)}):
+            engine = new_engine(config(parallel=layout(zero=zero, context=context)))
             before = state(engine)
             if kind == "loss":
                 hook = engine.model.blocks[0].register_forward_hook(lambda m, i, o: o * math.inf)
