@@ -92,7 +92,7 @@ CASES = {
         "pp 2": (layout(pipeline=2), "full"),
         "dp 2, ZeRO 1": (layout(), "none"),
         "dp 2, ZeRO 3": (layout(zero=3), "full"),
-        "cp 2": (layout(context=2), "selective"),
+        "cp 2": (layout(context=2), "full"),
     },
     4: {
         "tp 2 x dp 2, ZeRO 2": (layout(tensor=2, zero=2), "none"),
