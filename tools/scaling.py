@@ -153,17 +153,19 @@ def pipeline_seconds(stage_seconds: list[float], micro_batches: int) -> tuple[fl
 def group_seconds(*, plan: Plan, group: str, machine: Machine) -> float:
     """Seconds of a step that a process group communicates, on the pipeline stage where that takes longest.
 
-    Consecutive ranks share a tensor group first, then a data group, then a pipeline.
+    Consecutive ranks share a tensor group first, then a context group, a data group and a pipeline. Context ranks are
+    members of the data group too.
     """
     dims = plan.dims
     # Members of a group, and ranks from its first member to its last.
     size, reach = {
         "tensor": (dims.tp, dims.tp),
-        "data": (dims.dp, dims.tp * dims.dp),
+        "context": (dims.cp, dims.tp * dims.cp),
+        "data": (dims.dp_cp, dims.tp * dims.dp_cp),
         "pipeline": (dims.pp, plan.world_size),
     }[group]
-    # A data group has GPUS_PER_NODE / t members in a node, each beside a card.
-    cards = min(GPUS_PER_NODE // dims.tp, size) if group == "data" else 1
+    # A data or context group has up to GPUS_PER_NODE / t members in a node, each beside a card.
+    cards = min(GPUS_PER_NODE // dims.tp, size) if group in ("data", "context") else 1
     bandwidth = machine.nvlink if reach <= GPUS_PER_NODE else min(machine.nvlink, machine.card * cards)
 
     stage_seconds = dict.fromkeys(range(dims.pp), 0.0)
@@ -183,12 +185,11 @@ def estimate(*, config: Config, gpus: int, machine: Machine) -> Estimate | None:
         return None
 
     dims = plan.dims
-    tokens = plan.tokens_per_step / dims.dp / dims.num_micro_batches
+    tokens = plan.tokens_per_step / dims.dp_cp / dims.num_micro_batches
     stage_seconds = [tokens * flops / dims.tp / machine.speed for flops in plan.stage_flops]
     compute, idle = pipeline_seconds(stage_seconds, dims.num_micro_batches)
-    traffic = {
-        group: group_seconds(plan=plan, group=group, machine=machine) for group in ("tensor", "data", "pipeline")
-    }
+    groups = ("tensor", "context", "data", "pipeline")
+    traffic = {group: group_seconds(plan=plan, group=group, machine=machine) for group in groups}
     return Estimate(config=config, plan=plan, compute=compute, idle=idle, traffic=traffic)
 
 

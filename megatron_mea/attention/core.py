@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -27,7 +28,8 @@ class AttentionSizes:
 
     Args:
         config: the `model` section.
-        tokens: of the micro-batch.
+        tokens: whose queries the rank has.
+        kv_tokens: whose keys and values it attends to; over a context group those of all its ranks.
         seq_length: tokens of a sample.
         num_heads, num_kv_heads: query heads and composite heads of the rank.
         element_bytes: of the parameter dtype.
@@ -35,6 +37,7 @@ class AttentionSizes:
 
     config: Model
     tokens: int
+    kv_tokens: int
     seq_length: int
     num_heads: int
     num_kv_heads: int
@@ -47,8 +50,8 @@ class AttentionSizes:
 
     @property
     def key_bytes(self) -> int:
-        """Bytes of the rank's keys, and of its values."""
-        return self.tokens * self.num_kv_heads * self.config.head_dim * self.element_bytes
+        """Bytes of the keys that the rank attends to, and of the values."""
+        return self.kv_tokens * self.num_kv_heads * self.config.head_dim * self.element_bytes
 
 
 class CoreAttention(nn.Module):
@@ -64,6 +67,9 @@ class CoreAttention(nn.Module):
         layer: counted from 0 over the whole model.
         tp: the tensor group of this rank, which holds an equal part of the query heads.
     """
+
+    kernel_calls: ClassVar[int] = 1
+    """Calls of the attention function by `forward`, where that is a fused kernel."""
 
     def __init__(self, *, name: str, config: Model, layer: int, tp: TensorGroup = NO_TP) -> None:
         super().__init__()

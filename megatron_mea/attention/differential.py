@@ -21,6 +21,8 @@ class DifferentialAttention(CoreAttention):
     that follows acts on all 2d features of a pair and is scaled by 1 - lambda_init.
     """
 
+    kernel_calls = 2
+
     def __init__(self, *, name: str, config: Model, layer: int, tp: TensorGroup = NO_TP) -> None:
         super().__init__(name=name, config=config, layer=layer, tp=tp)
         self.tp = tp

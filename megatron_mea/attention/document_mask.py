@@ -33,6 +33,19 @@ def visible_tokens_mask(position_ids: torch.Tensor, *, document_mask: bool, cp: 
     return cp.shard(mask, dim=2)
 
 
+def visible_pairs(position_ids: torch.Tensor, *, document_mask: bool, cp_size: int) -> torch.Tensor:
+    """Pairs of a query and a key that it sees, the work of attention: (batch, seq) -> (cp_size, batch)
+
+    By rank of a context group of `cp_size`, for its queries, and sequence.
+    """
+    seq = position_ids.shape[1]
+    index = torch.arange(seq, device=position_ids.device).expand_as(position_ids)
+    starts = torch.where(position_ids == 0, index, 0).cummax(1).values if document_mask else 0
+    visible_keys = index - starts + 1
+    chunks = [ContextGroup(size=cp_size, rank=rank).chunks(seq) for rank in range(cp_size)]
+    return torch.stack([sum(visible_keys[:, chunk].sum(1) for chunk in rank_chunks) for rank_chunks in chunks])
+
+
 def attention_function(position_ids: torch.Tensor, *, document_mask: bool, cp: ContextGroup = NO_CP) -> AttentionFn:
     """Causal attention, with `document_mask` inside documents, which begin where `position_ids` (batch, seq) are 0."""
     if not document_mask:

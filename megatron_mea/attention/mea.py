@@ -20,6 +20,19 @@ from megatron_mea.parallel.grid import NO_CP, NO_TP, ContextGroup, TensorGroup
 from megatron_mea.parallel.layers import Linear, RMSNorm
 
 
+def components_are_gathered(config: Model, layer: int, *, tp_size: int, cp_size: int) -> bool:
+    """Whether a context group gathers component heads of keys and values, which each rank combines afterwards."""
+    return (
+        cp_size > 1
+        and core_attention_class(config).transform_kv is CoreAttention.transform_kv
+        and components_are_fewer(
+            num_components=config.component_heads[layer],
+            num_composites=config.num_key_value_heads,
+            tensor_parallel_size=tp_size,
+        )
+    )
+
+
 class MultiheadExplicitAttention(nn.Module):
     """MEA, eq. 11 and 12; without head combination `plain`, without head norm `mea_no_norm`.
 
@@ -52,24 +65,14 @@ class MultiheadExplicitAttention(nn.Module):
         hidden, dim, heads = config.hidden_size, config.head_dim, config.num_attention_heads
         std, bias = config.initializer_range, config.attention_bias
         self.tp, self.cp, self.num_heads, self.head_dim = tp, cp, heads // tp.size, dim
-        core_class = core_attention_class(config)
-        num_components = config.component_heads[layer]
-        gathers_components = (
-            cp.size > 1
-            and core_class.transform_kv is CoreAttention.transform_kv
-            and components_are_fewer(
-                num_components=num_components,
-                num_composites=config.num_key_value_heads,
-                tensor_parallel_size=tp.size,
-            )
-        )
+        gathers_components = components_are_gathered(config, layer, tp_size=tp.size, cp_size=cp.size)
 
         def head_projection(side: str, *, combines: bool) -> HeadProjection:
             projection = HeadProjection(
                 layer=name,
                 side=side,
                 hidden_size=hidden,
-                num_components=num_components,
+                num_components=config.component_heads[layer],
                 num_composites=config.num_key_value_heads,
                 head_dim=dim,
                 std=std,
@@ -121,7 +124,7 @@ class MultiheadExplicitAttention(nn.Module):
                 reduce_weight_grad=True,
             )
 
-        self.core_attention = core_class(name=name, config=config, layer=layer, tp=tp)
+        self.core_attention = core_attention_class(config)(name=name, config=config, layer=layer, tp=tp)
 
     def forward(
         self,

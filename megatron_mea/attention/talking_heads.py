@@ -24,6 +24,8 @@ class TalkingHeadsAttention(CoreAttention):
     compute them, and a tensor group cannot shard the heads.
     """
 
+    kernel_calls = 0
+
     def __init__(self, *, name: str, config: Model, layer: int, tp: TensorGroup = NO_TP) -> None:
         super().__init__(name=name, config=config, layer=layer, tp=tp)
         num_heads = config.num_attention_heads
@@ -65,8 +67,9 @@ class TalkingHeadsAttention(CoreAttention):
 
     @staticmethod
     def mask_bytes(sizes: AttentionSizes, *, document_mask: bool) -> int:
-        """A boolean for every pair of tokens; without documents one sample's serve all."""
-        return (sizes.tokens if document_mask else sizes.seq_length) * sizes.seq_length
+        """A boolean for every pair of a query and a key; without documents one sample's serve all."""
+        pairs = sizes.tokens * sizes.seq_length
+        return pairs if document_mask else pairs * sizes.seq_length // sizes.kv_tokens
 
 
 def _attend(

@@ -10,6 +10,10 @@ from megatron_mea.config.schema import EXPERT_KEYS, Config
 from megatron_mea.config.variants import VARIANTS
 from megatron_mea.errors import Problem
 
+_MASK_BLOCK = 128
+"""Tokens of a block in FlexAttention's mask."""
+_MIN_CONTEXT_TOKENS = 2048
+
 
 def cross_checks(config: Config, *, needs_data: bool = True) -> Iterator[Problem]:
     """Contradictions between keys of one configuration; with `needs_data`, an empty `data.train` is one too."""
@@ -46,7 +50,31 @@ def start_checks(config: Config) -> Iterator[Problem]:
 
 def config_warnings(config: Config, dims: ParallelDims) -> list[str]:
     """Warnings about allowed settings that are known to train badly or slowly."""
-    return [*_embedding_warnings(config), *_pipeline_warnings(dims), *_router_warnings(config)]
+    return [
+        *_embedding_warnings(config),
+        *_pipeline_warnings(dims),
+        *_context_warnings(config, dims),
+        *_router_warnings(config),
+    ]
+
+
+def _context_warnings(config: Config, dims: ParallelDims) -> Iterator[str]:
+    if dims.cp == 1:
+        return
+
+    tokens, where = config.data.seq_length // dims.cp, f"parallel.context_parallel_size = {dims.cp}"
+    if tokens < _MIN_CONTEXT_TOKENS:
+        yield (
+            f"{where} leaves a rank {tokens:,} tokens of a sequence: below {_MIN_CONTEXT_TOKENS:,} gathering keys and "
+            "values takes longer than sharing attention saves. Lower it; tensor parallelism or recomputation saves "
+            "memory too."
+        )
+    if config.data.document_mask and tokens // 2 % _MASK_BLOCK:
+        yield (
+            f"{where} deals out chunks of {tokens // 2:,} tokens: on a GPU documents are masked in blocks of "
+            f"{_MASK_BLOCK}, which would reach over the borders of chunks. Let data.seq_length be a multiple of "
+            f"2 x {_MASK_BLOCK} x {dims.cp} = {2 * _MASK_BLOCK * dims.cp:,}."
+        )
 
 
 def _router_warnings(config: Config) -> Iterator[str]:

@@ -59,6 +59,10 @@ class ParallelDims:
         """Number of processes."""
         return self.tp * self.pp * self.dp_cp
 
+    def __str__(self) -> str:
+        sizes = {"tensor": self.tp, "pipeline": self.pp, "context": self.cp, "data": self.dp}
+        return " x ".join(f"{name} {size}" for name, size in sizes.items() if name != "context" or size > 1)
+
     @property
     def dp_cp(self) -> int:
         """Number of ranks that hold the same parameters: gradients are averaged, and ZeRO partitions, over them."""

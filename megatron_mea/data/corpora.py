@@ -52,11 +52,16 @@ def read_window(*, reader: IndexedReader, start: int, length: int, document_mask
     if document_mask:
         borders = document_borders(reader=reader, start=start, length=length)
         targets[borders - 1] = IGNORE_INDEX
-        document_start = np.zeros(length + 1, dtype=np.int64)
-        document_start[borders] = borders
-        positions -= np.maximum.accumulate(document_start[:-1])
+        positions = positions_in_documents(borders, length)
 
     return Batch(input_ids=tokens[:-1], position_ids=positions, targets=targets)
+
+
+def positions_in_documents(borders: np.ndarray, length: int) -> np.ndarray:
+    """Positions (length,) that restart at each of the borders that `document_borders` returns."""
+    document_start = np.zeros(length + 1, dtype=np.int64)
+    document_start[borders] = borders
+    return np.arange(length) - np.maximum.accumulate(document_start[:-1])
 
 
 def document_borders(*, reader: IndexedReader, start: int, length: int) -> np.ndarray:
@@ -116,6 +121,15 @@ class Corpora:
                 check_ids(ids, vocab_size=self.vocab_size, where=f"{self.paths[index]}.bin", **self._id_error)
 
         return stack_windows(windows)
+
+    def position_ids(self, samples: np.ndarray) -> np.ndarray:
+        """Positions inside documents of the windows of these sample numbers (n,): (n, seq_length); reads no tokens."""
+        locations = self._locate_windows(samples)
+        borders = [
+            document_borders(reader=self.readers[index], start=start, length=self.seq_length)
+            for index, start in locations
+        ]
+        return np.stack([positions_in_documents(window_borders, self.seq_length) for window_borders in borders])
 
     def count_targets(self, samples: np.ndarray) -> int:
         """Number of targets of these samples (n,) that are not `IGNORE_INDEX`."""

@@ -16,11 +16,10 @@ def stage_activations(workload: Workload, stage: StageShard) -> int:
     tokens, element_bytes, hidden = workload.tokens, workload.element_bytes, workload.model.hidden_size
     local_tokens = tokens // workload.dims.sequence_shards
 
-    # Two int64 a token, such as its id and its position.
-    saved_bytes = 2 * tokens * 8
+    # Two int64 a token, such as its id and its position; positions are those of all context ranks.
+    saved_bytes = (tokens + workload.full_tokens) * 8
     if stage.blocks:
-        # cos and sin, which all blocks share.
-        saved_bytes += 2 * tokens * workload.model.head_dim * element_bytes
+        saved_bytes += _cos_sin_bytes(workload, stage)
         saved_bytes += workload.core_attention.mask_bytes(
             workload.attention_sizes, document_mask=workload.config.data.document_mask
         )
@@ -42,6 +41,21 @@ def stage_activations(workload: Workload, stage: StageShard) -> int:
     return saved_bytes
 
 
+def _cos_sin_bytes(workload: Workload, stage: StageShard) -> int:
+    """Bytes of cos and sin, which all blocks share.
+
+    Over a context group those of all tokens exist too, where combined keys are rotated or an activation checkpoint
+    holds its arguments.
+    """
+    tokens, model = workload.tokens, workload.model
+    recomputes = workload.full_recompute or workload.selective_recompute
+    combines = any(workload.kv_projection(layer, "k").form == "components" for layer in stage.blocks)
+    if workload.dims.cp > 1 and (recomputes or (model.qk_norm and combines)):
+        tokens += workload.full_tokens
+
+    return 2 * tokens * model.head_dim * workload.element_bytes
+
+
 def recomputed_activations(workload: Workload, layer: int) -> int:
     """Bytes that exist during a block's backward pass alone, in addition to those saved until then."""
     if workload.full_recompute:
@@ -49,16 +63,51 @@ def recomputed_activations(workload: Workload, layer: int) -> int:
         return block_activations(workload, layer) - saved_bytes
 
     if workload.selective_recompute:
-        attention_bytes = attention_activations(workload) - _attention_input_bytes(workload)
-        return max(_inner_bytes(workload, layer), attention_bytes)
+        return max(_inner_bytes(workload, layer), _recomputed_attention(workload, layer))
 
     return 0
 
 
-def _attention_input_bytes(workload: Workload) -> int:
-    """Bytes of this rank's queries, keys, values, and of the core attention's own projections."""
+def _recomputed_attention(workload: Workload, layer: int) -> int:
+    """Bytes that the selective recomputation of a block's attention adds."""
+    return attention_activations(workload, layer) - _attention_input_bytes(workload, layer)
+
+
+def context_backward(workload: Workload, layer: int) -> int:
+    """Bytes beyond what the forward pass saves, while the attention of a block runs backwards over a context group.
+
+    The feed-forward has run by then. Gradients of the keys and values of all tokens exist beside those of this rank's
+    queries and outputs and of the residual stream.
+    """
     sizes = workload.attention_sizes
-    return sizes.query_bytes + 2 * sizes.key_bytes + workload.core_attention.projected_bytes(sizes)
+    recomputed_bytes = 0
+    if workload.full_recompute:
+        recomputed_bytes = recomputed_activations(workload, layer)
+    elif workload.selective_recompute:
+        recomputed_bytes = _recomputed_attention(workload, layer)
+
+    gradients = 2 * sizes.query_bytes + 2 * sizes.key_bytes
+    residual = workload.tokens // workload.dims.sequence_shards * workload.model.hidden_size * workload.element_bytes
+    return recomputed_bytes - feed_forward_activations(workload, layer) + gradients + residual
+
+
+def gathered_kv_bytes(*, workload: Workload, layer: int, side: Side) -> int:
+    """Bytes of the key or value heads that a context group gathers in a layer: components or composites."""
+    return workload.full_tokens * _projected_heads(workload, layer, side) * workload.head_bytes
+
+
+def _projected_heads(workload: Workload, layer: int, side: Side) -> int:
+    """Key or value heads that a rank's projection makes."""
+    projection = workload.kv_projection(layer, side)
+    return projection.num_components if projection.form == "components" else workload.local_composites
+
+
+def _attention_input_bytes(workload: Workload, layer: int) -> int:
+    """Bytes of this rank's queries, keys and values as projected, and of the core attention's own projections."""
+    sizes = workload.attention_sizes
+    num_heads = sum(_projected_heads(workload, layer, side) for side in ("k", "v"))
+    projected_bytes = workload.core_attention.projected_bytes(sizes)
+    return sizes.query_bytes + sizes.tokens * num_heads * workload.head_bytes + projected_bytes
 
 
 def block_activations(workload: Workload, layer: int) -> int:
@@ -70,8 +119,8 @@ def block_activations(workload: Workload, layer: int) -> int:
     # The input of q, k, v.
     inputs = tokens * model.hidden_size * element_bytes
     projections = sum(projection_activations(workload=workload, layer=layer, side=side) for side in ("k", "v"))
-    attention = _attention_input_bytes(workload) if workload.selective_recompute else attention_activations(workload)
-
+    attention_bytes = _attention_input_bytes if workload.selective_recompute else attention_activations
+    attention = attention_bytes(workload, layer)
     feed_forward = feed_forward_activations(workload, layer)
 
     return norms + inputs + feed_forward + projections + attention
@@ -131,14 +180,20 @@ def _inner_bytes(workload: Workload, layer: int) -> int:
     return 2 * numel * workload.element_bytes
 
 
-def attention_activations(workload: Workload) -> int:
+def attention_activations(workload: Workload, layer: int) -> int:
     """Bytes saved from queries, keys and values to the input of o_proj."""
     model, sizes, core_attention = workload.model, workload.attention_sizes, workload.core_attention
     saved_bytes = core_attention.saved_bytes(sizes) + core_attention.transform_saved_bytes(sizes)
+    saved_bytes += _context_activations(workload)
+
+    combined = [side for side in ("k", "v") if workload.kv_projection(layer, side).form == "components"]
+    # The components of all tokens.
+    saved_bytes += sum(gathered_kv_bytes(workload=workload, layer=layer, side=side) for side in combined)
 
     if model.qk_norm:
-        for heads in (sizes.num_heads, sizes.num_kv_heads):
-            saved_bytes += norm_activations(workload=workload, rows=sizes.tokens * heads, width=model.head_dim)
+        key_tokens = sizes.kv_tokens if combined else sizes.tokens
+        rows = sizes.tokens * sizes.num_heads + key_tokens * sizes.num_kv_heads
+        saved_bytes += norm_activations(workload=workload, rows=rows, width=model.head_dim)
 
     if model.has_head_norm:
         # Its output is the input of o_proj. Its input is saved already, and on a GPU it saves nothing else.
@@ -154,16 +209,32 @@ def attention_activations(workload: Workload) -> int:
     return saved_bytes
 
 
+def _context_activations(workload: Workload) -> int:
+    """Bytes that attention saves in addition over a context group, where it is a call for each chunk of the queries.
+
+    Their outputs are saved beside what they are joined to. The CPU's calls repeat keys and values for every query head:
+    on the first rank those of the second chunk, all of them.
+    """
+    sizes, calls = workload.attention_sizes, workload.core_attention.kernel_calls
+    if workload.dims.cp == 1 or (workload.device == "cuda" and workload.config.data.document_mask):
+        return 0
+
+    repeated_bytes = 2 * sizes.kv_tokens * sizes.num_heads * workload.head_bytes if workload.device == "cpu" else 0
+    return calls * (sizes.query_bytes + repeated_bytes)
+
+
 def projection_activations(*, workload: Workload, layer: int, side: Side) -> int:
     """Bytes that a head combination saves, apart from the keys or values that attention saves.
 
     Folded: the folded weight, and the component weight where it was gathered into a copy; where a step folds once,
-    these belong to no micro-batch (`step_folds`). Combined: the component heads of all tokens.
+    these belong to no micro-batch (`step_folds`). Combined: the component heads of this rank's tokens.
     """
     model, element_bytes = workload.model, workload.element_bytes
     projection = workload.kv_projection(layer, side)
     component_width = projection.num_components * model.head_dim
 
+    if projection.form == "components":
+        return 0
     if projection.form == "combined":
         return workload.tokens * component_width * element_bytes
     if projection.form == "plain":

@@ -18,9 +18,11 @@ from megatron_mea.parallel.zero import (
     REUSE_DISTANCE,
     bucket_elements,
 )
+from megatron_mea.plan.activations import gathered_kv_bytes
 from megatron_mea.plan.workload import LocalParameter, Side, StageShard, Workload
 
-Group = Literal["tensor", "data", "pipeline"]
+Group = Literal["tensor", "context", "data", "pipeline"]
+"""The data group has all ranks that hold the same parameters: data x context."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,9 @@ def _micro_batch_calls(workload: Workload, stage: StageShard) -> Iterator[Call]:
     dims = workload.dims
     if dims.tp > 1:
         yield from _tensor_parallel_calls(workload, stage)
+    if dims.cp > 1:
+        for layer in stage.blocks:
+            yield from _context_calls(workload, layer)
     if workload.teacher:
         yield from _teacher_calls(workload.teacher, workload.teacher.stages[stage.index])
 
@@ -79,12 +84,12 @@ def _micro_batch_calls(workload: Workload, stage: StageShard) -> Iterator[Call]:
         hidden_bytes = local_tokens * workload.model.hidden_size * workload.element_bytes
         if not stage.has_head:
             yield Call(group="pipeline", collective="send", bytes=hidden_bytes)
-            # Position ids travel beside the hidden states.
-            yield Call(group="pipeline", collective="send", bytes=workload.tokens * 8)
+            # Position ids travel beside the hidden states, those of all context ranks.
+            yield Call(group="pipeline", collective="send", bytes=workload.full_tokens * 8)
         if not stage.has_embedding:
             yield Call(group="pipeline", collective="send", bytes=hidden_bytes)
 
-    if dims.dp > 1 and workload.dims.zero_stage > 1:
+    if dims.dp_cp > 1 and workload.dims.zero_stage > 1:
         yield from _reduce_gradients(workload, stage)
         if workload.dims.shards_parameters:
             yield from _gather_parameters(workload, stage)
@@ -103,7 +108,7 @@ def _step_calls(workload: Workload, stage: StageShard) -> Iterator[Call]:
         yield Call(group="pipeline", collective="all_reduce", bytes=embedding_numel * 4)
         yield Call(group="pipeline", collective="broadcast", bytes=embedding_numel * element_bytes)
 
-    if dims.dp == 1:
+    if dims.dp_cp == 1:
         return
     if workload.dims.zero_stage == 1:
         yield from _reduce_gradients(workload, stage)
@@ -115,7 +120,7 @@ def _step_calls(workload: Workload, stage: StageShard) -> Iterator[Call]:
 
     for parameter in stage.parameters:
         if parameter.local_numel <= PERSISTENCE_THRESHOLD:
-            padded_numel = _padded_numel(parameter, dims.dp)
+            padded_numel = _padded_numel(parameter, dims.dp_cp)
             yield Call(group="data", collective="all_gather", bytes=padded_numel * element_bytes)
 
 
@@ -174,6 +179,28 @@ def block_calls(workload: Workload, layer: int) -> Iterator[Call]:
         yield from _component_gathers(workload=workload, layer=layer, recompute=True)
 
 
+def _context_calls(workload: Workload, layer: int) -> Iterator[Call]:
+    """Calls of one block's forward and backward pass over a context group, including those that it recomputes."""
+    yield from _kv_gathers(workload, layer)
+    scattered_bytes = sum(gathered_kv_bytes(workload=workload, layer=layer, side=side) for side in ("k", "v"))
+    yield Call(group="context", collective="reduce_scatter", bytes=scattered_bytes, count=2)
+    if workload.full_recompute or workload.selective_recompute:
+        yield from _kv_gathers(workload, layer)
+
+    training = workload.config.training
+    if workload.model.is_routed(layer) and training.balance != "batch":
+        # How often each sequence has chosen each expert, int64.
+        count_bytes = training.micro_batch_size * workload.model.num_experts * 8
+        passes = 2 if workload.full_recompute else 1
+        yield Call(group="context", collective="all_reduce", bytes=passes * count_bytes, count=passes)
+
+
+def _kv_gathers(workload: Workload, layer: int) -> Iterator[Call]:
+    """All-gathers of one block's keys and values over a context group."""
+    gathered_bytes = sum(gathered_kv_bytes(workload=workload, layer=layer, side=side) for side in ("k", "v"))
+    yield Call(group="context", collective="all_gather", bytes=gathered_bytes, count=2)
+
+
 def _teacher_calls(workload: Workload, stage: StageShard) -> Iterator[Call]:
     """Calls of a teacher's forward pass and of the divergence from it; `workload` is the teacher's."""
     if workload.dims.tp > 1:
@@ -193,6 +220,10 @@ def _teacher_calls(workload: Workload, stage: StageShard) -> Iterator[Call]:
         if stage.has_head:
             # Largest logits and sums of exponentials of both models, and the divergence of each token.
             yield Call(group="tensor", collective="all_reduce", bytes=5 * workload.tokens * 4, count=5)
+
+    if workload.dims.cp > 1:
+        for layer in stage.blocks:
+            yield from _kv_gathers(workload, layer)
 
     if workload.dims.pp > 1 and not stage.has_head:
         yield Call(group="pipeline", collective="send", bytes=_hidden_bytes(workload) // workload.dims.sequence_shards)
@@ -231,7 +262,7 @@ def _kv_projection_calls(*, workload: Workload, layer: int, side: Side) -> Itera
     weight_bytes = component_width * (model.hidden_size + bias) * element_bytes
     if not projection.sharded:
         yield Call(group="tensor", collective="all_reduce", bytes=weight_bytes, count=1 + bias)
-    elif projection.form == "combined":
+    elif projection.form in ("combined", "components"):
         activation_bytes = component_width * workload.tokens * element_bytes
         yield Call(group="tensor", collective="all_gather", bytes=activation_bytes)
         yield Call(group="tensor", collective="reduce_scatter", bytes=activation_bytes)
@@ -259,7 +290,7 @@ _exit_tp_region = _enter_tp_region
 
 
 def _reduce_gradients(workload: Workload, stage: StageShard) -> Iterator[Call]:
-    """Calls that average gradients over data ranks, in the parameter dtype (`communication_data_type`).
+    """Calls that average gradients over data and context ranks, in the parameter dtype (`communication_data_type`).
 
     ZeRO 1 once a step, 2 and 3 once a micro-batch. DeepSpeed's stages 1 and 2 both all-reduce full buckets
     (`use_multi_rank_bucket_allreduce`); only stage 3 scatters.
@@ -269,7 +300,7 @@ def _reduce_gradients(workload: Workload, stage: StageShard) -> Iterator[Call]:
     collective = "all_reduce"
     if workload.dims.shards_parameters:
         collective = "reduce_scatter"
-        numels = [_padded_numel(parameter, workload.dims.dp) for parameter in stage.parameters]
+        numels = [_padded_numel(parameter, workload.dims.dp_cp) for parameter in stage.parameters]
 
     yield Call(group="data", collective=collective, bytes=sum(numels) * workload.element_bytes, count=num_buckets)
 
@@ -284,7 +315,7 @@ def _gather_parameters(workload: Workload, stage: StageShard) -> Iterator[Call]:
     for parameter in reversed(stage.parameters):
         if parameter.local_numel > PERSISTENCE_THRESHOLD:
             gathers = 2 if 2 * later_numel >= REUSE_DISTANCE else 1
-            gathered_numel += _padded_numel(parameter, workload.dims.dp) * gathers
+            gathered_numel += _padded_numel(parameter, workload.dims.dp_cp) * gathers
         later_numel += parameter.local_numel
 
     if gathered_numel:

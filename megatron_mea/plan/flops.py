@@ -12,8 +12,8 @@ from megatron_mea.plan.workload import Side, Workload
 class Flops:
     """FLOPs a token of the full model, all ranks together.
 
-    Work that all ranks of a tensor group repeat counts once. `recomputation` is a second forward pass of the blocks,
-    or of their attention, with activation checkpointing; `teacher` the forward pass of another model.
+    Work that all ranks of a tensor or context group repeat counts once. `recomputation` is a second forward pass of the
+    blocks, or of their attention, with activation checkpointing; `teacher` the forward pass of another model.
     """
 
     forward: float
@@ -48,7 +48,11 @@ def flops_per_token(workload: Workload) -> Flops:
 def _recomputed_flops(workload: Workload, layer: int) -> float:
     """FLOPs a token that one block repeats in its backward pass."""
     if workload.selective_recompute:
-        return attention_flops(workload)
+        return attention_flops(workload) + sum(
+            combination_flops(workload=workload, layer=layer, side=side)
+            for side in ("k", "v")
+            if workload.kv_projection(layer, side).form == "components"
+        )
     if not workload.full_recompute:
         return 0.0
 
@@ -65,7 +69,7 @@ def _recomputed_flops(workload: Workload, layer: int) -> float:
 
 
 def stage_flops(workload: Workload) -> tuple[float, ...]:
-    """FLOPs a token of every pipeline stage, its tensor ranks together, without a teacher's."""
+    """FLOPs a token of every pipeline stage, its tensor and context ranks together, without a teacher's."""
     head = 3 * head_flops(workload.model)
     return tuple(
         sum(3 * block_flops(workload, layer) + _recomputed_flops(workload, layer) for layer in stage.blocks)
@@ -92,9 +96,15 @@ def kv_projection_flops(*, workload: Workload, layer: int, side: Side) -> float:
     Folded (paper eq. 18) h h' d (hidden + bias) multiplications a micro-batch, or a step, and a projection to h heads;
     combined (eq. 10) a projection to h' heads and h h' d multiplications a token.
     """
-    combines = workload.kv_projection(layer, side).form == "combined"
+    combines = workload.kv_projection(layer, side).form in ("combined", "components")
     projection = kv_flops(workload.model, layer, mixes=combines)
     return projection + fold_flops(workload=workload, layer=layer, side=side)
+
+
+def combination_flops(*, workload: Workload, layer: int, side: Side) -> float:
+    """FLOPs a token of combining one layer's component heads of keys or values, where they are not folded."""
+    projection = workload.kv_projection(layer, side)
+    return 2 * projection.num_components * projection.num_composites * workload.model.head_dim
 
 
 def fold_flops(*, workload: Workload, layer: int, side: Side) -> float:

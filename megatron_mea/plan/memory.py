@@ -12,6 +12,7 @@ from megatron_mea.attention.core import FLOAT32
 from megatron_mea.optimizers import MASTER_BYTES
 from megatron_mea.parallel.zero import PERSISTENCE_THRESHOLD, REUSE_DISTANCE, bucket_elements
 from megatron_mea.plan.activations import (
+    context_backward,
     feed_forward_temporaries,
     recomputed_activations,
     stage_activations,
@@ -66,6 +67,8 @@ def stage_memory(workload: Workload, stage: StageShard) -> Memory:
 
     temporary_bytes = max((feed_forward_temporaries(workload, layer) for layer in stage.blocks), default=0)
     backward_bytes = recomputed_bytes + temporary_bytes
+    if workload.dims.cp > 1:
+        backward_bytes = max(backward_bytes, *(context_backward(workload, layer) for layer in stage.blocks))
     logits_bytes = loss_activations(workload, stage)
     buffer_bytes, peak_update = _buffers_and_update_peak(workload, stage)
 
@@ -129,7 +132,7 @@ def loss_activations(workload: Workload, stage: StageShard) -> int:
 def _model_states(workload: Workload, stage: StageShard) -> tuple[int, int, int]:
     """Bytes of the weights, of the gradients, and of master weights with moments."""
     element_bytes, local_numel = workload.element_bytes, stage.local_numel
-    partition_numel = local_numel / workload.dims.dp
+    partition_numel = local_numel / workload.dims.dp_cp
     accumulates = workload.dims.num_micro_batches > 1
 
     if workload.dims.shards_parameters:
@@ -137,7 +140,7 @@ def _model_states(workload: Workload, stage: StageShard) -> tuple[int, int, int]
         weights = int((partition_numel + persistent) * element_bytes)
         # A float32 run updates its partition in place: that is the master.
         master_bytes = MASTER_BYTES * local_numel if element_bytes == FLOAT32 else 0
-        return weights, int(partition_numel * element_bytes), (stage.state_bytes - master_bytes) // workload.dims.dp
+        return weights, int(partition_numel * element_bytes), (stage.state_bytes - master_bytes) // workload.dims.dp_cp
 
     if workload.dims.zero_stage == 2:
         gradients = partition_numel * FLOAT32 if accumulates or element_bytes < FLOAT32 else 0
@@ -147,13 +150,13 @@ def _model_states(workload: Workload, stage: StageShard) -> tuple[int, int, int]
     else:
         gradients = local_numel * FLOAT32 if accumulates else 0
 
-    return local_numel * element_bytes, int(gradients), stage.state_bytes // workload.dims.dp
+    return local_numel * element_bytes, int(gradients), stage.state_bytes // workload.dims.dp_cp
 
 
 def _buffers_and_update_peak(workload: Workload, stage: StageShard) -> tuple[int, int]:
     """Bytes of the buffers of forward and backward, and the peak of reduction and update beyond what is at rest."""
     dims, element_bytes, local_numel = workload.dims, workload.element_bytes, stage.local_numel
-    partition_numel = local_numel / dims.dp
+    partition_numel = local_numel / dims.dp_cp
     bucket_bytes = bucket_elements(local_numel) * element_bytes
     # This rank's gradients as one tensor, and torch's Adam, which allocates two temporaries where it is not fused.
     adam_bytes = partition_numel * FLOAT32 * (1 if workload.device == "cuda" else 3)
@@ -175,7 +178,7 @@ def _buffers_and_update_peak(workload: Workload, stage: StageShard) -> tuple[int
         return 0, int(max(rounded_bytes, adam_bytes))
 
     # A bucket is sent from a copy, and this rank's partition is received into a buffer of its own.
-    copy_bytes = bucket_bytes if dims.dp > 1 else 0
+    copy_bytes = bucket_bytes if dims.dp_cp > 1 else 0
     reduced_bytes = copy_bytes + partition_numel * element_bytes
     if workload.dims.zero_stage == 2:
         # One bucket is filled while the other one is averaged.

@@ -12,6 +12,7 @@ from megatron_mea.config.parallel_dims import ParallelDims
 from megatron_mea.config.schema import Config
 from megatron_mea.huggingface.model_folder import ModelFolder
 from megatron_mea.parallel.parameter import Component
+from megatron_mea.plan.balance import AttentionBalance, attention_balance
 from megatron_mea.plan.communication import Traffic, communication_per_step
 from megatron_mea.plan.flops import Flops, flops_per_token, stage_flops
 from megatron_mea.plan.memory import Memory, stage_memory
@@ -61,7 +62,7 @@ class Plan:
         checkpoint_bytes: of a checkpoint on the disk.
         checkpoint_copy_bytes: of host memory in which a rank keeps its part of a checkpoint while it is written, and
             for the next.
-        stage_flops: FLOPs a token on each stage, its tensor ranks together.
+        stage_flops: FLOPs a token on each stage, its tensor and context ranks together.
         worst_case_memory: that of a rank on whose experts as many choices fall as can.
     """
 
@@ -78,6 +79,7 @@ class Plan:
     flops: Flops
     stage_flops: tuple[float, ...]
     communication: tuple[Traffic, ...]
+    attention_balance: AttentionBalance
 
 
 def make_plan(config: Config, *, world_size: int | None = None, device: Device = "cuda") -> Plan:
@@ -100,10 +102,11 @@ def make_plan(config: Config, *, world_size: int | None = None, device: Device =
         memory=tuple(stage_memory(workload, stage) for stage in workload.stages),
         worst_case_memory=tuple(stage_memory(worst_case, stage) for stage in workload.stages),
         checkpoint_bytes=sum(p.global_numel * p.state_bytes for p in _unique_parameters(workload)),
-        checkpoint_copy_bytes=max(stage.state_bytes for stage in workload.stages) // dims.dp,
+        checkpoint_copy_bytes=max(stage.state_bytes for stage in workload.stages) // dims.dp_cp,
         flops=flops_per_token(workload),
         stage_flops=stage_flops(workload),
         communication=tuple(communication_per_step(workload)),
+        attention_balance=attention_balance(config, dims),
     )
 
 
@@ -149,7 +152,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     dims = plan.dims
     return {
         "world_size": plan.world_size,
-        "layout": {"tensor": dims.tp, "pipeline": dims.pp, "data": dims.dp},
+        "layout": {"tensor": dims.tp, "pipeline": dims.pp, "context": dims.cp, "data": dims.dp},
         "zero_stage": plan.zero_stage,
         "micro_batches": dims.num_micro_batches,
         "steps": plan.steps,
@@ -164,6 +167,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "flops_total": plan.flops.total * plan.steps * plan.tokens_per_step,
         "communication_per_step": [asdict(row) for row in plan.communication],
         "pipeline_bubble": dims.pipeline_bubble,
+        "attention_balance": asdict(plan.attention_balance),
     }
 
 
@@ -180,8 +184,8 @@ def as_text(plan: Plan) -> str:
 def _text_lines(plan: Plan) -> Iterator[str]:
     dims, parameters, flops = plan.dims, plan.parameters, plan.flops
     yield (
-        f"{plan.world_size} process(es): tensor {dims.tp} x pipeline {dims.pp} x data {dims.dp}, "
-        f"ZeRO {plan.zero_stage}, {dims.num_micro_batches} micro-batch(es) a step on each data rank"
+        f"{plan.world_size} process(es): {dims}, ZeRO {plan.zero_stage}, "
+        f"{dims.num_micro_batches} micro-batch(es) a step on each data rank"
     )
 
     tokens = plan.steps * plan.tokens_per_step
@@ -227,11 +231,19 @@ def _text_lines(plan: Plan) -> Iterator[str]:
         f"recomputation {flops.recomputation:.4g}{f', teacher {flops.teacher:.4g}' if flops.teacher else ''}); "
         f"{flops.total * tokens:.4g} in all"
     )
+    if dims.cp > 1:
+        balance = plan.attention_balance
+        yield (
+            f"balance of attention work: {balance.busiest_over_mean:.2f}, the busiest context rank over the mean "
+            f"({balance.basis})"
+        )
     yield ""
 
     yield "communication of a rank in a step:" + ("" if plan.communication else " none")
     if plan.communication:
-        yield "  stage  group     collective      calls             MiB"
+        labels = {"data": "data x context"} if dims.cp > 1 else {}
+        width = max(len("pipeline"), *map(len, labels.values()), 0)
+        yield f"  stage  {'group':{width}}  collective      calls             MiB"
     for row in plan.communication:
-        mib = row.bytes / 2**20
-        yield f"  {row.stage:5}  {row.group:8}  {row.collective:14}{row.count:7}{mib:16,.2f}"
+        mib, label = row.bytes / 2**20, labels.get(row.group, row.group)
+        yield f"  {row.stage:5}  {label:{width}}  {row.collective:14}{row.count:7}{mib:16,.2f}"

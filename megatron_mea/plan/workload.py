@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 
 from megatron_mea.attention.core import AttentionSizes, CoreAttention, core_attention_class
-from megatron_mea.attention.hlc import folding_is_cheaper
+from megatron_mea.attention.hlc import Form, folding_is_cheaper
+from megatron_mea.attention.mea import components_are_gathered
 from megatron_mea.config.parallel_dims import ParallelDims
 from megatron_mea.config.schema import Config, Model
 from megatron_mea.model.decoder import Decoder, StageLayers
@@ -70,13 +71,13 @@ class KVProjection:
     """The form in which a rank computes the key or the value heads of a layer (attention/hlc.py).
 
     Args:
-        form: plain, folded or combined.
+        form: plain, folded, combined, or components, which are combined once a context group has gathered them.
         num_components, num_composites: h' and h, of all ranks.
         sharded: whether the projection's rows are sharded over the tensor group.
         shards_composites: whether each rank has composite heads of its own (t divides h).
     """
 
-    form: Literal["plain", "folded", "combined"]
+    form: Form
     num_components: int
     num_composites: int
     sharded: bool
@@ -109,8 +110,18 @@ class Workload:
         return 2 if self.config.training.precision == "bf16" else 4
 
     @property
+    def head_bytes(self) -> int:
+        """Bytes of a token's features in a head."""
+        return self.model.head_dim * self.element_bytes
+
+    @property
     def tokens(self) -> int:
-        """Tokens of a micro-batch."""
+        """Tokens of a micro-batch on a rank."""
+        return self.full_tokens // self.dims.cp
+
+    @property
+    def full_tokens(self) -> int:
+        """Tokens of a micro-batch, all of whose positions, keys and values every rank of a context group holds."""
         return self.config.training.micro_batch_size * self.config.data.seq_length
 
     @property
@@ -174,6 +185,7 @@ class Workload:
         return AttentionSizes(
             config=self.model,
             tokens=self.tokens,
+            kv_tokens=self.full_tokens,
             seq_length=self.config.data.seq_length,
             num_heads=self.local_heads,
             num_kv_heads=self.local_composites,
@@ -186,8 +198,10 @@ class Workload:
         num_components, num_composites = model.component_heads[layer], model.num_key_value_heads
         combines = model.mixes_keys if side == "k" else model.mixes_values
 
-        form: Literal["plain", "folded", "combined"] = "plain"
-        if combines:
+        form: Form = "plain"
+        if combines and components_are_gathered(model, layer, tp_size=tensor, cp_size=self.dims.cp):
+            form = "components"
+        elif combines:
             folds = folding_is_cheaper(
                 tokens=self.tokens,
                 hidden_size=model.hidden_size,

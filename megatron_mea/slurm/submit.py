@@ -107,6 +107,12 @@ def check_run(config: Config, resources: Resources) -> tuple[ParallelDims, int, 
             f"the {dims.tp} ranks of a tensor group (parallel.tensor_model_parallel_size) do not share a node of "
             f"{resources.gpus_per_node}: every layer would wait for the network"
         )
+    elif dims.cp > 1 and resources.gpus_per_node % (dims.tp * dims.cp):
+        warnings.append(
+            f"the {dims.tp * dims.cp} ranks that share a sequence (parallel.context_parallel_size x "
+            f"parallel.tensor_model_parallel_size) do not share a node of {resources.gpus_per_node}: every layer would "
+            "gather keys and values over the network"
+        )
 
     return dims, state.resume_checkpoint[0] if state.resume_checkpoint else 0, warnings
 
@@ -164,10 +170,7 @@ def _summary(
         yield f"Submitted batch job {job}" + (f", after {previous}" if previous else "")
 
     yield from warning_lines
-    yield (
-        f"  world size    {resources.world_size} = {resources.nodes} node(s) x {resources.gpus_per_node}: tensor "
-        f"{dims.tp} x pipeline {dims.pp} x data {dims.dp}"
-    )
+    yield f"  world size    {resources.world_size} = {resources.nodes} node(s) x {resources.gpus_per_node}: {dims}"
     yield f"  run folder    {run.path}"
     yield f"  begins        {f'at step {step}, the newest checkpoint' if step else 'anew'}, of {config.steps}"
     yield f"  log           {log}"

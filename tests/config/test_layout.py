@@ -205,6 +205,27 @@ def test_a_pipeline_with_few_micro_batches_is_warned_of():
     assert not config_warnings(config(head_norm_init=0.1), ParallelDims(tp=1, pp=1, dp=1, num_micro_batches=1))
 
 
+@pytest.mark.parametrize(
+    ("seq_length", "context", "document_mask", "words"),
+    [
+        (16384, 8, True, []),
+        (4096 + 64, 2, True, ["chunks of 1,040 tokens"]),
+        (4096 + 64, 2, False, []),
+        (16384, 16, True, ["1,024 tokens of a sequence"]),
+        (4160, 4, True, ["1,040 tokens of a sequence", "a multiple of 2 x 128 x 4 = 1,024"]),
+        (64, 1, True, []),
+    ],
+)
+def test_context_groups_that_are_slow_are_warned_of(seq_length, context, document_mask, words):
+    settings = config(head_norm_init=0.1)
+    data = settings.data.model_copy(update={"seq_length": seq_length, "document_mask": document_mask})
+    warnings = config_warnings(settings.model_copy(update={"data": data}), ParallelDims(cp=context))
+    assert len(warnings) == len(words)
+    for warning, part in zip(warnings, words, strict=True):
+        assert f"parallel.context_parallel_size = {context} " in warning
+        assert part in warning
+
+
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=9), st.data())
 def test_stages_are_contiguous_and_the_largest_is_as_small_as_can_be(layers, data):
     count = data.draw(st.integers(1, len(layers)))

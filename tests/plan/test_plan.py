@@ -25,9 +25,10 @@ from megatron_mea.config.layout import check_layout
 from megatron_mea.config.parallel_dims import ParallelDims
 from megatron_mea.model.decoder import Decoder
 from megatron_mea.model.moe import Router, RouterLosses
-from megatron_mea.parallel.grid import NO_TP, TensorGroup
+from megatron_mea.parallel.grid import NO_CP, NO_TP, ContextGroup, TensorGroup
 from megatron_mea.parallel.parameter import parameters_by_name
 from megatron_mea.plan.activations import stage_activations, step_folds
+from megatron_mea.plan.flops import attention_flops, combination_flops, flops_per_token
 from megatron_mea.plan.plan import Plan, as_json, make_plan
 from megatron_mea.plan.workload import Workload
 
@@ -57,8 +58,8 @@ def config(*, model: dict | None = None, parallel: dict | None = None, seq: int 
     )
 
 
-def layout(*, tensor: int = 1, pipeline: int = 1, sequence: bool = False) -> dict:
-    return bench.layout(tensor=tensor, pipeline=pipeline, sequence=sequence)
+def layout(*, tensor: int = 1, pipeline: int = 1, context: int = 1, sequence: bool = False) -> dict:
+    return bench.layout(tensor=tensor, pipeline=pipeline, context=context, sequence=sequence)
 
 
 EXPERTS = {"num_experts": 16, "num_experts_per_tok": 3, "moe_intermediate_size": 96}
@@ -149,12 +150,43 @@ def test_flops_equal_those_that_torch_counts(name, seq):
         assert planned.recomputation > 0
 
 
-def saved_for_backward(settings: Config, tp: TensorGroup, *, folded_before: bool = False) -> int:
+def test_flops_of_a_context_rank(group_of_two):
+    """Those of a token, and the combination of the other ranks' components, which every rank repeats."""
+    for name in ("mea", "fewer components", "plain"):
+        for kind in ("none", "selective", "full"):
+            settings = config(model=MODELS[name], parallel=layout(context=2), seq=128, activation_checkpointing=kind)
+            workload = Workload(config=settings, dims=ParallelDims.from_config(settings, 2))
+            cp = ContextGroup(size=2, rank=0, group=group_of_two)
+            decoder = Decoder(settings.model, cp=cp, activation_checkpointing=kind)
+            positions = torch.arange(128).expand(2, 128)
+            ids = torch.zeros(2, 64, dtype=torch.long)
+            with flop_counter() as counter:
+                decoder(ids, positions, ids).backward()
+
+            # The CPU's kernels are not counted.
+            flops, layers = flops_per_token(workload), range(settings.model.num_hidden_layers)
+            passes = 3 if kind == "none" else 4
+            attention = passes * len(layers) * attention_flops(workload)
+            repeated = passes * sum(
+                combination_flops(workload=workload, layer=layer, side=side)
+                for layer in layers
+                for side in ("k", "v")
+                if workload.kv_projection(layer, side).form == "components"
+            )
+            counted = counter.get_total_flops() / workload.tokens
+            assert counted == pytest.approx(flops.total - attention + repeated), (name, kind)
+            assert (repeated > 0) == (name == "fewer components")
+
+
+def saved_for_backward(
+    settings: Config, tp: TensorGroup, *, cp: ContextGroup = NO_CP, folded_before: bool = False
+) -> int:
     """Bytes of the storages that autograd holds between the passes, parameters and the loss excluded."""
     training = settings.training
     decoder = Decoder(
         config=settings.model,
         tp=tp,
+        cp=cp,
         activation_checkpointing=training.activation_checkpointing,
         router_losses=RouterLosses(balance=training.balance, balance_coef=1.0, z_coef=training.router_z_loss_coef),
     )
@@ -171,7 +203,8 @@ def saved_for_backward(settings: Config, tp: TensorGroup, *, folded_before: bool
         return tensor
 
     shape = (settings.training.micro_batch_size, settings.data.seq_length)
-    ids, positions = torch.zeros(shape, dtype=torch.long), torch.arange(shape[1]).expand(shape)
+    positions = torch.arange(shape[1]).expand(shape)
+    ids = cp.shard(torch.zeros_like(positions), dim=1)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         folds = StepFolds([block.self_attn for block in decoder.blocks], 2) if folded_before else None
         decoder.logits(decoder.forward_hidden(ids, positions, folded=folds and folds.for_micro_batch(0)))
@@ -230,6 +263,33 @@ def test_activations_are_those_that_autograd_saves(name, seq, tensor, sequence, 
     num_folds = (settings.model.mixes_keys + settings.model.mixes_values) * len(stage.blocks) * shares_folds
     planned = stage_activations(workload, stage) + step_folds(workload, stage) - 4 * folded_numel * num_folds
     actual = saved_for_backward(settings=settings, tp=tp, folded_before=shares_folds)
+    assert planned == pytest.approx(actual, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("name", "seq", "tensor"),
+    [
+        (name, *case)
+        for name in MODELS
+        for case in ((128, 1), (512, 1), (512, 2))
+        if case[1] == 1 or name != "talking heads"
+    ],
+)
+@pytest.mark.parametrize("checkpointing", ["none", "selective"])
+def test_activations_of_a_context_rank(name, seq, tensor, checkpointing, group_of_two, monkeypatch):
+    """Keys and values of all tokens beside queries of half of them."""
+    choose_experts(monkeypatch, balanced=True)
+    parallel = layout(tensor=tensor, context=2, sequence=tensor > 1)
+    settings = config(model=MODELS[name], parallel=parallel, seq=seq, activation_checkpointing=checkpointing)
+    tp = TensorGroup(size=2, rank=0, group=group_of_two, sequence_parallel=True) if tensor == 2 else NO_TP
+    cp = ContextGroup(size=2, rank=0, group=group_of_two)
+    dims = replace(ParallelDims.from_config(settings, 2 * tensor), num_micro_batches=1)
+    workload = Workload(config=settings, dims=dims, device="cpu")
+    planned = stage_activations(workload, workload.stages[0])
+    actual = saved_for_backward(settings, tp, cp=cp)
+    if checkpointing == "selective":
+        # cos and sin of all tokens and of this rank's are arguments of checkpoints, which autograd does not save.
+        actual += 2 * (workload.full_tokens + workload.tokens) * workload.head_bytes
     assert planned == pytest.approx(actual, rel=0.03)
 
 
@@ -304,6 +364,18 @@ def test_communication_is_what_processes_send(teacher):
         "experts, ZeRO 3": bench.case(bench.layout(zero=3), model=experts),
         "experts, pp2": bench.case(layout(pipeline=2), model=experts | {"mlp_only_layers": [0]}),
     }
+    half = {"num_component_heads": 2}
+    context = layout(context=2)
+    cases |= {
+        "cp2": bench.case(context, model={"qk_norm": True, "num_component_heads": [4, 2, 1, 4]}),
+        "cp2, ZeRO 3, selective": bench.case(
+            bench.layout(context=2, zero=3), model=half, activation_checkpointing="selective"
+        ),
+        "cp2, full, experts": bench.case(context, model=half | experts, activation_checkpointing="full"),
+        "cp2, differential, distilled": bench.case(
+            context, model={"attention_variant": "differential"}, distillation=teacher
+        ),
+    }
     ranks = local_ranks.launch(bench.measure_cases, 2, cases)
     for index, (name, settings) in enumerate(cases.items()):
         counts = [measured[index].counts for measured in ranks]
@@ -361,7 +433,7 @@ def plan_json(capsys, *arguments: str) -> dict:
 def test_json_and_text_name_the_numbers(capsys):
     plan = plan_json(capsys, QUICKSTART, "parallel.tensor_model_parallel_size=2", "--world-size", "4")
     assert (plan["steps"], plan["tokens_per_step"], plan["tokens"]) == (500, 2048, 1_024_000)
-    assert plan["layout"] == {"tensor": 2, "pipeline": 1, "data": 2}
+    assert plan["layout"] == {"tensor": 2, "pipeline": 1, "context": 1, "data": 2}
     assert plan["parameters"]["total"] == 1_217_792
     assert plan["pipeline_bubble"] == 0
 
@@ -421,7 +493,7 @@ def test_the_settings_for_clusters_fit_have_no_warnings_and_say_what_plan_says(c
     assert stage["total"] < 65 * 2**30
 
     # Tensor ranks share a node of 8.
-    tensor, pipeline, data = plan["layout"].values()
+    tensor, pipeline, _, data = plan["layout"].values()
     assert tensor <= 8
 
     table = CLUSTER_SETTINGS.partition("## What `plan` says")[2].partition("##")[0]

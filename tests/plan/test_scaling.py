@@ -126,7 +126,7 @@ def test_every_layout_of_the_processes_is_a_case(processes):
     assert len(cases) == len(list(layouts.all_layouts(processes)))
 
     sizes = {astuple(check_layout(config, processes))[:4] for config in cases.values()}
-    possible = possible_layouts(layouts.case(layouts.layout()), processes)
+    possible = possible_layouts(layouts.case(layouts.layout(context=2)), processes)
     assert sizes == {astuple(dims)[:4] for dims in possible}
 
 

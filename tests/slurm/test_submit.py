@@ -78,6 +78,18 @@ def test_options_are_quoted_and_come_last(submit):
 
 
 @pytest.mark.slow
+def test_groups_that_do_not_share_a_node_are_warned_of(submit):
+    changes = ["training.micro_batch_size=1", "parallel.context_parallel_size=2"]
+    for gpus, words in ((2, False), (1, True)):
+        status, script, _ = submit(DRY, *changes, nodes=4 // gpus, gpus=gpus)
+        assert status == 0
+        assert ("the 2 ranks that share a sequence" in script) == words
+        assert (
+            "do not share a node of 1: every layer would gather keys and values over the network" in script
+        ) == words
+
+
+@pytest.mark.slow
 def test_values_may_stand_behind_options(ask):
     resources = ["--nodes", "1", "optimizer.lr=0.5", "--gpus-per-node", "1", "run.dir=other", "--time", "60"]
     status, script, _ = ask("submit", "tiny.yaml", "run.dir=first", *resources, "training.steps=7", DRY)

@@ -21,7 +21,7 @@ Counts = dict[tuple[str, str], tuple[int, int]]
 
 
 class CollectiveCounter(TorchDispatchMode):
-    """Counts calls and payload bytes by (group, collective); `classify` names a group by its ranks, None leaves it out.
+    """Counts calls and payload bytes by (group, collective); `classify` names a process group, None leaves it out.
 
     Payload is the tensor given to all_reduce and send, the output of all_gather, the input of reduce_scatter.
     """
@@ -41,7 +41,7 @@ class CollectiveCounter(TorchDispatchMode):
     }
     IGNORED = ("recv_", "barrier", "monitored_barrier_")
 
-    def __init__(self, classify: Callable[[list[int]], str | None]) -> None:
+    def __init__(self, classify: Callable[[dist.ProcessGroup], str | None]) -> None:
         super().__init__()
         self.classify = classify
         self.calls: Counter[tuple[str, str]] = Counter()
@@ -66,8 +66,7 @@ class CollectiveCounter(TorchDispatchMode):
 
         collective, position = self.OPERATIONS[name]
         group = next(arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()))
-        ranks = dist.get_process_group_ranks(dist.ProcessGroup.unbox(group))
-        group_name = "pipeline" if collective == "send" else self.classify(ranks)
+        group_name = "pipeline" if collective == "send" else self.classify(dist.ProcessGroup.unbox(group))
         tensors = _flatten(args[position])
         self.all_calls += 1
 
@@ -85,12 +84,18 @@ def _flatten(tensors: Any) -> list[torch.Tensor]:
     return [tensor for part in tensors for tensor in _flatten(part)]
 
 
-def classify_group(engine: Any, ranks: list[int]) -> str | None:
-    """tensor, data or pipeline: the coordinate in which the ranks differ; world if several, None for a single rank."""
+def classify_group(engine: Any, group: dist.ProcessGroup) -> str | None:
+    """tensor, data or pipeline: the coordinate in which the ranks differ; world if several, None for a single rank.
+
+    Context ranks are data ranks to all groups but the context group, which may have the same ranks as the data group.
+    """
+    if group == engine.grid.cp.group:
+        return "context"
+    ranks = dist.get_process_group_ranks(group)
     if len(ranks) == 1:
         return None
 
-    tensor, data = engine.grid.tp.size, engine.grid.dims.dp
+    tensor, data = engine.grid.dims.tp, engine.grid.dims.dp_cp
     coordinates = [(rank % tensor, rank // tensor % data, rank // (tensor * data)) for rank in ranks]
     differ = [len(set(axis)) > 1 for axis in zip(*coordinates, strict=True)]
     return ("tensor", "data", "pipeline")[differ.index(True)] if sum(differ) == 1 else "world"

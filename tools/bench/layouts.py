@@ -41,6 +41,7 @@ STEPS_BEFORE = 2
 """ZeRO 3 follows its own plan of fetches from the third pass on."""
 STEPS_TIMED = 3
 SINGLE_RANK = "1 rank"
+GROUPS = ("tensor", "context", "data", "pipeline")
 FOLDED = 160
 """Sequence length with which a micro-batch of two samples has more tokens than `hidden_size`."""
 
@@ -57,21 +58,22 @@ def case(parallel: dict, *, model: dict | None = None, seq_length: int = 96, **t
 
 def all_layouts(processes: int) -> Iterator[tuple[str, Config]]:
     """Every layout of so many processes by name, with and without recomputation; ZeRO 0 runs as 1."""
-    for tensor, pipeline in itertools.product(range(1, processes + 1), repeat=2):
-        if processes % (tensor * pipeline):
+    for tensor, pipeline, context in itertools.product(range(1, processes + 1), repeat=3):
+        if processes % (tensor * pipeline * context):
             continue
 
-        data = processes // (tensor * pipeline)
-        sizes = {"tp": tensor, "pp": pipeline, "dp": data}
+        data = processes // (tensor * pipeline * context)
+        sizes = {"tp": tensor, "cp": context, "pp": pipeline, "dp": data}
         name = " x ".join(f"{kind}{size}" for kind, size in sizes.items() if size > 1) or SINGLE_RANK
-        zero_stages = (1, 2, 3) if data > 1 and pipeline == 1 else (1,)
+        replicas = data * context
+        zero_stages = (1, 2, 3) if replicas > 1 and pipeline == 1 else (1,)
         for zero, sequence, recomputation in itertools.product(zero_stages, (False, True), ("none", "full")):
             if sequence and tensor == 1:
                 continue
 
-            marks = [f"ZeRO {zero}"] * (data > 1) + ["sequence parallel"] * sequence
+            marks = [f"ZeRO {zero}"] * (replicas > 1) + ["sequence parallel"] * sequence
             marks += ["recomputed"] * (recomputation == "full")
-            parallel = layout(tensor=tensor, pipeline=pipeline, zero=zero, sequence=sequence)
+            parallel = layout(tensor=tensor, pipeline=pipeline, context=context, zero=zero, sequence=sequence)
             config = case(parallel=parallel, seq_length=FOLDED, activation_checkpointing=recomputation)
             yield ", ".join([name, *marks]), config
 
@@ -230,7 +232,7 @@ def lines(result: dict[str, Any], speed: float | None) -> Iterator[str]:
     for stage, (peak, planned) in enumerate(zip(result["peak_bytes"], result["planned_peak_bytes"], strict=True)):
         rows = [row for row in result["collectives"] if row["stage"] == stage]
         cells = [result["case"] if stage == 0 else "", str(stage)]
-        for group in ("tensor", "data", "pipeline"):
+        for group in GROUPS:
             group_rows = [row for row in rows if row["group"] == group]
             size, calls = (sum(row[key] for row in group_rows) for key in ("bytes", "calls"))
             cells.append(f"{size / 1e6:.3f} ({calls})" if group_rows else "-")
@@ -264,7 +266,7 @@ def main() -> None:
     parser.add_argument("--names", default="", metavar="PART", help="only cases whose name has this part")
     parser.add_argument("--profiler", action="store_true", help="compare the number of calls with torch's profiler")
     arguments = parser.parse()
-    columns = ["layout", "stage", "tensor, MB (calls)", "data", "pipeline", "planned"]
+    columns = ["layout", "stage", f"{GROUPS[0]}, MB (calls)", *GROUPS[1:], "planned"]
     columns += ["tensors, MB", "planned", "ratio", "CPU s of all ranks", "by FLOPs", "ratio", "sending"]
     print_header(columns, rule="---")
     results: list[dict[str, Any]] = []

@@ -20,11 +20,14 @@ from megatron_mea.exported.modeling_mea import MEAForCausalLM
 from megatron_mea.huggingface.hf_config import to_hf_config
 
 
-def layout(*, tensor: int = 1, pipeline: int = 1, zero: int = 1, sequence: bool = False) -> dict[str, Any]:
+def layout(
+    *, tensor: int = 1, pipeline: int = 1, context: int = 1, zero: int = 1, sequence: bool = False
+) -> dict[str, Any]:
     """The section `parallel` of a configuration; `sequence`: with sequence parallelism."""
     return {
         "tensor_model_parallel_size": tensor,
         "pipeline_model_parallel_size": pipeline,
+        "context_parallel_size": context,
         "zero_stage": zero,
         "sequence_parallel": sequence,
     }
