@@ -209,7 +209,11 @@ class HeadProjection(Linear):
         return "folded" if is_folded else "combined"
 
     def combine(self, components: torch.Tensor) -> torch.Tensor:
-        """(batch, h', seq, d) -> (batch, this rank's composite heads, seq, d)"""
+        """(batch, h', seq, d) -> (batch, this rank's composite heads, seq, d)
+
+        Outside of this module's forward: ZeRO 3 never partitions a parameter as small as a combination
+        (`PERSISTENCE_THRESHOLD`).
+        """
         return combine_heads(components.transpose(1, 2), self._columns())
 
     def fold(self) -> FoldedProjection:

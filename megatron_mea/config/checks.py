@@ -97,7 +97,7 @@ def _pipeline_warnings(dims: ParallelDims) -> Iterator[str]:
 
 def _embedding_warnings(config: Config) -> Iterator[str]:
     model = config.model
-    if not model.has_head_norm:
+    if not model.has_head_norm or config.run.init_from is not None:
         return
 
     embedding_std = model.embedding_initializer_range or model.initializer_range

@@ -269,6 +269,10 @@ def test_small_embeddings_beside_a_head_norm_are_warned_of():
     ):
         assert config_warnings(parse(model=wide | {"initializer_range": 0.06} | remedy), ONE_PROCESS) == []
 
+    # Stored weights know no initialisation.
+    began = {"dir": "run", "init_from": "model"}
+    assert config_warnings(parse(model=wide | {"embedding_initializer_range": 0.02}, run=began), ONE_PROCESS) == []
+
 
 def test_an_error_travels_between_ranks():
     error = UserError.from_problems(
