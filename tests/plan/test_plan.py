@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "bench"))
 
 import layouts as bench
 import local_ranks
+from memory import LiveTensors
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
@@ -325,6 +326,24 @@ def test_activations_of_experts(training, balanced, group_of_two, monkeypatch):
         workload = Workload(config=settings, dims=dims, device="cpu", expert_load="mean" if balanced else "worst")
         planned = stage_activations(workload, workload.stages[0])
         assert planned == pytest.approx(saved_for_backward(settings, tp), rel=0.01)
+
+
+@pytest.mark.slow
+def test_two_context_ranks_need_less_memory(group_of_two):
+    """16,384 tokens, with full recomputation: live tensors of a forward and backward pass."""
+    model = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_component_heads": 1, "head_dim": 32}
+    model |= {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 1, "vocab_size": 64}
+    settings = config(model=model, seq=16384, activation_checkpointing="full")
+    positions = torch.arange(16384).unsqueeze(0)
+    peaks = []
+    for cp in (NO_CP, ContextGroup(size=2, rank=0, group=group_of_two)):
+        with LiveTensors() as live:
+            decoder = Decoder(settings.model, cp=cp, activation_checkpointing="full")
+            ids = cp.shard(torch.zeros_like(positions), dim=1)
+            decoder(ids, positions, ids).backward()
+        peaks.append(live.peak)
+
+    assert peaks[1] <= 0.75 * peaks[0]
 
 
 def test_activation_checkpointing_saves_the_inputs_of_blocks():

@@ -39,6 +39,9 @@ CHUNKED = {
     "global_batch_size": 16,
 }
 """More than 64 MiB of logits on a rank, and a loss that takes more than the update."""
+LONG = {"seq_length": 4096, "micro_batch_size": 1, "global_batch_size": 2, "model": {"num_hidden_layers": 4}}
+HALF = {"model": {"num_hidden_layers": 4, "num_component_heads": 2}}
+"""One long sequence, of which each of two context ranks has 2,048 tokens; of `HALF` component heads are gathered."""
 
 
 def case(parallel: dict | None = None, *, model: dict | None = None, seq_length: int = 512, **training: Any) -> Config:
@@ -73,6 +76,16 @@ CASES: dict[str, tuple[int, Config]] = {
     "dp2, ZeRO 1, bf16": (
         2,
         case(precision="bf16", seq_length=64, micro_batch_size=1, global_batch_size=4, model={"num_hidden_layers": 4}),
+    ),
+    "cp2": (2, case(parallel=layout(context=2), **LONG)),
+    "cp2, h' = h / 2": (2, case(parallel=layout(context=2), **LONG | HALF)),
+    "cp2, h' = h / 2, selective": (
+        2,
+        case(parallel=layout(context=2), **LONG | HALF, activation_checkpointing="selective"),
+    ),
+    "cp2, h' = h / 2, recomputed": (
+        2,
+        case(parallel=layout(context=2), **LONG | HALF, activation_checkpointing="full"),
     ),
     "1 rank, experts": (1, case(model=EXPERTS)),
     "1 rank, 8 experts, one micro-batch": (1, case(model=EIGHT, global_batch_size=8, micro_batch_size=8)),
