@@ -382,6 +382,8 @@ def build_parser() -> tuple[Parser, Mapping[str, Parser]]:
     )
     sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     sub.add_argument("--data", metavar="PREFIX", help="prepared data (default: a checkpoint's data.validation)")
+    window_help = "tokens of a window of the data (default: those of training; of a folder its context, up to 2,048)"
+    sub.add_argument("--window", type=int_range(1), metavar="N", help=window_help)
     tasks_help = "lm-eval tasks, by name or as files; `paper`: the six of the paper"
     sub.add_argument("--tasks", nargs="+", metavar="NAME_OR_YAML", help=tasks_help)
     sub.add_argument("--out", metavar="FILE.json", help="write the result there too")

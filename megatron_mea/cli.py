@@ -295,7 +295,10 @@ def _sensitivity(*, model: str, component_heads: int, data: str, out: str, align
     sensitivity(model=located, heads=component_heads, data=data, out=out, aligned=align)
 
 
-def _evaluate(*, model: str, data: str | None, tasks: list[str] | None, out: str | None) -> None:
+def _evaluate(*, model: str, data: str | None, window: int | None, tasks: list[str] | None, out: str | None) -> None:
+    if window is not None and data is None and tasks:
+        raise UserError(where="--window", got=window, expected="--data beside it: tasks have no windows")
+
     located = _locate(model, data={"--data": data})
 
     from megatron_mea.outputs import print_and_write, reserve_output
@@ -303,7 +306,7 @@ def _evaluate(*, model: str, data: str | None, tasks: list[str] | None, out: str
     with reserve_output(out, folder=False) if out else nullcontext() as file:
         from megatron_mea.huggingface.evaluate import evaluate
 
-        result, table = evaluate(model=located, data=data, tasks=tasks)
+        result, table = evaluate(model=located, data=data, window=window, tasks=tasks)
         text = dumps(result, indent=1)
         try:
             print_and_write(text, {file: f"{text}\n"} if file else {})

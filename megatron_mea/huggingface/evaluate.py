@@ -21,11 +21,14 @@ from megatron_mea.progress import progress_bar
 _BATCH = 8
 
 
-def evaluate(*, model: ModelFolder, data: str | None, tasks: Sequence[str] | None) -> tuple[dict[str, Any], str | None]:
+def evaluate(
+    *, model: ModelFolder, data: str | None, window: int | None, tasks: Sequence[str] | None
+) -> tuple[dict[str, Any], str | None]:
     """Measures cross-entropy and perplexity on data, lm-eval's tasks, or both.
 
     Args:
         data: PREFIX; None takes the validation corpora of a checkpoint, unless there are tasks.
+        window: tokens of a window of the data; None as in `cross_entropy`.
         tasks: names and YAML files, as `lm_eval_tasks.open_tasks` takes them.
 
     Returns:
@@ -39,7 +42,7 @@ def evaluate(*, model: ModelFolder, data: str | None, tasks: Sequence[str] | Non
 
     result: dict[str, Any] = {"model": str(model.path)}
     if data is not None or not tasks_by_name:
-        result |= cross_entropy(model=loaded_model, config=model.config, data=data)
+        result |= cross_entropy(model=loaded_model, config=model.config, data=data, window=window)
     table = None
     if tasks_by_name:
         result["tasks"] = run_tasks(model=loaded_model, tokenizer=model.load_tokenizer(), tasks=tasks_by_name)
@@ -48,7 +51,9 @@ def evaluate(*, model: ModelFolder, data: str | None, tasks: Sequence[str] | Non
     return result, table
 
 
-def cross_entropy(*, model: PreTrainedModel, config: Config | None, data: str | None) -> dict[str, Any]:
+def cross_entropy(
+    *, model: PreTrainedModel, config: Config | None, data: str | None, window: int | None = None
+) -> dict[str, Any]:
     """Cross-entropy (nats a token) and perplexity over all of the data.
 
     Windows are as long as in training, with documents masked as in training (for a Hugging Face folder 2,048 tokens at
@@ -57,6 +62,7 @@ def cross_entropy(*, model: PreTrainedModel, config: Config | None, data: str | 
     Args:
         config: of a checkpoint.
         data: PREFIX; None takes the validation corpora of a checkpoint.
+        window: tokens of a window, in place of training's.
     """
     if data is None and (config is None or not config.data.validation):
         raise UserError(
@@ -64,7 +70,8 @@ def cross_entropy(*, model: PreTrainedModel, config: Config | None, data: str | 
         )
 
     paths = [corpus.path for corpus in config.data.validation] if data is None else [data]
-    window = config.data.seq_length if config else min(model.config.max_position_embeddings, MAX_WINDOW)
+    if window is None:
+        window = config.data.seq_length if config else min(model.config.max_position_embeddings, MAX_WINDOW)
     document_mask = config is None or config.data.document_mask
     windows = open_windows(
         paths=paths,
@@ -96,4 +103,4 @@ def cross_entropy(*, model: PreTrainedModel, config: Config | None, data: str | 
 
     loss = total_loss / num_tokens
     perplexity = math.exp(min(loss, 700.0))
-    return {"data": paths, "tokens": num_tokens, "cross_entropy": loss, "perplexity": perplexity}
+    return {"data": paths, "window": window, "tokens": num_tokens, "cross_entropy": loss, "perplexity": perplexity}

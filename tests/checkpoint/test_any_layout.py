@@ -17,7 +17,7 @@ from megatron_mea.config import Config
 
 pytestmark = pytest.mark.slow
 
-STEPS, LEG = 50, 3
+STEPS, LEG = 60, 3
 UNEVEN = {"num_component_heads": [1, 2, 3, 2, 4], "num_hidden_layers": 5}
 """No group divides h' or the vocabulary of 37, no pipeline the number of blocks."""
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "mlp_only_layers": [1]}
@@ -156,7 +156,7 @@ def test_a_relay_of_all_layouts(tmp_path):
     curves = []
     for world_size, layouts in launches:
         runs = [("relay", settings(parallel, UNEVEN)) for parallel in layouts]
-        curves_by_rank = run_distributed(relay, world_size, tmp_path, runs)
+        curves_by_rank = run_distributed(relay, world_size, tmp_path, runs, timeout=900)
         assert all(rank_curves == curves_by_rank[0] for rank_curves in curves_by_rank)
         curves += curves_by_rank[0]
 
@@ -172,7 +172,7 @@ def test_relays_with_tied_embeddings_with_experts_and_in_bfloat16(tmp_path):
     runs += [("bf16", settings(parallel=parallel, model=UNEVEN, precision="bf16")) for parallel in bf16]
     runs += [("experts", settings(parallel, EXPERTS)) for parallel in experts]
     runs += [("experts-bf16", settings(parallel=parallel, model=EXPERTS, precision="bf16")) for parallel in experts[:2]]
-    curves = run_distributed(relay, 4, tmp_path, runs)[0]
+    curves = run_distributed(relay, 4, tmp_path, runs, timeout=900)[0]
     check(curves[:4], TIED)
     check(curves=curves[4:8], model=UNEVEN, rtol=0.05)
     check(curves[8:11], EXPERTS)

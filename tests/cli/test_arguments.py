@@ -35,7 +35,7 @@ DEFAULTS = {  # verb: its options where none is given
     "compress": {"model": None, "out": None, "component_heads": None, "cache_ratio": None, "layers": None}
     | {"calibration": None, "align": False},
     "sensitivity": {"model": None, "component_heads": None, "data": None, "out": None, "align": False},
-    "evaluate": {"model": None, "data": None, "tasks": None, "out": None},
+    "evaluate": {"model": None, "data": None, "window": None, "tasks": None, "out": None},
     "generate": {"model": None, "prompt": None, "max_new_tokens": 64, "temperature": 0.0},
 }
 SOURCES = {"input": ["A", "B"], "tokenizer": "T", "out": "P"}
@@ -69,6 +69,7 @@ ACCEPTED = [  # command, what it sets
     ("evaluate M --tasks a b.yaml", {"model": "M", "tasks": ["a", "b.yaml"]}),
     ("evaluate M --tasks a --tasks paper", {"model": "M", "tasks": ["paper"]}),
     ("evaluate --data P --out f.json M", {"model": "M", "data": "P", "out": "f.json"}),
+    ("evaluate M --window 4096", {"model": "M", "window": 4096}),
     # Overrides between, before and behind options.
     ("train c", {"config": "c"}),
     ("train c a.b=1 c.d=", {"config": "c", "overrides": ["a.b=1", "c.d="]}),

@@ -136,7 +136,13 @@ def test_evaluate_generate_and_inspect(exported, whole, tiny, tmp_path, capsys):
 
     assert result["tokens"] == other["tokens"] == _independent_count(tiny.validation)
     # The checkpoint is evaluated in windows of its seq_length, the export in its whole context.
+    assert result["window"] < other["window"]
     assert result["cross_entropy"] == pytest.approx(other["cross_entropy"], rel=0.05)
+    window = str(result["window"])
+    assert main(["evaluate", str(exported), "--data", str(tiny.validation), "--window", window]) == 0
+    assert json.loads(capsys.readouterr().out)["cross_entropy"] == pytest.approx(result["cross_entropy"], rel=1e-6)
+    assert main(["evaluate", str(exported), "--tasks", "paper", "--window", window]) == 2
+    assert "error: --window" in capsys.readouterr().err
     assert result["cross_entropy"] == pytest.approx(_independent_loss(exported, tiny.validation), rel=1e-5)
 
     texts = []
