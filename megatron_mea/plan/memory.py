@@ -68,7 +68,7 @@ def stage_memory(workload: Workload, stage: StageShard) -> Memory:
     temporary_bytes = max((feed_forward_temporaries(workload, layer) for layer in stage.blocks), default=0)
     backward_bytes = recomputed_bytes + temporary_bytes
     if workload.dims.cp > 1:
-        backward_bytes = max(backward_bytes, *(context_backward(workload, layer) for layer in stage.blocks))
+        backward_bytes = max([backward_bytes, *(context_backward(workload, layer) for layer in stage.blocks)])
     logits_bytes = loss_activations(workload, stage)
     buffer_bytes, peak_update = _buffers_and_update_peak(workload, stage)
 

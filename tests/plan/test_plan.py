@@ -328,6 +328,21 @@ def test_activations_of_experts(training, balanced, group_of_two, monkeypatch):
         assert planned == pytest.approx(saved_for_backward(settings, tp), rel=0.01)
 
 
+def test_a_gpu_keeps_the_keys_and_values_of_all_tokens_once():
+    """A context rank saves half of everything else; without documents the outputs of two calls as well."""
+    saved = {}
+    for context, document_mask in ((1, True), (2, True), (2, False)):
+        settings = config(model=MODELS["plain"], parallel=layout(context=context), seq=512)
+        data = settings.data.model_copy(update={"document_mask": document_mask})
+        settings = settings.model_copy(update={"data": data})
+        workload = Workload(config=settings, dims=ParallelDims.from_config(settings, context))
+        saved[context, document_mask] = stage_activations(workload, workload.stages[0])
+
+    sizes, layers = workload.attention_sizes, len(workload.stages[0].blocks)
+    assert saved[2, True] == saved[1, True] // 2 + layers * sizes.key_bytes + workload.full_tokens * 8 // 2
+    assert saved[2, False] == saved[2, True] + layers * sizes.query_bytes
+
+
 @pytest.mark.slow
 def test_two_context_ranks_need_less_memory(group_of_two):
     """16,384 tokens, with full recomputation: live tensors of a forward and backward pass."""
