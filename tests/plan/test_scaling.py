@@ -108,6 +108,21 @@ def test_a_call_costs_what_is_said():
     assert with_latency - without_latency == pytest.approx(calls)
 
 
+def test_context_ranks_gather_inside_a_node_and_share_a_sequence():
+    overrides = ["parallel.context_parallel_size=4", "training.global_batch_size=64"]
+    config = load_config(str(ROOT / "configs/mea-8b.yaml"), overrides)
+    alone = config.model_copy(update={"parallel": config.parallel.model_copy(update={"context_parallel_size": 1})})
+    estimate, estimate_alone = (scaling.estimate(config=each, gpus=64, machine=MACHINE) for each in (config, alone))
+    assert estimate is not None
+    assert estimate_alone is not None
+    # Every rank does a 64th of the work in both.
+    assert estimate.compute == pytest.approx(estimate_alone.compute, rel=1e-3)
+
+    size = sum(row.bytes for row in estimate.plan.communication if row.group == "context")
+    assert estimate.traffic["context"] == pytest.approx(size * 3 / 4 / MACHINE.nvlink)
+    assert estimate_alone.traffic["context"] == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "gpus"), [("1B", 8), ("1B", 512), ("8B", 64), ("30B-A3B", 512)])
 def test_the_page_shows_what_the_tool_prints(model, gpus, capsys):
