@@ -42,14 +42,14 @@ def interrupt(
         command(config, name, *overrides, processes=processes), env=environment(), stdout=subprocess.PIPE, text=True
     )
 
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
         assert process.poll() is None, "the run ended before the signal"
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
     process.send_signal(signal_number)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     return process.returncode, output
 
 
