@@ -144,10 +144,12 @@ def _plan(*, config: str, overrides: list[str], world_size: int | None, json: bo
 
     check_layout(run_config, world_size)
 
+    from megatron_mea.plan.balance import attention_balance
     from megatron_mea.plan.plan import as_json, as_text, make_plan
 
     plan = make_plan(run_config, world_size=world_size)
-    show(dumps(as_json(plan), indent=2) if json else as_text(plan))
+    balance = attention_balance(run_config, plan.dims) if plan.dims.cp > 1 else None
+    show(dumps(as_json(plan, balance), indent=2) if json else as_text(plan, balance))
 
 
 def _submit(*, config: str, overrides: list[str], dry_run: bool, sbatch_options: list[str], **resources: Any) -> None:

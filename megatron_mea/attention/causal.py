@@ -1,18 +1,17 @@
-"""Causal attention of as many queries as keys, or of the last tokens' queries to the keys of all."""
+"""Causal attention of as many queries as keys, or on a CPU of the last tokens' queries to the keys of all."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.bias import causal_lower_right
 
 
 def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Attention of every token to itself and to all tokens before it.
 
     Args:
-        query: (batch, H, queries, d), of the last of the tokens that `key` has.
+        query: (batch, H, queries, d), of the last of the tokens that `key` has; on a GPU of all of them.
         key, value: (batch, h, keys, d), where h divides H.
 
     Returns:
@@ -21,11 +20,6 @@ def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     (heads, num_queries), (kv_heads, num_keys) = query.shape[1:3], key.shape[1:3]
     if num_queries == num_keys:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=heads != kv_heads)
-
-    if query.is_cuda:
-        # `is_causal` would align the first query with the first key.
-        bias = causal_lower_right(num_queries, num_keys)
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=heads != kv_heads)
 
     groups = heads // kv_heads
     return _LastQueries.apply(query, key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1))

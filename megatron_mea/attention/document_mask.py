@@ -4,7 +4,9 @@ A document begins where position ids are zero. On a CPU there is one call of att
 at half the time of one masked call for the window (forward and backward). On a GPU it is FlexAttention, with a block
 mask computed from position ids on the device, so that nothing waits for the host.
 
-Over a context group queries are those of this rank's tokens, and keys and values those of all tokens.
+Over a context group queries are those of this rank's tokens, and keys and values those of all tokens: FlexAttention on
+a GPU, with documents and without, whose block mask compiles; torch's own bias for the last queries does not, and takes
+queries x keys in float32 on the host.
 """
 
 from __future__ import annotations
@@ -24,13 +26,13 @@ AttentionFn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 def visible_tokens_mask(position_ids: torch.Tensor, *, document_mask: bool, cp: ContextGroup = NO_CP) -> torch.Tensor:
     """Boolean mask (batch or 1, 1, query, key) of visible tokens: causal, and inside documents if `document_mask`."""
-    seq = position_ids.shape[1]
-    mask = torch.ones(seq, seq, dtype=torch.bool, device=position_ids.device).tril()[None, None]
+    index = torch.arange(position_ids.shape[1], device=position_ids.device)
+    mask = (cp.shard(index, dim=0)[:, None] >= index)[None, None]
     if document_mask:
         document = (position_ids == 0).cumsum(1)
-        mask = mask & (document[:, None, :, None] == document[:, None, None, :])
+        mask = mask & (cp.shard(document, dim=1)[:, None, :, None] == document[:, None, None, :])
 
-    return cp.shard(mask, dim=2)
+    return mask
 
 
 def visible_pairs(position_ids: torch.Tensor, *, document_mask: bool, cp_size: int) -> torch.Tensor:
@@ -48,12 +50,12 @@ def visible_pairs(position_ids: torch.Tensor, *, document_mask: bool, cp_size: i
 
 def attention_function(position_ids: torch.Tensor, *, document_mask: bool, cp: ContextGroup = NO_CP) -> AttentionFn:
     """Causal attention, with `document_mask` inside documents, which begin where `position_ids` (batch, seq) are 0."""
-    if not document_mask:
-        return causal_attention if cp.size == 1 else partial(_chunked_causal_attention, cp=cp)
-    if position_ids.is_cuda:
-        return _flex_document_attention(position_ids, cp=cp, compiled=True)
+    if position_ids.is_cuda and (document_mask or cp.size > 1):
+        return _flex_attention(position_ids, document_mask=document_mask, cp=cp, compiled=True)
+    if document_mask:
+        return PerDocumentAttention(position_ids, cp)
 
-    return PerDocumentAttention(position_ids, cp)
+    return causal_attention if cp.size == 1 else partial(_chunked_causal_attention, cp=cp)
 
 
 def _chunked_causal_attention(
@@ -109,8 +111,10 @@ class PerDocumentAttention:
         return torch.cat(outputs)
 
 
-def _flex_document_attention(position_ids: torch.Tensor, *, cp: ContextGroup = NO_CP, compiled: bool) -> AttentionFn:
-    """The attention of `PerDocumentAttention` as one FlexAttention call; uncompiled only in tests."""
+def _flex_attention(
+    position_ids: torch.Tensor, *, document_mask: bool, cp: ContextGroup = NO_CP, compiled: bool
+) -> AttentionFn:
+    """The same attention as one FlexAttention call; uncompiled only in tests."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     batch, seq = position_ids.shape
@@ -123,11 +127,18 @@ def _flex_document_attention(position_ids: torch.Tensor, *, cp: ContextGroup = N
     ) -> torch.Tensor:
         if cp.size > 1:
             q = query_positions[q]
-        return (q >= k) & (document[b, q] == document[b, k])
+        is_earlier = q >= k
+        return is_earlier & (document[b, q] == document[b, k]) if document_mask else is_earlier
 
     # Without compilation the block mask is computed from a dense one.
     mask = create_block_mask(
-        visible, batch, None, len(query_positions), seq, device=position_ids.device, _compile=compiled
+        visible,
+        batch if document_mask else None,
+        None,
+        len(query_positions),
+        seq,
+        device=position_ids.device,
+        _compile=compiled,
     )
     flex = _compiled_flex_attention() if compiled else flex_attention
 

@@ -126,6 +126,11 @@ class MultiheadExplicitAttention(nn.Module):
 
         self.core_attention = core_attention_class(config)(name=name, config=config, layer=layer, tp=tp)
 
+    @property
+    def rotates_all_keys(self) -> bool:
+        """Whether RoPE waits for the keys of all tokens: the norm of composite keys comes before it."""
+        return self.key_projection.gathers_components and self.k_norm is not None
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -141,7 +146,7 @@ class MultiheadExplicitAttention(nn.Module):
         Over a context group all of them are those of this rank's tokens.
 
         Args:
-            full_cos_sin: cos and sin of all tokens of the sequences, over a context group.
+            full_cos_sin: cos and sin of all tokens of the sequences, where `rotates_all_keys`.
             attend: the attention function that step 3 calls.
             folded: folded projections of keys and of values (attention/folds.py); None to choose the cheapest form.
         """
@@ -207,7 +212,6 @@ class MultiheadExplicitAttention(nn.Module):
             # A combination of rotated heads is the rotated combination.
             return self.key_projection.combine(gather_from_cp_region(apply_rotary(key, cos, sin), self.cp))
 
-        # The norm is that of composite heads, and comes before the rotation.
         assert full_cos_sin is not None
         key = self.k_norm(self.key_projection.combine(gather_from_cp_region(key, self.cp)))
         return apply_rotary(key, *full_cos_sin)

@@ -193,21 +193,24 @@ def _sequence_problems(*, config: Config, tensor: int, context: int) -> Iterator
         yield Problem(
             where=_CONTEXT_KEY,
             got=context,
-            expected=f"half of a divisor of data.seq_length = {seq_length}: a rank holds two equal chunks of it",
+            expected=f"c where 2 c divides data.seq_length = {seq_length}: a rank holds two equal chunks of it",
         )
         return
 
     if config.parallel.sequence_parallel and seq_length // context % tensor:
-        parts = _TENSOR_KEY if context == 1 else f"{_CONTEXT_KEY} x {_TENSOR_KEY}"
-        yield Problem(where="data.seq_length", got=seq_length, expected=f"a multiple of {parts} = {context * tensor}")
+        sizes = f"{_TENSOR_KEY} = {tensor}" + (f" and {_CONTEXT_KEY} = {context}" if context > 1 else "")
+        multiple = tensor if context == 1 else math.lcm(2 * context, context * tensor)
+        yield Problem(where="data.seq_length", got=seq_length, expected=f"a multiple of {multiple} with {sizes}")
 
 
 def _layout_table(config: Config, world_size: int) -> Iterator[str]:
     """Lines of the table of possible layouts, or of the numbers of processes that have one."""
     training = config.training
+    splits_context = config.parallel.context_parallel_size > 1
+    sequence = f"data.seq_length = {config.data.seq_length}, " if splits_context else ""
     settings = (
-        f"this model, training.global_batch_size = {training.global_batch_size} and training.micro_batch_size = "
-        f"{training.micro_batch_size}"
+        f"this model, {sequence}training.global_batch_size = {training.global_batch_size} and "
+        f"training.micro_batch_size = {training.micro_batch_size}"
     )
     layouts = possible_layouts(config, world_size)
     if not layouts:
@@ -220,7 +223,6 @@ def _layout_table(config: Config, world_size: int) -> Iterator[str]:
         return
 
     yield f"layouts of {world_size} processes that work with {settings}:"
-    splits_context = config.parallel.context_parallel_size > 1
     yield f"  tensor  pipeline  {'context  ' if splits_context else ''}data  micro-batches  zero_stage"
     for dims in layouts:
         context = f"{dims.cp:7}  " if splits_context else ""

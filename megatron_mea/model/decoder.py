@@ -188,7 +188,7 @@ class LMHead(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A Llama-like decoder, or one pipeline stage of it, on one rank of a tensor group.
+    """A Llama-like decoder, or one pipeline stage of it, on one rank of a tensor and a context group.
 
     `embed_tokens`, `norm` and `lm_head` are None on a stage that does not hold them; `layers` maps global indices to
     the stage's blocks.
@@ -306,7 +306,11 @@ class Decoder(nn.Module):
         )
         # shape: (batch, seq, d) -> (batch, 1, seq, d), the same for all heads
         full_cos, full_sin = (angle.unsqueeze(1) for angle in cos_sin)
+        # All positions come first: dynamic scaling looks at the largest.
         cos, sin = (self.cp.shard(angle, dim=2) for angle in (full_cos, full_sin))
+        rotates_all_keys = any(block.self_attn.rotates_all_keys for block in self.blocks)
+        full_cos_sin = (full_cos, full_sin) if rotates_all_keys else None
+        del cos_sin, full_cos, full_sin
         num_tokens = position_ids.numel() // self.cp.size
 
         attention_fn = core_attention_class(self.config).attention_fn
@@ -326,7 +330,7 @@ class Decoder(nn.Module):
                 hidden_states,
                 cos=cos,
                 sin=sin,
-                full_cos_sin=(full_cos, full_sin),
+                full_cos_sin=full_cos_sin,
                 attend=attend,
                 folded=folded_kv,
                 enabled=self.activation_checkpointing == "full",

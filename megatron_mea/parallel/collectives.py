@@ -159,9 +159,12 @@ class _GatherTokens(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         cp = ctx.cp
+        batch, heads, seq, dim = gradient.shape
         chunks = gradient.chunk(2 * cp.size, dim=2)
-        # shape: (batch, heads, chunk, d), 2c of them -> (c, batch, heads, seq / c, d)
-        shards = torch.stack([torch.cat([chunks[rank], chunks[-1 - rank]], dim=2) for rank in range(cp.size)])
-        shard = torch.empty_like(shards[0])
-        dist.reduce_scatter_tensor(shard, shards.flatten(0, 1), group=cp.group)
+        shards = gradient.new_empty(cp.size, batch, heads, 2, seq // (2 * cp.size), dim)
+        for rank, rank_shards in enumerate(shards):
+            rank_shards[:, :, 0], rank_shards[:, :, 1] = chunks[rank], chunks[-1 - rank]
+
+        shard = gradient.new_empty(batch, heads, seq // cp.size, dim)
+        dist.reduce_scatter_tensor(shard, shards.view(cp.size * batch, *shard.shape[1:]), group=cp.group)
         return shard, None

@@ -44,13 +44,11 @@ def stage_activations(workload: Workload, stage: StageShard) -> int:
 def _cos_sin_bytes(workload: Workload, stage: StageShard) -> int:
     """Bytes of cos and sin, which all blocks share.
 
-    Over a context group those of all tokens exist too, where combined keys are rotated or an activation checkpoint
-    holds its arguments.
+    Over a context group those of all tokens too, where keys are combined and normed before they are rotated.
     """
     tokens, model = workload.tokens, workload.model
-    recomputes = workload.full_recompute or workload.selective_recompute
     combines = any(workload.kv_projection(layer, "k").form == "components" for layer in stage.blocks)
-    if workload.dims.cp > 1 and (recomputes or (model.qk_norm and combines)):
+    if model.qk_norm and combines:
         tokens += workload.full_tokens
 
     return 2 * tokens * model.head_dim * workload.element_bytes
@@ -210,17 +208,16 @@ def attention_activations(workload: Workload, layer: int) -> int:
 
 
 def _context_activations(workload: Workload) -> int:
-    """Bytes that attention saves in addition over a context group, where it is a call for each chunk of the queries.
+    """Bytes that attention saves in addition over a context group on a CPU: a call for each chunk of queries.
 
-    Their outputs are saved beside what they are joined to. The CPU's calls repeat keys and values for every query head:
-    on the first rank those of the second chunk, all of them.
+    Their outputs are saved beside what they are joined to, and keys and values repeated for every query head: on the
+    first rank those of the second chunk, all of them.
     """
     sizes, calls = workload.attention_sizes, workload.core_attention.kernel_calls
-    if workload.dims.cp == 1 or (workload.device == "cuda" and workload.config.data.document_mask):
+    if workload.dims.cp == 1 or workload.device == "cuda":
         return 0
 
-    repeated_bytes = 2 * sizes.kv_tokens * sizes.num_heads * workload.head_bytes if workload.device == "cpu" else 0
-    return calls * (sizes.query_bytes + repeated_bytes)
+    return calls * (sizes.query_bytes + 2 * sizes.kv_tokens * sizes.num_heads * workload.head_bytes)
 
 
 def projection_activations(*, workload: Workload, layer: int, side: Side) -> int:

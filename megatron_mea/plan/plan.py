@@ -12,7 +12,7 @@ from megatron_mea.config.parallel_dims import ParallelDims
 from megatron_mea.config.schema import Config
 from megatron_mea.huggingface.model_folder import ModelFolder
 from megatron_mea.parallel.parameter import Component
-from megatron_mea.plan.balance import AttentionBalance, attention_balance
+from megatron_mea.plan.balance import AttentionBalance
 from megatron_mea.plan.communication import Traffic, communication_per_step
 from megatron_mea.plan.flops import Flops, flops_per_token, stage_flops
 from megatron_mea.plan.memory import Memory, stage_memory
@@ -79,7 +79,6 @@ class Plan:
     flops: Flops
     stage_flops: tuple[float, ...]
     communication: tuple[Traffic, ...]
-    attention_balance: AttentionBalance
 
 
 def make_plan(config: Config, *, world_size: int | None = None, device: Device = "cuda") -> Plan:
@@ -106,7 +105,6 @@ def make_plan(config: Config, *, world_size: int | None = None, device: Device =
         flops=flops_per_token(workload),
         stage_flops=stage_flops(workload),
         communication=tuple(communication_per_step(workload)),
-        attention_balance=attention_balance(config, dims),
     )
 
 
@@ -147,7 +145,7 @@ def _unique_parameters(workload: Workload) -> Iterable[LocalParameter]:
     return {parameter.name: parameter for stage in workload.stages for parameter in stage.parameters}.values()
 
 
-def as_json(plan: Plan) -> dict[str, Any]:
+def as_json(plan: Plan, balance: AttentionBalance | None = None) -> dict[str, Any]:
     """The plan for `--json`: sizes in bytes, FLOPs of one token, memory and communication of one rank in one step."""
     dims = plan.dims
     return {
@@ -167,7 +165,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "flops_total": plan.flops.total * plan.steps * plan.tokens_per_step,
         "communication_per_step": [asdict(row) for row in plan.communication],
         "pipeline_bubble": dims.pipeline_bubble,
-        "attention_balance": asdict(plan.attention_balance),
+        "attention_balance": balance and asdict(balance),
     }
 
 
@@ -176,12 +174,12 @@ def _memory_as_json(memory: Memory) -> dict[str, int]:
     return {names.get(field, field): size for field, size in asdict(memory).items()} | {"total": memory.total}
 
 
-def as_text(plan: Plan) -> str:
+def as_text(plan: Plan, balance: AttentionBalance | None = None) -> str:
     """The plan as the command prints it."""
-    return "\n".join(_text_lines(plan))
+    return "\n".join(_text_lines(plan, balance))
 
 
-def _text_lines(plan: Plan) -> Iterator[str]:
+def _text_lines(plan: Plan, balance: AttentionBalance | None) -> Iterator[str]:
     dims, parameters, flops = plan.dims, plan.parameters, plan.flops
     yield (
         f"{plan.world_size} process(es): {dims}, ZeRO {plan.zero_stage}, "
@@ -231,12 +229,9 @@ def _text_lines(plan: Plan) -> Iterator[str]:
         f"recomputation {flops.recomputation:.4g}{f', teacher {flops.teacher:.4g}' if flops.teacher else ''}); "
         f"{flops.total * tokens:.4g} in all"
     )
-    if dims.cp > 1:
-        balance = plan.attention_balance
-        yield (
-            f"balance of attention work: {balance.busiest_over_mean:.2f}, the busiest context rank over the mean "
-            f"({balance.basis})"
-        )
+    if balance is not None:
+        ratio = "unknown" if balance.busiest_over_mean is None else f"{balance.busiest_over_mean:.2f}"
+        yield f"balance of attention work: {ratio}, the busiest context rank over the mean ({balance.basis})"
     yield ""
 
     yield "communication of a rank in a step:" + ("" if plan.communication else " none")

@@ -24,6 +24,8 @@ from megatron_mea.slurm.script import Site, render
 from megatron_mea.training.rank_env import RankEnv
 from megatron_mea.training.startup import open_corpora, open_run_inputs, read_run_state
 
+_MIN_TOKENS_ACROSS_NODES = 5000
+"""Below so many of a context rank gathering 8 of 32 heads at 50 GB/s takes longer than attention at 500 TFLOP/s."""
 _HEARTBEAT_TIMEOUT = 90.0
 """Seconds after its last heartbeat for which a run counts as being trained."""
 
@@ -107,11 +109,16 @@ def check_run(config: Config, resources: Resources) -> tuple[ParallelDims, int, 
             f"the {dims.tp} ranks of a tensor group (parallel.tensor_model_parallel_size) do not share a node of "
             f"{resources.gpus_per_node}: every layer would wait for the network"
         )
-    elif dims.cp > 1 and resources.gpus_per_node % (dims.tp * dims.cp):
+    elif (
+        dims.cp > 1
+        and resources.gpus_per_node % (dims.tp * dims.cp)
+        and config.data.seq_length // dims.cp < _MIN_TOKENS_ACROSS_NODES
+    ):
         warnings.append(
             f"the {dims.tp * dims.cp} ranks that share a sequence (parallel.context_parallel_size x "
-            f"parallel.tensor_model_parallel_size) do not share a node of {resources.gpus_per_node}: every layer would "
-            "gather keys and values over the network"
+            f"parallel.tensor_model_parallel_size) do not share a node of {resources.gpus_per_node}: with "
+            f"{config.data.seq_length // dims.cp:,} tokens a rank, gathering keys and values over the network "
+            "takes longer than attention (docs/long-context.md)"
         )
 
     return dims, state.resume_checkpoint[0] if state.resume_checkpoint else 0, warnings

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from megatron_mea.checkpoint.tensors import Fragment
 from megatron_mea.config.parallel_dims import ParallelDims
+from megatron_mea.errors import RunError
 from megatron_mea.model.decoder import Decoder
 from megatron_mea.optimizers import initial_state, optimizer_of, single_optimizer, state_tensor_name
 from megatron_mea.parallel.grid import Grid
@@ -35,6 +37,7 @@ class ZeroState:
         self._zero, self._parameters = zero_optimizer, parameters_by_name(model)
         self._shards_parameters = dims.shards_parameters
         self._optimizer: torch.optim.Optimizer = zero_optimizer.optimizer
+        self._check_partitioning_groups(dims)
 
         if dims.shards_parameters:
             partitions = zero_optimizer.fp32_partitioned_groups_flat
@@ -49,6 +52,21 @@ class ZeroState:
 
         if not dims.shards_parameters:
             zero_optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _check_partitioning_groups(self, dims: ParallelDims) -> None:
+        """Raises a RunError unless ZeRO partitions over all ranks with the same parameters.
+
+        Over fewer it trains wrong numbers, and says nothing.
+        """
+        if dims.shards_parameters:
+            groups = [parameter.ds_process_group for parameter in self._parameters.values()]
+        else:
+            groups = self._zero.real_dp_process_group
+
+        sizes = {dist.get_world_size(group) for group in groups}
+        if sizes != {dims.dp_cp}:
+            found = " and ".join(map(str, sorted(sizes)))
+            raise RunError(f"DeepSpeed partitions over {found} ranks, and not over data x context = {dims.dp_cp}")
 
     @property
     def skipped_update(self) -> bool:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from support.models import positions_of, small_model
 
 from megatron_mea.attention.causal import causal_attention
-from megatron_mea.attention.document_mask import _flex_document_attention, attention_function
+from megatron_mea.attention.document_mask import _flex_attention, attention_function
 from megatron_mea.config.schema import TrainCorpus
 from megatron_mea.config.variants import VARIANTS
 from megatron_mea.data.corpora import IGNORE_INDEX, Corpora
@@ -94,7 +94,7 @@ def test_flex_attention_equals_one_call_per_document():
     position_ids = positions([[30, 31, 100], [], [64]], 160)
     inputs = [x.detach() for x in random_heads(seq=160, dtype=torch.float32, width=16)]
     with torch.no_grad():
-        actual = _flex_document_attention(position_ids, compiled=False)(*inputs)
+        actual = _flex_attention(position_ids, document_mask=True, compiled=False)(*inputs)
         expected = attention_function(position_ids, document_mask=True)(*inputs)
 
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)

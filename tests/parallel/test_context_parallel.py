@@ -190,7 +190,10 @@ def cases(tensor: int) -> list[dict]:
     return [*shardable, *scalings, *expert_cases()]
 
 
-@pytest.mark.parametrize(("size", "tensor"), [(2, 1), (3, 1), (4, 1), (2, 2)])
+@pytest.mark.parametrize(
+    ("size", "tensor"),
+    [(2, 1), (3, 1), (4, 1), (2, 2), *(pytest.param(size, 2, marks=pytest.mark.full) for size in (3, 4))],
+)
 def test_a_context_group_computes_what_one_process_does(size, tensor):
     counts = run_distributed(check_all, size * tensor, cases(tensor), size, tensor, timeout=600)
     assert min(counts) >= 30

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from unittest import mock
 
@@ -31,8 +32,9 @@ def checks_on_this_rank() -> list[tuple[float, float]]:
     curve = train(engine=new_engine(config()), first=1, last=STEPS)
 
     # A state that is loaded into a new engine resumes bit for bit in bfloat16 too; its masters are float32.
-    for zero in (1, 2, 3):
-        settings = config(parallel=layout(zero=zero), training={"precision": "bf16"})
+    cases = itertools.product((1, 2, 3), {1, rank_env.world_size})
+    for zero, context in cases:
+        settings = config(parallel=layout(zero=zero, context=context), training={"precision": "bf16"})
         engine = new_engine(settings)
         bf16_curve = train(engine=engine, first=1, last=3)
         np.testing.assert_allclose(bf16_curve, curve[:3], rtol=0.03)
