@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "bench"))
 import layouts
 import scaling
 
-from megatron_mea.config import load_config
+from megatron_mea.config import Config, load_config
 from megatron_mea.config.layout import check_layout, possible_layouts
 from megatron_mea.config.parallel_dims import ParallelDims
 from megatron_mea.plan.plan import make_plan
@@ -200,3 +200,51 @@ def test_the_page_of_experts_shows_what_is_planned(row):
     cells = [gpus, f"{tensor} x {pipeline} x {estimate.plan.dims.dp}", zero_stage, recomputation]
     cells += [f"{size / 2**30:.1f}" for size in (estimate.memory, worst)]
     assert row == cells + [f"{value:.1f}" for value in seconds]
+
+
+STEP_TOKENS = 4_194_304
+LONG_ROWS = [row for row in table_rows("long-context.md") if len(row) == 10 and row[0] in {"32k", "128k", "1M"}]
+MEMORY_ROWS = [row for row in table_rows("long-context.md") if len(row) == 9 and row[0][0].isdigit()]
+
+
+def long_context_config(tokens: str, sizes: str, *overrides: str) -> Config:
+    """configs/mea-8b.yaml with windows of this length, on this layout (tensor x context x data)."""
+    tensor, context, _ = (int(size) for size in sizes.split(" x "))
+    length = {"32k": 1 << 15, "128k": 1 << 17, "1M": 1 << 20}[tokens]
+    layout = [
+        f"data.seq_length={length}",
+        f"model.max_position_embeddings={length}",
+        f"training.global_batch_size={STEP_TOKENS // length}",
+        f"parallel.tensor_model_parallel_size={tensor}",
+        f"parallel.sequence_parallel={str(tensor > 1).lower()}",
+        f"parallel.context_parallel_size={context}",
+    ]
+    return load_config(str(ROOT / "configs/mea-8b.yaml"), [*layout, *overrides])
+
+
+@pytest.mark.parametrize("row", LONG_ROWS, ids=str)
+def test_the_recipes_for_long_contexts_show_what_is_planned(row):
+    tokens, gpus, sizes, zero_stage, recomputation, *cells = row
+    zero_and_recomputation = (f"parallel.zero_stage={zero_stage}", f"training.activation_checkpointing={recomputation}")
+    config = long_context_config(tokens, sizes, *zero_and_recomputation)
+    estimate = scaling.estimate(config=config, gpus=int(gpus), machine=MACHINE)
+    assert estimate is not None
+    assert estimate.plan.dims.dp == int(sizes.rpartition(" ")[2])
+
+    seconds = [f"{estimate.traffic[group]:.2f}" for group in ("tensor", "context", "data")]
+    assert cells == [f"{estimate.memory / 2**30:.1f}", f"{estimate.seconds:,.1f}", *seconds]
+
+
+@pytest.mark.parametrize("row", MEMORY_ROWS, ids=str)
+def test_the_memory_of_long_contexts_is_what_is_planned(row):
+    where, sizes, zero_and_recomputation, components, *cells = row
+    tokens, gpus = where.split(", ")
+    zero_stage, recomputation = zero_and_recomputation.split(", ")
+    overrides = (
+        f"parallel.zero_stage={zero_stage}",
+        f"training.activation_checkpointing={recomputation}",
+        f"model.num_component_heads={components}",
+    )
+    (stage,) = make_plan(long_context_config(tokens, sizes, *overrides), world_size=int(gpus)).memory
+    parts = (stage.weights, stage.gradients, stage.master_and_moments, stage.peak_forward_backward, stage.total)
+    assert cells == [f"{size / 2**30:.1f}" for size in parts]
