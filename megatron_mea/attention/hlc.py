@@ -100,7 +100,7 @@ def components_are_fewer(*, num_components: int, num_composites: int, tensor_par
     Then a context group gathers component heads, h' / (h / t) of the traffic, and each rank combines those of all
     tokens, which costs 2 h' h d / t multiplications a token: little beside attention to as many tokens.
     """
-    return num_components < max(1, num_composites // tensor_parallel_size)
+    return num_components < num_composites // tensor_parallel_size
 
 
 class FoldedProjection(NamedTuple):

@@ -193,7 +193,7 @@ def _sequence_problems(*, config: Config, tensor: int, context: int) -> Iterator
         yield Problem(
             where=_CONTEXT_KEY,
             got=context,
-            expected=f"c where 2 c divides data.seq_length = {seq_length}: a rank holds two equal chunks of it",
+            expected=f"a number c such that 2 c divides data.seq_length = {seq_length}: two chunks a rank",
         )
         return
 
