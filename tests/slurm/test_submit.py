@@ -78,13 +78,19 @@ def test_options_are_quoted_and_come_last(submit):
 
 
 @pytest.mark.slow
-def test_groups_that_do_not_share_a_node_are_warned_of(submit):
+def test_groups_that_do_not_share_a_node_are_warned_of(submit, monkeypatch):
     changes = ["training.micro_batch_size=1", "parallel.context_parallel_size=2"]
     for gpus, words in ((2, False), (1, True)):
         status, script, _ = submit(DRY, *changes, nodes=4 // gpus, gpus=gpus)
         assert status == 0
         assert ("the 2 ranks that share a sequence" in script) == words
         assert ("do not share a node of 1: with " in script) == words
+
+    # With enough tokens a rank the gather takes less than attention.
+    monkeypatch.setattr("megatron_mea.slurm.submit._MIN_TOKENS_ACROSS_NODES", 1)
+    status, script, _ = submit(DRY, *changes, nodes=4, gpus=1)
+    assert status == 0
+    assert "ranks that share a sequence" not in script
 
 
 @pytest.mark.slow
