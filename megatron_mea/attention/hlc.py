@@ -2,18 +2,21 @@
 
 Two forms, equal by associativity (eq. 18): on activations, `combine_heads`, or on the projection weights,
 `fold_weight`. `HeadProjection` projects a hidden state to the composite heads of its rank in the cheaper form. A
-folded weight can serve several passes: attention/folds.py.
+folded weight can serve several passes: attention/folds.py. Another combination is attention/latent.py.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.autograd.function import once_differentiable
 
+from megatron_mea.exported.rotary_mea import apply_rotary
 from megatron_mea.parallel.collectives import copy_to_tp_region, gather_from_tp_region
 from megatron_mea.parallel.grid import NO_TP, TensorGroup
 from megatron_mea.parallel.layers import Linear
@@ -94,8 +97,8 @@ def folding_is_cheaper(
     return folding_cost < combining_cost
 
 
-def components_are_fewer(*, num_components: int, num_composites: int, tensor_parallel_size: int) -> bool:
-    """Whether a rank needs fewer component heads than it has composite heads.
+def components_are_fewer(*, num_components: float, num_composites: int, tensor_parallel_size: int) -> bool:
+    """Whether a rank needs fewer component heads, or features of as many, than it has composite heads.
 
     Then a context group gathers component heads, h' / (h / t) of the traffic, and each rank combines those of all
     tokens, which costs 2 h' h d / t multiplications a token: little beside attention to as many tokens.
@@ -115,21 +118,22 @@ Form = Literal["plain", "folded", "combined", "components"]
 component heads that are combined after a context group has gathered them."""
 
 
-class HeadProjection(Linear):
-    """Projects a hidden state to this rank's key or value heads: component heads and, with `hlc`, their combination.
+class KeyValueProjection(Linear, ABC):
+    """Projects a hidden state to this rank's key or value heads through components, which a subclass combines.
 
     Over a tensor group of t ranks with equal numbers of query heads (t divides h, or h divides t), the combination is
-    sharded by columns, with the composite heads, where t divides h; otherwise every rank holds it in full and uses the
-    column of its one composite head. The projection is sharded evenly along h' d where t divides that, even within a
-    head, and replicated otherwise; it is gathered as weights or as activations.
+    sharded by composite heads where t divides h; otherwise every rank holds it in full and uses the part of its one
+    composite head. The projection is sharded evenly along its rows where t divides them, even within a head, and
+    replicated otherwise; it is gathered as weights or as activations.
 
     Args:
         layer: the name of the attention layer; parameters are called `LAYER.k_proj` and `LAYER.hlc_k` for `side` = "k".
         side: "k" for keys or "v" for values.
-        hlc: initialisation of the combination, a key of `HLC_INITS`; None without a combination (h' = h).
+        rows: features of all components together.
 
     Attributes:
-        gathers_components: whether `forward` returns component heads, which `combine` takes once a context group has
+        hlc: the combination; None where there is none.
+        gathers_components: whether `forward` returns components, which `combine` takes once a context group has
             gathered them; the attention layer decides.
     """
 
@@ -139,15 +143,13 @@ class HeadProjection(Linear):
         layer: str,
         side: str,
         hidden_size: int,
-        num_components: int,
+        rows: int,
         num_composites: int,
         head_dim: int,
         std: float,
         bias: bool,
-        hlc: str | None,
         tp: TensorGroup = NO_TP,
     ) -> None:
-        rows = num_components * head_dim
         super().__init__(
             name=f"{layer}.{side}_proj",
             component="attention",
@@ -158,22 +160,10 @@ class HeadProjection(Linear):
             tp=tp,
             shard_dim=0 if rows % tp.size == 0 else None,
         )
-        self.tp, self.hidden_size, self.head_dim = tp, hidden_size, head_dim
-        self.num_components, self.num_composites = num_components, num_composites
+        self.tp, self.hidden_size, self.head_dim, self.num_composites = tp, hidden_size, head_dim, num_composites
         self.gathers_components = False
-
         self.shards_composites = num_composites % tp.size == 0
-        self.hlc = None
-        if hlc is not None:
-            self.hlc = sharded_parameter(
-                name=f"{layer}.hlc_{side}.weight",
-                global_shape=(num_components, num_composites),
-                component="hlc",
-                kind="matrix",
-                initialize=HLC_INITS[hlc],
-                tp=tp,
-                shard_dim=1 if self.shards_composites else None,
-            )
+        self.hlc: nn.Parameter | None = None
 
     def forward(self, hidden_states: torch.Tensor, folded: FoldedProjection | None = None) -> torch.Tensor:
         """(batch, seq, hidden), in full on every tensor rank -> (batch, this rank's heads, seq, d)
@@ -189,8 +179,8 @@ class HeadProjection(Linear):
         if form == "plain":
             return self._forward_plain(hidden_states)
 
-        components = self._forward_components(hidden_states)
-        return components.transpose(1, 2) if form == "components" else combine_heads(components, self._columns())
+        components = self._split(self._forward_components(hidden_states))
+        return components.transpose(1, 2) if form == "components" else self._combine(components)
 
     def form(self, tokens: int) -> Form:
         """The cheapest form for this many tokens."""
@@ -199,40 +189,50 @@ class HeadProjection(Linear):
         if self.gathers_components:
             return "components"
 
-        is_folded = folding_is_cheaper(
-            tokens=tokens,
-            hidden_size=self.hidden_size,
-            num_components=self.num_components,
-            num_composites=self.num_composites,
-            tensor_parallel_size=self.tp.size,
-        )
-        return "folded" if is_folded else "combined"
+        return "folded" if self._folding_is_cheaper(tokens) else "combined"
 
     def combine(self, components: torch.Tensor) -> torch.Tensor:
-        """(batch, h', seq, d) -> (batch, this rank's composite heads, seq, d)
+        """Components as `forward` returns them -> (batch, this rank's composite heads, seq, d)
 
         Outside of this module's forward: ZeRO 3 never partitions a parameter as small as a combination
         (`PERSISTENCE_THRESHOLD`).
         """
-        return combine_heads(components.transpose(1, 2), self._columns())
+        return self._combine(components.transpose(1, 2))
+
+    def rotate(self, components: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """RoPE on components as `forward` returns them, with cos and sin (batch, 1, seq, d)."""
+        return apply_rotary(components, cos, sin)
 
     def fold(self) -> FoldedProjection:
         """Applies the combination to the projection's weights, which are gathered if sharded."""
-        columns = self._columns()
+        matrix = self._columns()
         weight, bias = self._full_projection()
-        folded_bias = None if bias is None else fold_weight(bias, columns)
-        return FoldedProjection(fold_weight(weight, columns), folded_bias)
+        folded_bias = None if bias is None else fold_weight(bias, matrix)
+        return FoldedProjection(fold_weight(weight, matrix), folded_bias)
+
+    @abstractmethod
+    def _folding_is_cheaper(self, tokens: int) -> bool:
+        """Whether `folded` is the cheaper form for this many tokens."""
+
+    @abstractmethod
+    def _split(self, components: torch.Tensor) -> torch.Tensor:
+        """(batch, seq, rows) -> (batch, seq, components, features)"""
+
+    @abstractmethod
+    def _combine(self, components: torch.Tensor) -> torch.Tensor:
+        """(batch, seq, components, features) -> (batch, this rank's composite heads, seq, d)"""
+
+    @abstractmethod
+    def _columns(self) -> torch.Tensor:
+        """The combination for this rank's composite heads, a matrix as `fold_weight` takes it."""
 
     def _forward_components(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Projects to component heads (batch, seq, h', d), and gathers them over the tensor group if sharded."""
-        batch, seq, _ = hidden_states.shape
+        """Projects to all components (batch, seq, rows), and gathers them over the tensor group if sharded."""
         if self._is_sharded:
-            heads = gather_from_tp_region(F.linear(hidden_states, self.weight, self.bias), dim=-1, tp=self.tp)
-        else:
-            weight, bias = self._full_projection()
-            heads = F.linear(hidden_states, weight, bias)
+            return gather_from_tp_region(F.linear(hidden_states, self.weight, self.bias), dim=-1, tp=self.tp)
 
-        return heads.view(batch, seq, self.num_components, self.head_dim)
+        weight, bias = self._full_projection()
+        return F.linear(hidden_states, weight, bias)
 
     def _forward_plain(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Projects to this rank's heads, without a combination."""
@@ -258,13 +258,14 @@ class HeadProjection(Linear):
         """Index of this rank's one composite head, where there are more ranks than composite heads."""
         return self.tp.rank * self.num_composites // self.tp.size
 
-    def _columns(self) -> torch.Tensor:
-        """Columns of the combination for this rank's composite heads, (h', composite heads)."""
+    def _local_part(self, width: int = 1) -> torch.Tensor:
+        """The part of `hlc` for this rank's composite heads, of which each has `width` entries of dimension 1."""
         assert self.hlc is not None
         if self.shards_composites:
             return self.hlc
 
-        return copy_to_tp_region(self.hlc, self.tp)[:, self._composite_index : self._composite_index + 1]
+        start = self._composite_index * width
+        return copy_to_tp_region(self.hlc, self.tp)[:, start : start + width]
 
     def _full_projection(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """All rows of weight and bias, with gradients summed over ranks, since each uses them differently."""
@@ -275,6 +276,69 @@ class HeadProjection(Linear):
             return copy_to_tp_region(parameter, self.tp)
 
         return gather_or_copy(self.weight), None if self.bias is None else gather_or_copy(self.bias)
+
+
+class HeadProjection(KeyValueProjection):
+    """Projects to component heads and, with `hlc`, combines them; the combination is sharded by its columns.
+
+    Args:
+        hlc: initialisation of the combination, a key of `HLC_INITS`; None without a combination (h' = h).
+    """
+
+    def __init__(
+        self,
+        *,
+        layer: str,
+        side: str,
+        hidden_size: int,
+        num_components: int,
+        num_composites: int,
+        head_dim: int,
+        std: float,
+        bias: bool,
+        hlc: str | None,
+        tp: TensorGroup = NO_TP,
+    ) -> None:
+        super().__init__(
+            layer=layer,
+            side=side,
+            hidden_size=hidden_size,
+            rows=num_components * head_dim,
+            num_composites=num_composites,
+            head_dim=head_dim,
+            std=std,
+            bias=bias,
+            tp=tp,
+        )
+        self.num_components = num_components
+        if hlc is not None:
+            self.hlc = sharded_parameter(
+                name=f"{layer}.hlc_{side}.weight",
+                global_shape=(num_components, num_composites),
+                component="hlc",
+                kind="matrix",
+                initialize=HLC_INITS[hlc],
+                tp=tp,
+                shard_dim=1 if self.shards_composites else None,
+            )
+
+    def _folding_is_cheaper(self, tokens: int) -> bool:
+        return folding_is_cheaper(
+            tokens=tokens,
+            hidden_size=self.hidden_size,
+            num_components=self.num_components,
+            num_composites=self.num_composites,
+            tensor_parallel_size=self.tp.size,
+        )
+
+    def _split(self, components: torch.Tensor) -> torch.Tensor:
+        return components.unflatten(-1, (self.num_components, self.head_dim))
+
+    def _combine(self, components: torch.Tensor) -> torch.Tensor:
+        return combine_heads(components, self._columns())
+
+    def _columns(self) -> torch.Tensor:
+        return self._local_part()
 
 
 def block_init(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:

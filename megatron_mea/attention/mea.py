@@ -11,8 +11,9 @@ from megatron_mea.attention.causal import causal_attention
 from megatron_mea.attention.core import CoreAttention, core_attention_class
 from megatron_mea.attention.document_mask import AttentionFn
 from megatron_mea.attention.head_norm import HeadNorm
-from megatron_mea.attention.hlc import FoldedProjection, HeadProjection, components_are_fewer
-from megatron_mea.config.schema import Model
+from megatron_mea.attention.hlc import FoldedProjection, HeadProjection, KeyValueProjection, components_are_fewer
+from megatron_mea.attention.latent import LatentKeys, LatentValues
+from megatron_mea.config.schema import Model, Side
 from megatron_mea.exported.rotary_mea import apply_rotary
 from megatron_mea.parallel.activation_checkpoint import maybe_checkpoint
 from megatron_mea.parallel.collectives import enter_tp_region, exit_tp_region, gather_from_cp_region
@@ -20,13 +21,13 @@ from megatron_mea.parallel.grid import NO_CP, NO_TP, ContextGroup, TensorGroup
 from megatron_mea.parallel.layers import Linear, RMSNorm
 
 
-def components_are_gathered(config: Model, layer: int, *, tp_size: int, cp_size: int) -> bool:
-    """Whether a context group gathers component heads of keys and values, which each rank combines afterwards."""
+def components_are_gathered(config: Model, layer: int, *, side: Side, tp_size: int, cp_size: int) -> bool:
+    """Whether a context group gathers components of keys or values, which each rank combines afterwards."""
     return (
         cp_size > 1
         and core_attention_class(config).transform_kv is CoreAttention.transform_kv
         and components_are_fewer(
-            num_components=config.component_heads[layer],
+            num_components=config.component_width(layer, side) / config.head_dim,
             num_composites=config.num_key_value_heads,
             tensor_parallel_size=tp_size,
         )
@@ -65,23 +66,6 @@ class MultiheadExplicitAttention(nn.Module):
         hidden, dim, heads = config.hidden_size, config.head_dim, config.num_attention_heads
         std, bias = config.initializer_range, config.attention_bias
         self.tp, self.cp, self.num_heads, self.head_dim = tp, cp, heads // tp.size, dim
-        gathers_components = components_are_gathered(config, layer, tp_size=tp.size, cp_size=cp.size)
-
-        def head_projection(side: str, *, combines: bool) -> HeadProjection:
-            projection = HeadProjection(
-                layer=name,
-                side=side,
-                hidden_size=hidden,
-                num_components=config.component_heads[layer],
-                num_composites=config.num_key_value_heads,
-                head_dim=dim,
-                std=std,
-                bias=bias,
-                hlc=config.hlc_init if combines else None,
-                tp=tp,
-            )
-            projection.gathers_components = combines and gathers_components
-            return projection
 
         def norm(suffix: str) -> RMSNorm:
             return RMSNorm(name=f"{name}.{suffix}", size=dim, eps=config.rms_norm_eps, tp=tp, reduce_weight_grad=True)
@@ -96,8 +80,14 @@ class MultiheadExplicitAttention(nn.Module):
             tp=tp,
             shard_dim=0,
         )
-        self.key_projection = head_projection("k", combines=config.mixes_keys)
-        self.value_projection = head_projection("v", combines=config.mixes_values)
+        self.key_projection, self.value_projection = _key_value_projections(
+            config=config, layer=layer, name=name, tp=tp
+        )
+        for side, projection in (("k", self.key_projection), ("v", self.value_projection)):
+            projection.gathers_components = projection.hlc is not None and components_are_gathered(
+                config, layer, side=side, tp_size=tp.size, cp_size=cp.size
+            )
+
         output_std = std / math.sqrt(2 * config.num_hidden_layers)
         self.o_proj = Linear(
             name=f"{name}.o_proj",
@@ -210,8 +200,38 @@ class MultiheadExplicitAttention(nn.Module):
 
         if self.k_norm is None:
             # A combination of rotated heads is the rotated combination.
-            return self.key_projection.combine(gather_from_cp_region(apply_rotary(key, cos, sin), self.cp))
+            rotated = self.key_projection.rotate(key, cos, sin)
+            return self.key_projection.combine(gather_from_cp_region(rotated, self.cp))
 
         assert full_cos_sin is not None
         key = self.k_norm(self.key_projection.combine(gather_from_cp_region(key, self.cp)))
         return apply_rotary(key, *full_cos_sin)
+
+
+def _key_value_projections(
+    *, config: Model, layer: int, name: str, tp: TensorGroup
+) -> tuple[KeyValueProjection, KeyValueProjection]:
+    """The projections of a layer's keys and of its values, in the form that `hlc_form` names."""
+    shared = {
+        "layer": name,
+        "hidden_size": config.hidden_size,
+        "num_composites": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "std": config.initializer_range,
+        "bias": config.attention_bias,
+        "tp": tp,
+    }
+    if config.hlc_form == "latent":
+        keys = LatentKeys(counts=config.pair_counts[layer], **shared)
+        return keys, LatentValues(num_latent=config.value_latent_dims[layer], **shared)
+
+    keys, values = (
+        HeadProjection(
+            side=side,
+            num_components=config.component_heads[layer],
+            hlc=config.hlc_init if combines else None,
+            **shared,
+        )
+        for side, combines in (("k", config.mixes_keys), ("v", config.mixes_values))
+    )
+    return keys, values

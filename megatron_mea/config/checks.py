@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from megatron_mea.config.parallel_dims import ParallelDims
 from megatron_mea.config.schema import EXPERT_KEYS, Config
-from megatron_mea.config.variants import VARIANTS
+from megatron_mea.config.variants import LATENT_KEYS, VARIANTS
 from megatron_mea.errors import Problem
 
 _MASK_BLOCK = 128
@@ -23,6 +23,7 @@ def cross_checks(config: Config, *, needs_data: bool = True) -> Iterator[Problem
     yield from _head_problems(config)
     yield from _rope_problems(config)
     yield from _component_problems(config)
+    yield from _latent_problems(config)
     yield from _expert_problems(config)
     yield from _training_problems(config)
 
@@ -207,6 +208,72 @@ def _component_problems(config: Config) -> Iterator[Problem]:
         yield Problem(
             where="model.head_norm_init", got=model.head_norm_init, expected="1.0 where model.head_norm_affine is false"
         )
+
+
+def _latent_problems(config: Config) -> Iterator[Problem]:
+    model = config.model
+    if not model.has_hlc:
+        return
+
+    if model.hlc_form == "head":
+        for key in LATENT_KEYS:
+            if getattr(model, key) is not None:
+                yield Problem(
+                    where=f"model.{key}", got=getattr(model, key), expected="null where model.hlc_form is `head`"
+                )
+        return
+
+    for key in ("hlc_mixes", "hlc_init"):
+        default = type(model).model_fields[key].default
+        if getattr(model, key) != default:
+            expected = f"{default} where model.hlc_form is `latent`"
+            yield Problem(where=f"model.{key}", got=getattr(model, key), expected=expected)
+    if set(model.component_heads) != {model.num_key_value_heads}:
+        yield Problem(
+            where="model.num_component_heads",
+            got=model.num_component_heads,
+            expected=f"model.num_key_value_heads = {model.num_key_value_heads} where model.hlc_form is `latent`",
+            hint="model.key_latent_dim and model.value_latent_dim are the size of its cache",
+        )
+
+    composite = model.num_key_value_heads * model.head_dim
+    for key, dims in (("key_latent_dim", model.key_latent_dims), ("value_latent_dim", model.value_latent_dims)):
+        if len(dims) != model.num_hidden_layers:
+            yield Problem(
+                where=f"model.{key}",
+                got=f"a list of {len(dims)}",
+                expected=f"one number, or one a layer: model.num_hidden_layers = {model.num_hidden_layers}",
+            )
+        if max(dims, default=0) > composite:
+            expected = f"at most model.num_key_value_heads x model.head_dim = {composite}"
+            yield Problem(where=f"model.{key}", got=max(dims), expected=expected)
+        elif key == "key_latent_dim" and (odd := [dim for dim in dims if dim % 2]):
+            yield Problem(where=f"model.{key}", got=odd[0], expected="even numbers: RoPE rotates pairs of features")
+
+    if model.key_frequencies is not None:
+        yield from _frequency_problems(config)
+
+
+def _frequency_problems(config: Config) -> Iterator[Problem]:
+    model, where = config.model, "model.key_frequencies"
+    if len(model.pair_counts) != model.num_hidden_layers:
+        yield Problem(
+            where=where,
+            got=f"a list of {len(model.pair_counts)}",
+            expected=f"one a layer: model.num_hidden_layers = {model.num_hidden_layers}",
+        )
+        return
+
+    for layer, (counts, dim) in enumerate(zip(model.pair_counts, model.key_latent_dims, strict=False)):
+        if len(counts) != model.head_dim // 2:
+            expected = f"model.head_dim / 2 = {model.head_dim // 2} numbers of pairs"
+            yield Problem(where=f"{where}.{layer}", got=f"a list of {len(counts)}", expected=expected)
+        elif max(counts) > model.num_key_value_heads:
+            expected = f"at most model.num_key_value_heads = {model.num_key_value_heads}"
+            yield Problem(where=f"{where}.{layer}", got=max(counts), expected=expected)
+        elif 2 * sum(counts) != dim:
+            expected = f"model.key_latent_dim / 2 = {dim // 2} pairs"
+            yield Problem(where=f"{where}.{layer}", got=f"{sum(counts)} pairs", expected=expected)
 
 
 def _expert_problems(config: Config) -> Iterator[Problem]:

@@ -183,17 +183,24 @@ def _resolve(config: Config) -> Config:
         steps = math.ceil(training.tokens / config.tokens_per_step)
 
     model = config.model
-    heads = model.component_heads
-    is_uniform = len(set(heads)) == 1 and len(heads) == model.num_hidden_layers
+    by_layer = {"num_component_heads": model.component_heads}
+    if model.hlc_form == "latent":
+        by_layer |= {"key_latent_dim": model.key_latent_dims, "value_latent_dim": model.value_latent_dims}
+
     model = model.model_copy(
         update={
-            "num_component_heads": heads[0] if is_uniform else heads,
+            **{key: _one_if_equal(sizes, model.num_hidden_layers) for key, sizes in by_layer.items()},
             "embedding_initializer_range": model.embedding_initializer_range or model.initializer_range,
         }
     )
 
     training = training.model_copy(update={"steps": steps, "tokens": None})
     return config.model_copy(update={"model": model, "training": training})
+
+
+def _one_if_equal(sizes: list[int], num_layers: int) -> int | list[int]:
+    """The size that all layers have, or the sizes."""
+    return sizes[0] if len(set(sizes)) == 1 and len(sizes) == num_layers else sizes
 
 
 def _validation_problems(error: ValidationError) -> Iterator[Problem]:

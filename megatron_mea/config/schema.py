@@ -117,6 +117,14 @@ EXPERT_KEYS = (
 """Keys that count where `num_experts` is above 0, and that decide on what the model computes."""
 
 
+PairCounts = Annotated[list[Annotated[Int, Field(ge=0, le=MAX_SIZE)]], Field(max_length=MAX_SIZE)]
+"""Pairs of each of the d/2 frequencies."""
+
+
+Side = Literal["k", "v"]
+"""Keys or values."""
+
+
 class Model(Section):
     vocab_size: Size = 32000
     hidden_size: Size = 512
@@ -129,6 +137,10 @@ class Model(Section):
     attention_variant: Literal[*VARIANTS] = "mea"
     hlc_init: Literal["block", "orthogonal", "normal"] = "block"
     hlc_mixes: Literal["both", "keys", "values"] = "both"
+    hlc_form: Literal["head", "latent"] = "head"
+    key_latent_dim: Size | Annotated[list[Size], Field(max_length=MAX_LAYERS)] | None = None
+    value_latent_dim: Size | Annotated[list[Size], Field(max_length=MAX_LAYERS)] | None = None
+    key_frequencies: Annotated[list[PairCounts], Field(max_length=MAX_LAYERS)] | None = None
     gate_width: Literal["feature", "head"] = "feature"
     qk_norm: bool = False
     attention_bias: bool = False
@@ -165,6 +177,40 @@ class Model(Section):
         """Number of component heads (h') of each layer."""
         heads = self.num_key_value_heads if self.num_component_heads is None else self.num_component_heads
         return list(heads) if isinstance(heads, list) else [heads] * self.num_hidden_layers
+
+    @property
+    def key_latent_dims(self) -> list[int]:
+        """Cached numbers of a token's keys in each layer, with `hlc_form: latent`."""
+        return self._latent_dims(self.key_latent_dim)
+
+    @property
+    def value_latent_dims(self) -> list[int]:
+        """Cached numbers of a token's values in each layer, with `hlc_form: latent`."""
+        return self._latent_dims(self.value_latent_dim)
+
+    def _latent_dims(self, dims: int | list[int] | None) -> list[int]:
+        dims = self.num_key_value_heads * self.head_dim if dims is None else dims
+        return list(dims) if isinstance(dims, list) else [dims] * self.num_hidden_layers
+
+    def component_width(self, layer: int, side: Side) -> int:
+        """Features that a layer's key or value projection gives and the cache holds: h' d, or latent numbers."""
+        if self.hlc_form == "latent":
+            return (self.key_latent_dims if side == "k" else self.value_latent_dims)[layer]
+
+        return self.component_heads[layer] * self.head_dim
+
+    @property
+    def pair_counts(self) -> list[list[int]]:
+        """Cached pairs of each of the d/2 frequencies in each layer, with `hlc_form: latent`.
+
+        Without `key_frequencies` as many of each as can be, one more of the lowest where they do not divide evenly.
+        """
+        if self.key_frequencies is not None:
+            return self.key_frequencies
+
+        frequencies = self.head_dim // 2
+        shares = [divmod(dim // 2, frequencies) for dim in self.key_latent_dims]
+        return [[each] * (frequencies - more) + [each + 1] * more for each, more in shares]
 
     @property
     def variant(self) -> Variant:

@@ -17,6 +17,8 @@ KEY_SYNONYMS = {
     "model.head_dim": "kv_channels d_head head_size",
     "model.attention_variant": ("attention attention_type attn_type attn_implementation attention_backend"),
     "model.hlc_init": "hlc_initializer hlc_initialization",
+    "model.key_latent_dim": "kv_lora_rank kv_latent_dim latent_dim k_rank",
+    "model.value_latent_dim": "v_rank v_latent_dim",
     "model.qk_norm": "qk_layernorm use_qk_norm qk_layer_norm query_key_norm",
     "model.attention_bias": ("add_qkv_bias qkv_bias add_bias_linear use_bias bias disable_bias_linear"),
     "model.head_norm_affine": "group_norm sub_ln head_norm",

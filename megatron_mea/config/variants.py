@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 
 TRANSFORMERS, STOCK, VLLM = "transformers", "stock", "vllm"
 EXPORT_TARGETS = (TRANSFORMERS, STOCK, VLLM)
-_COMBINATION_KEYS = ("hlc_mixes", "hlc_init")
+LATENT_KEYS = ("key_latent_dim", "value_latent_dim", "key_frequencies")
+"""Keys of the section `model` that count with `hlc_form: latent` alone."""
+_COMBINATION_KEYS = ("hlc_mixes", "hlc_init", "hlc_form", *LATENT_KEYS)
 _HEAD_NORM_KEYS = ("head_norm_affine", "head_norm_init", "head_norm_eps")
 
 _NO_NORM_IN_STOCK = "no stock architecture norms the outputs of its heads, and the norm cannot be folded into weights"

@@ -22,7 +22,15 @@ _LAYER_KEYS = ("mlp_only_layers", "decoder_sparse_step")
 """Settings that say which layers have experts, each of them or both together."""
 _MUST_MATCH = (
     *("attention_variant", "num_attention_heads", "num_key_value_heads", "num_component_heads", "head_dim"),
-    *("hlc_mixes", "qk_norm", "attention_bias", "tie_word_embeddings", "head_norm_affine"),
+    *(
+        "hlc_mixes",
+        "hlc_form",
+        "key_frequencies",
+        "qk_norm",
+        "attention_bias",
+        "tie_word_embeddings",
+        "head_norm_affine",
+    ),
     *(key for variant in VARIANTS.values() for key in variant.own_keys),
     *("num_experts", *(key for key in EXPERT_KEYS if key not in _LAYER_KEYS)),
 )
@@ -137,9 +145,11 @@ def _effective_settings(model: Model) -> dict[str, Any]:
     """The settings in `_MUST_MATCH` and `_WARN_IF_CHANGED` that affect this model, normalised for comparison."""
     fields = model.model_dump(mode="json")
     fields |= {"num_component_heads": model.component_heads, "rope_parameters": model.rope_parameters}
+    fields["key_frequencies"] = model.pair_counts
     effective = {
         **dict.fromkeys(model.variant.ignored_keys, False),
         "num_component_heads": model.has_hlc,
+        "key_frequencies": model.hlc_form == "latent",
         "max_position_embeddings": model.rope_parameters["rope_type"] == "dynamic",
     }
     return {key: fields[key] for key in (*_MUST_MATCH, *_WARN_IF_CHANGED) if effective.get(key, True)}

@@ -13,8 +13,11 @@ def layer_flops(config: Model, *, seq_length: int) -> list[int]:
     """FLOPs a token of every layer in the order of the forward pass: embedding, which has none, every block, head."""
     blocks = [
         block_flops_without_kv(config, layer, seq_length=seq_length)
-        + kv_flops(config, layer, mixes=config.mixes_keys)
-        + kv_flops(config, layer, mixes=config.mixes_values)
+        + (
+            latent_flops(config, layer)
+            if config.hlc_form == "latent"
+            else kv_flops(config, layer, mixes=config.mixes_keys) + kv_flops(config, layer, mixes=config.mixes_values)
+        )
         for layer in range(config.num_hidden_layers)
     ]
     return [0, *blocks, head_flops(config)]
@@ -38,6 +41,12 @@ def kv_flops(config: Model, layer: int, *, mixes: bool) -> int:
         return 2 * config.hidden_size * num_composites * config.head_dim
 
     return 2 * num_components * config.head_dim * (config.hidden_size + num_composites)
+
+
+def latent_flops(config: Model, layer: int) -> int:
+    """FLOPs a token of a block's latent keys and values: their projections and their combinations, as matrices."""
+    latent = config.key_latent_dims[layer] + config.value_latent_dims[layer]
+    return 2 * latent * (config.hidden_size + config.num_key_value_heads * config.head_dim)
 
 
 def feed_forward_flops(config: Model, layer: int) -> int:

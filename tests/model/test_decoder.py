@@ -12,6 +12,7 @@ from support.reference import reference_logits, reference_loss
 from megatron_mea.attention.hlc import (
     HLC_INITS,
     HeadProjection,
+    KeyValueProjection,
     combine_heads,
     fold_weight,
     folding_is_cheaper,
@@ -84,7 +85,7 @@ def test_both_forms_of_the_combination_are_equal(case, monkeypatch):
     results = []
     for form in ("combined", "folded"):
         monkeypatch.setattr(
-            HeadProjection, "form", lambda self, tokens, form=form: "plain" if self.hlc is None else form
+            KeyValueProjection, "form", lambda self, tokens, form=form: "plain" if self.hlc is None else form
         )
         decoder, _ = decoder_and_tensors(model)
         loss = decoder(ids, positions_of(ids), ids)

@@ -14,7 +14,7 @@ from support.models import decoder_and_tensors, expert_cases, small_model, varia
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_mea.attention.hlc import HeadProjection
+from megatron_mea.attention.hlc import KeyValueProjection
 from megatron_mea.config.schema import Model
 from megatron_mea.model.decoder import Decoder
 from megatron_mea.model.moe import MoE, RouterLosses
@@ -125,7 +125,7 @@ def check(model: Model, *, cp: ContextGroup, tp: TensorGroup, gathers: bool | No
 
     if gathers is not None:
         for module in decoder.modules():
-            if isinstance(module, HeadProjection):
+            if isinstance(module, KeyValueProjection):
                 module.gathers_components = gathers and module.hlc is not None
 
     ids = torch.randint(0, model.vocab_size, (BATCH, SEQ), generator=torch.Generator().manual_seed(number))

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from support.distributed import run_distributed
 from support.models import decoder_and_tensors, expert_cases, small_model, variants
 
-from megatron_mea.attention.hlc import HeadProjection
+from megatron_mea.attention.hlc import KeyValueProjection
 from megatron_mea.model import decoder as model_decoder
 from megatron_mea.model.decoder import Decoder
 from megatron_mea.model.moe import MoE, RouterLosses
@@ -61,7 +61,7 @@ def check_all(cases: list[dict], size: int) -> int:
                 )
                 decoder = Decoder(model, tp=tp, router_losses=losses).double()
                 for module in decoder.modules():
-                    if isinstance(module, HeadProjection) and module.hlc is not None:
+                    if isinstance(module, KeyValueProjection) and module.hlc is not None:
                         module.form = lambda tokens, form=form: form
 
                 parameters = parameters_by_name(decoder)
@@ -118,6 +118,7 @@ def cases(size: int) -> list[dict]:
             {"attention_variant": "mea", "num_component_heads": [1, 2, 3], "head_dim": 8, "qk_norm": True} | three,
             {"attention_variant": "mea", "num_component_heads": 1, "head_dim": 8, "attention_bias": True} | three,
             {"attention_variant": "plain", "tie_word_embeddings": True} | three,
+            {"attention_variant": "mea", "hlc_form": "latent", "key_latent_dim": 10, "value_latent_dim": 12} | three,
             expert_cases()[1] | {"num_experts": 6} | three,
         ]
 

@@ -42,11 +42,31 @@ def variants() -> list[dict[str, Any]]:
     cases += [{"attention_variant": "gated", "gate_width": width} for width in ("feature", "head")]
     cases = [case | {"qk_norm": qk_norm} for case in cases for qk_norm in (False, True)]
 
+    cases += latent_cases()
     cases.append({"attention_variant": "differential", "head_norm_affine": False, "attention_bias": True})
     cases.append({"attention_variant": "talking_heads", "num_key_value_heads": 1, "tie_word_embeddings": True})
     cases.append({"attention_variant": "mea", "num_component_heads": 2, "attention_bias": True})
     cases.append({"attention_variant": "mea", "qk_norm": True, "attention_bias": True, "tie_word_embeddings": True})
     return cases
+
+
+def latent_cases() -> list[dict[str, Any]]:
+    """Changes for `hlc_form: latent`: full and small caches, a size for each layer, uneven and missing frequencies."""
+    latent = {"hlc_form": "latent"}
+    counts = [[4, 0, 2], [1, 1, 1], [3, 4, 0]]
+    return [
+        {"attention_variant": "mea", **latent},
+        {"attention_variant": "mea", **latent, "key_latent_dim": 12, "value_latent_dim": 9, "qk_norm": True},
+        {"attention_variant": "mea_no_norm", **latent, "key_latent_dim": 14, "value_latent_dim": 16},
+        {
+            "attention_variant": "mea_no_norm",
+            **latent,
+            "key_latent_dim": [12, 6, 14],
+            "value_latent_dim": [4, 24, 11],
+            "key_frequencies": counts,
+            "attention_bias": True,
+        },
+    ]
 
 
 def expert_cases() -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from torch import Tensor
 DEFAULTS = {
     "attention_variant": "mea",
     "hlc_mixes": "both",
+    "hlc_form": "head",
     "gate_width": "feature",
     "qk_norm": False,
     "attention_bias": False,
@@ -45,6 +46,24 @@ def num_component_heads(config: dict, layer: int) -> int:
     return value[layer] if isinstance(value, (list, tuple)) else value
 
 
+def latent_dims(config: dict, key: str, layer: int) -> int:
+    """`key_latent_dim` or `value_latent_dim` of a layer; all composite features are the default."""
+    value = config.get(key) or config["num_key_value_heads"] * config["head_dim"]
+    return value[layer] if isinstance(value, (list, tuple)) else value
+
+
+def pair_frequencies(config: dict, layer: int) -> list[int]:
+    """The index of each cached pair's frequency: ascending, as even as can be, the last frequencies getting more."""
+    half = config["head_dim"] // 2
+    if config.get("key_frequencies"):
+        counts = config["key_frequencies"][layer]
+    else:
+        pairs = latent_dims(config, "key_latent_dim", layer) // 2
+        counts = [pairs // half + (f >= half - pairs % half) for f in range(half)]
+
+    return [f for f in range(half) for _ in range(counts[f])]
+
+
 def is_routed(config: dict, layer: int) -> bool:
     """Qwen3-MoE's rule: every `decoder_sparse_step`th layer has experts, but for those listed as dense."""
     is_sparse = setting(config, "num_experts") > 0 and (layer + 1) % setting(config, "decoder_sparse_step") == 0
@@ -61,16 +80,25 @@ def tensor_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
     for layer in range(config["num_hidden_layers"]):
         component_heads = num_component_heads(config, layer)
+        key_rows = value_rows = component_heads * d
+        is_latent = setting(config, "hlc_form") == "latent"
+        if is_latent:
+            key_rows = latent_dims(config, "key_latent_dim", layer)
+            value_rows = latent_dims(config, "value_latent_dim", layer)
+
         block = f"model.layers.{layer}."
         attention = block + "self_attn."
         shapes[block + "input_layernorm.weight"] = (hidden,)
-        for name, heads in (("q", query_heads), ("k", component_heads), ("v", component_heads)):
-            shapes[f"{attention}{name}_proj.weight"] = (heads * d, hidden)
+        for name, rows in (("q", query_heads * d), ("k", key_rows), ("v", value_rows)):
+            shapes[f"{attention}{name}_proj.weight"] = (rows, hidden)
             if setting(config, "attention_bias"):
-                shapes[f"{attention}{name}_proj.bias"] = (heads * d,)
+                shapes[f"{attention}{name}_proj.bias"] = (rows,)
 
         shapes[attention + "o_proj.weight"] = (hidden, query_heads * d)
-        if variant in ("mea", "mea_no_norm"):
+        if is_latent:
+            shapes[attention + "hlc_k.weight"] = (key_rows // 2, composite_heads, 2)
+            shapes[attention + "hlc_v.weight"] = (value_rows, composite_heads * d)
+        elif variant in ("mea", "mea_no_norm"):
             for name in {"both": "kv", "keys": "k", "values": "v"}[setting(config, "hlc_mixes")]:
                 shapes[f"{attention}hlc_{name}.weight"] = (component_heads, composite_heads)
 
@@ -147,6 +175,21 @@ def combine_heads(weight: Tensor, heads: list[Tensor]) -> list[Tensor]:
     """Eq. 10, HLC: target head j is the sum over source heads c of weight[c, j] T_c."""
     sources, destinations = weight.shape
     return [sum(weight[c, j] * heads[c] for c in range(sources)) for j in range(destinations)]
+
+
+def latent_keys(pairs: Tensor, *, weight: Tensor, frequency: list[int], head_dim: int) -> list[Tensor]:
+    """Composite keys: z_jf is the sum over the pairs n of frequency f of (W'_nj + i W''_nj) (c_n + i c_(n + pairs))."""
+    half, count = head_dim // 2, len(frequency)
+    heads = []
+    for j in range(weight.shape[1]):
+        features = [torch.zeros_like(pairs[..., 0]) for _ in range(head_dim)]
+        for n, f in enumerate(frequency):
+            real, imaginary, a, b = weight[n, j, 0], weight[n, j, 1], pairs[..., n], pairs[..., n + count]
+            features[f] = features[f] + real * a - imaginary * b
+            features[f + half] = features[f + half] + real * b + imaginary * a
+        heads.append(torch.stack(features, dim=-1))
+
+    return heads
 
 
 def rope_settings(config: dict) -> dict:
@@ -261,12 +304,25 @@ def attention(x: Tensor, *, weights: dict[str, Tensor], config: dict, layer: int
 
     # Eq. 11: queries are not mixed; component keys and values are combined to composite ones.
     q = split_heads(x, weights["q_proj.weight"], weights.get("q_proj.bias"), head_dim=d)
-    k = split_heads(x, weights["k_proj.weight"], weights.get("k_proj.bias"), head_dim=d)
-    v = split_heads(x, weights["v_proj.weight"], weights.get("v_proj.bias"), head_dim=d)
-    if "hlc_k.weight" in weights:
-        k = combine_heads(weights["hlc_k.weight"], k)
-    if "hlc_v.weight" in weights:
-        v = combine_heads(weights["hlc_v.weight"], v)
+    if setting(config, "hlc_form") == "latent":
+        # One "head" of all latent numbers.
+        (pairs,) = split_heads(
+            x, weights["k_proj.weight"], weights.get("k_proj.bias"), head_dim=len(weights["k_proj.weight"])
+        )
+        (latent,) = split_heads(
+            x, weights["v_proj.weight"], weights.get("v_proj.bias"), head_dim=len(weights["v_proj.weight"])
+        )
+        frequency = pair_frequencies(config, layer)
+        k = latent_keys(pairs, weight=weights["hlc_k.weight"], frequency=frequency, head_dim=d)
+        v = list((latent @ weights["hlc_v.weight"]).split(d, dim=-1))
+    else:
+        k = split_heads(x, weights["k_proj.weight"], weights.get("k_proj.bias"), head_dim=d)
+        v = split_heads(x, weights["v_proj.weight"], weights.get("v_proj.bias"), head_dim=d)
+        if "hlc_k.weight" in weights:
+            k = combine_heads(weights["hlc_k.weight"], k)
+        if "hlc_v.weight" in weights:
+            v = combine_heads(weights["hlc_v.weight"], v)
+
     if not len(k) == len(v) == num_kv_heads:
         raise ValueError(f"{len(k)} keys, {len(v)} values where attention needs {num_kv_heads}")
 

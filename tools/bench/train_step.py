@@ -36,7 +36,7 @@ from common import (
 )
 from torch import nn
 
-from megatron_mea.attention.hlc import HeadProjection
+from megatron_mea.attention.hlc import KeyValueProjection
 from megatron_mea.config import Config
 from megatron_mea.model.decoder import Decoder
 from megatron_mea.parallel.parameter import init_parameters
@@ -113,7 +113,7 @@ class Peers:
         model = Decoder(self.config(variant, components=components).model, compile_blocks=compiled)
         init_parameters(model, 0)
         for module in model.modules():
-            if form and isinstance(module, HeadProjection):
+            if form and isinstance(module, KeyValueProjection):
                 module.form = lambda tokens: form
         return model, lambda: model(self.inputs, self.positions, self.targets) / self.targets.numel()
 

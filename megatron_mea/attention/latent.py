@@ -1,0 +1,200 @@
+"""The general head combination, `model.hlc_form: latent`: keys mixed by frequency, values by any matrix.
+
+RoPE rotates the pair of features (f, f + d/2) of a head as one complex number z_f, by an angle that is the same for
+all heads. So it commutes with every combination of heads that has a complex matrix of its own for each frequency:
+cached pairs c_n, each of one frequency, give z_jf = sum over the pairs n of frequency f of W[n, j] c_n, before RoPE or
+after it. Eq. 10 of the paper is the special case of the same h' pairs and the same real matrix for all frequencies.
+Values meet no rotation, and come from any numbers by any matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from megatron_mea.attention.hlc import KeyValueProjection
+from megatron_mea.exported.rotary_mea import apply_rotary
+from megatron_mea.parallel.grid import NO_TP, TensorGroup
+from megatron_mea.parallel.parameter import sharded_parameter
+
+
+class LatentProjection(KeyValueProjection):
+    """Projects to latent numbers, of which every feature of a composite head is a linear combination.
+
+    Latent numbers are one component of that many features. Subclasses say how the combination is stored.
+    """
+
+    def _folding_is_cheaper(self, tokens: int) -> bool:
+        latent, composite = self.weight.spec.global_shape[0], self.num_composites * self.head_dim
+        if self.tp.size > 1:
+            # As with component heads, communication decides: of weights or of activations.
+            return tokens > self.hidden_size
+
+        return composite * self.hidden_size * (latent + tokens) < tokens * latent * (self.hidden_size + composite)
+
+    def _split(self, components: torch.Tensor) -> torch.Tensor:
+        return components.unsqueeze(2)
+
+    def _combine(self, components: torch.Tensor) -> torch.Tensor:
+        # shape: (batch, seq, 1, n) @ (n, h d) -> (batch, seq, 1, h d) -> (batch, h, seq, d)
+        heads = components @ self._columns()
+        return heads.squeeze(2).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+class LatentKeys(LatentProjection):
+    """Keys from pairs of features (n, n + pairs), each of one RoPE frequency.
+
+    Attributes:
+        hlc: (pairs, h, 2), the real and the imaginary part of W; sharded along h.
+        frequency: (pairs,), the index f of each pair's frequency, ascending.
+
+    Args:
+        counts: pairs of each of the d/2 frequencies.
+    """
+
+    def __init__(
+        self,
+        *,
+        layer: str,
+        hidden_size: int,
+        counts: Sequence[int],
+        num_composites: int,
+        head_dim: int,
+        std: float,
+        bias: bool,
+        tp: TensorGroup = NO_TP,
+    ) -> None:
+        pairs = sum(counts)
+        super().__init__(
+            layer=layer,
+            side="k",
+            hidden_size=hidden_size,
+            rows=2 * pairs,
+            num_composites=num_composites,
+            head_dim=head_dim,
+            std=std,
+            bias=bias,
+            tp=tp,
+        )
+        # No buffer: it follows from the settings, and has no memory on the device "meta".
+        self.frequency = pair_frequencies(counts)
+        self.hlc = sharded_parameter(
+            name=f"{layer}.hlc_k.weight",
+            global_shape=(pairs, num_composites, 2),
+            component="hlc",
+            kind="matrix",
+            initialize=lambda shape, _: block_pairs(counts, num_composites),
+            tp=tp,
+            shard_dim=1 if self.shards_composites else None,
+        )
+
+    def rotate(self, components: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        frequency = self._frequency(components.device).repeat(2)
+        return apply_rotary(components, cos[..., frequency], sin[..., frequency])
+
+    def _columns(self) -> torch.Tensor:
+        return expand_pairs(self._local_part(), self._frequency(self.weight.device), head_dim=self.head_dim)
+
+    def _frequency(self, device: torch.device) -> torch.Tensor:
+        self.frequency = self.frequency.to(device)
+        return self.frequency
+
+
+class LatentValues(LatentProjection):
+    """Values from any numbers by any matrix.
+
+    Attributes:
+        hlc: (n, h d); sharded along h d, by heads.
+    """
+
+    def __init__(
+        self,
+        *,
+        layer: str,
+        hidden_size: int,
+        num_latent: int,
+        num_composites: int,
+        head_dim: int,
+        std: float,
+        bias: bool,
+        tp: TensorGroup = NO_TP,
+    ) -> None:
+        super().__init__(
+            layer=layer,
+            side="v",
+            hidden_size=hidden_size,
+            rows=num_latent,
+            num_composites=num_composites,
+            head_dim=head_dim,
+            std=std,
+            bias=bias,
+            tp=tp,
+        )
+        self.hlc = sharded_parameter(
+            name=f"{layer}.hlc_v.weight",
+            global_shape=(num_latent, num_composites * head_dim),
+            component="hlc",
+            kind="matrix",
+            initialize=lambda shape, _: block_features(num_latent, num_composites=num_composites, head_dim=head_dim),
+            tp=tp,
+            shard_dim=1 if self.shards_composites else None,
+        )
+
+    def _columns(self) -> torch.Tensor:
+        return self._local_part(self.head_dim)
+
+
+def pair_frequencies(counts: Sequence[int]) -> torch.Tensor:
+    """The index of every pair's frequency (pairs,), ascending, from the number of pairs of each frequency."""
+    return torch.repeat_interleave(torch.arange(len(counts), device="cpu"), torch.tensor(counts, device="cpu"))
+
+
+def expand_pairs(combination: torch.Tensor, frequency: torch.Tensor, *, head_dim: int) -> torch.Tensor:
+    """The complex combination as a real matrix, by which rows of pairs (n, n + pairs) are multiplied.
+
+    Args:
+        combination: (pairs, h, 2), real and imaginary parts.
+        frequency: (pairs,)
+
+    Returns:
+        (2 pairs, h d), whose features are pairs (f, f + d/2) of each head.
+    """
+    real, imaginary = combination.unbind(-1)
+    # shape: (2, 2, pairs, h), by part of the pair and part of the feature
+    parts = torch.stack([torch.stack([real, imaginary]), torch.stack([-imaginary, real])])
+    is_own = torch.nn.functional.one_hot(frequency, head_dim // 2).to(parts.dtype)
+    # shape: (2, 2, pairs, h), (pairs, d/2) -> (2, pairs, h, 2, d/2)
+    matrix = torch.einsum("abnh,nf->anhbf", parts, is_own)
+    return matrix.reshape(2 * len(frequency), -1)
+
+
+def block_pairs(counts: Sequence[int], num_composites: int) -> torch.Tensor:
+    """The first combination of pairs (pairs, h, 2): at a frequency of r pairs, composite j is pair floor(j r / h).
+
+    That is the identity where each frequency has h pairs, and grouped queries where each has h'.
+    """
+    combination = torch.zeros(sum(counts), num_composites, 2)
+    composites = torch.arange(num_composites)
+    first = 0
+    for count in counts:
+        if count:
+            combination[first + composites * count // num_composites, composites, 0] = 1.0
+        first += count
+
+    return combination
+
+
+def block_features(num_latent: int, *, num_composites: int, head_dim: int) -> torch.Tensor:
+    """The first combination of values (n, h d): number c d + i is feature i of block c, as with component heads.
+
+    A feature of r numbers gives composite j its number floor(j r / h); without one it starts at zero.
+    """
+    combination = torch.zeros(num_latent, num_composites, head_dim)
+    features = torch.arange(head_dim)
+    counts = (num_latent - features + head_dim - 1) // head_dim
+    for composite in range(num_composites):
+        latent = composite * counts // num_composites * head_dim + features
+        combination[latent[counts > 0], composite, features[counts > 0]] = 1.0
+
+    return combination.flatten(1)
