@@ -16,6 +16,7 @@ import torch
 from megatron_mea.attention.hlc import KeyValueProjection
 from megatron_mea.exported.rotary_mea import apply_rotary
 from megatron_mea.parallel.grid import NO_TP, TensorGroup
+from megatron_mea.parallel.layers import RMSNorm
 from megatron_mea.parallel.parameter import sharded_parameter
 
 
@@ -143,6 +144,21 @@ class LatentValues(LatentProjection):
 
     def _columns(self) -> torch.Tensor:
         return self._local_part(self.head_dim)
+
+
+class FoldedGainNorm(RMSNorm):
+    """The RMSNorm of `qk_norm` for keys that already have its gains in them: y / rms(y / gain).
+
+    A gain that differs within a pair of features does not commute with the complex combination, and cached pairs are
+    combined after the norm. So the combination gives y = gain x key, and the norm only divides by the key's size.
+    With y = gain x key that is the RMSNorm of the key.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        sum_dtype = torch.promote_types(x.dtype, torch.float32)
+        y = x.to(sum_dtype)
+        mean_square = (y / self.gain().to(sum_dtype)).square().mean(-1, keepdim=True)
+        return (y * torch.rsqrt(mean_square + self.eps)).to(x.dtype)
 
 
 def pair_frequencies(counts: Sequence[int]) -> torch.Tensor:

@@ -12,7 +12,7 @@ from megatron_mea.attention.core import CoreAttention, core_attention_class
 from megatron_mea.attention.document_mask import AttentionFn
 from megatron_mea.attention.head_norm import HeadNorm
 from megatron_mea.attention.hlc import FoldedProjection, HeadProjection, KeyValueProjection, components_are_fewer
-from megatron_mea.attention.latent import LatentKeys, LatentValues
+from megatron_mea.attention.latent import FoldedGainNorm, LatentKeys, LatentValues
 from megatron_mea.config.schema import Model, Side
 from megatron_mea.exported.rotary_mea import apply_rotary
 from megatron_mea.parallel.activation_checkpoint import maybe_checkpoint
@@ -67,8 +67,10 @@ class MultiheadExplicitAttention(nn.Module):
         std, bias = config.initializer_range, config.attention_bias
         self.tp, self.cp, self.num_heads, self.head_dim = tp, cp, heads // tp.size, dim
 
-        def norm(suffix: str) -> RMSNorm:
-            return RMSNorm(name=f"{name}.{suffix}", size=dim, eps=config.rms_norm_eps, tp=tp, reduce_weight_grad=True)
+        def norm(suffix: str, norm_class: type[RMSNorm]) -> RMSNorm:
+            return norm_class(
+                name=f"{name}.{suffix}", size=dim, eps=config.rms_norm_eps, tp=tp, reduce_weight_grad=True
+            )
 
         self.q_proj = Linear(
             name=f"{name}.q_proj",
@@ -101,7 +103,8 @@ class MultiheadExplicitAttention(nn.Module):
 
         self.q_norm = self.k_norm = self.head_norm = None
         if config.qk_norm:
-            self.q_norm, self.k_norm = norm("q_norm"), norm("k_norm")
+            self.q_norm = norm("q_norm", RMSNorm)
+            self.k_norm = norm("k_norm", FoldedGainNorm if config.hlc_form == "latent" else RMSNorm)
 
         if config.has_head_norm:
             self.head_norm = HeadNorm(

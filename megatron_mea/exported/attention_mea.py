@@ -4,7 +4,7 @@ The cache of a layer holds one head: all rotated component heads concatenated, h
 cache classes (arXiv 2601.19611, eq. 13: RoPE commutes with the combination, so rotated component heads can be
 cached). Many new tokens (prefill) attend to composite heads, which are composed from the cache. A few new tokens
 absorb the combination into their queries and outputs instead, and attend to that one head; `absorbing_is_cheaper`
-decides.
+decides. Another combination is latent_mea.py.
 """
 
 import inspect
@@ -194,6 +194,8 @@ class MEAAttention(nn.Module):
     one of twice the width, and gated attention (arXiv 2505.06708).
     """
 
+    key_norm_class = MEAKeyNorm
+
     def __init__(self, config: MEAConfig, layer_idx: int):
         super().__init__()
         hidden, dim = config.hidden_size, config.head_dim
@@ -205,17 +207,11 @@ class MEAAttention(nn.Module):
         self.is_causal = True
 
         self.q_proj = nn.Linear(hidden, self.num_heads * dim, bias=config.attention_bias)
-        self.k_proj = nn.Linear(hidden, self.num_component_heads * dim, bias=config.attention_bias)
-        self.v_proj = nn.Linear(hidden, self.num_component_heads * dim, bias=config.attention_bias)
         self.o_proj = nn.Linear(self.num_heads * dim, hidden, bias=False)
 
-        def combination() -> MEAHeadCombination:
-            return MEAHeadCombination(self.num_component_heads, self.num_kv_heads)
-
-        self.hlc_k = combination() if config.mixes_keys else None
-        self.hlc_v = combination() if config.mixes_values else None
+        self._add_key_value_projections()
         self.q_norm = MEARMSNorm(dim, eps=config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = MEAKeyNorm(dim, eps=config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = self.key_norm_class(dim, eps=config.rms_norm_eps) if config.qk_norm else None
 
         self.differential = config.attention_variant == "differential"
         self.output_dim = config.variant.heads_per_output * dim
@@ -237,21 +233,34 @@ class MEAAttention(nn.Module):
         if config.attention_variant == "talking_heads":
             self.logits_mix, self.weights_mix = (MEAHeadCombination(self.num_heads, self.num_heads) for _ in range(2))
 
+    def _add_key_value_projections(self):
+        """Projections to component heads, and their combinations."""
+        config, dim = self.config, self.head_dim
+
+        def projection() -> nn.Linear:
+            return nn.Linear(config.hidden_size, self.num_component_heads * dim, bias=config.attention_bias)
+
+        def combination() -> MEAHeadCombination:
+            return MEAHeadCombination(self.num_component_heads, self.num_kv_heads)
+
+        self.k_proj, self.v_proj = projection(), projection()
+        self.hlc_k = combination() if config.mixes_keys else None
+        self.hlc_v = combination() if config.mixes_values else None
+
     @accept_either_cache_name
     def forward(self, hidden_states, position_embeddings, attention_mask=None, cache: Cache | None = None, **kwargs):
         batch, seq, _ = hidden_states.shape
         cos, sin = (angle[:, None] for angle in position_embeddings)
         # shape: (batch, seq, heads d) -> (batch, heads, seq, d)
         query = self.q_proj(hidden_states).view(batch, seq, -1, self.head_dim).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(batch, seq, -1, self.head_dim).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(batch, seq, -1, self.head_dim).transpose(1, 2)
+        key, value = self._split_components(self.k_proj(hidden_states), self.v_proj(hidden_states))
 
         key_scale = None
         if self.k_norm is not None:
             query = self.q_norm(query)
             key, key_scale = self.k_norm(key, key if self.hlc_k is None else self.hlc_k(key))
 
-        query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
+        query, key = apply_rotary(query, cos, sin), self._rotate_components(key, cos, sin)
         if cache is not None:
             key, value, key_scale = self._update_cache(key, value, key_scale, cache=cache)
 
@@ -358,9 +367,15 @@ class MEAAttention(nn.Module):
             key_scale = reinterpret_bits(keys[:, 0, :, width:], key_scale.dtype).transpose(1, 2)
 
         # Views, so that a step of decoding does not copy the cache.
-        components = (self.num_component_heads, self.head_dim)
-        keys, values = (heads[:, 0, :, :width].unflatten(2, components) for heads in (keys, values))
-        return keys.transpose(1, 2), values.transpose(1, 2), key_scale
+        return *self._split_components(keys[:, 0, :, :width], values[:, 0]), key_scale
+
+    def _split_components(self, keys, values):
+        """Keys and values (batch, seq, h' d) as component heads (batch, h', seq, d)."""
+        return (heads.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for heads in (keys, values))
+
+    def _rotate_components(self, key, cos, sin):
+        """RoPE of component keys, by cos and sin (batch, 1, seq, d)."""
+        return apply_rotary(key, cos, sin)
 
     def _should_absorb(self, query, key, key_scale, *, implementation: str) -> bool:
         """Whether these queries absorb the combination: if the attention function supports that and it is cheaper."""

@@ -46,6 +46,10 @@ class MEAConfig(PreTrainedConfig):
     attention_variant: str = "mea"
     hlc_init: str = "block"
     hlc_mixes: str = "both"
+    hlc_form: str = "head"
+    key_latent_dim: int | list[int] | None = None
+    value_latent_dim: int | list[int] | None = None
+    key_frequencies: list[list[int]] | None = None
     gate_width: str = "feature"
     qk_norm: bool = False
     attention_bias: bool = False
@@ -75,6 +79,7 @@ class MEAConfig(PreTrainedConfig):
         for name, allowed in (
             ("attention_variant", tuple(VARIANTS)),
             ("hlc_mixes", ("both", "keys", "values")),
+            ("hlc_form", ("head", "latent")),
             ("gate_width", ("feature", "head")),
         ):
             if getattr(self, name) not in allowed:
@@ -94,6 +99,9 @@ class MEAConfig(PreTrainedConfig):
                 f"num_key_value_heads = {self.num_key_value_heads})"
             )
 
+        if self.hlc_form == "latent":
+            self._check_latent()
+
         group = self.variant.heads_per_output
         if self.num_attention_heads % group or self.num_key_value_heads % group:
             raise ValueError(
@@ -111,6 +119,38 @@ class MEAConfig(PreTrainedConfig):
         self.mlp_only_layers = list(self.mlp_only_layers or ())
         self.num_component_heads = heads
         super().__post_init__(**kwargs)
+
+    def _check_latent(self):
+        """Checks and completes the sizes of latent keys and values: a number for each layer."""
+        if not (self.mixes_keys and self.mixes_values):
+            raise ValueError(f"hlc_form is latent (expected for {self.attention_variant}: head)")
+
+        for name in ("key_latent_dim", "value_latent_dim"):
+            dims = getattr(self, name) or self.num_key_value_heads * self.head_dim
+            dims = list(dims) if isinstance(dims, (list, tuple)) else [dims] * self.num_hidden_layers
+            if len(dims) != self.num_hidden_layers:
+                raise ValueError(
+                    f"{name} has {len(dims)} entries (expected: one number, or one for each of the "
+                    f"{self.num_hidden_layers} layers)"
+                )
+            setattr(self, name, dims)
+
+        for layer_idx, dim in enumerate(self.key_latent_dim):
+            counts = self.pair_counts(layer_idx)
+            if len(counts) != self.head_dim // 2 or 2 * sum(counts) != dim:
+                raise ValueError(
+                    f"key_frequencies of layer {layer_idx} are {len(counts)} numbers with the sum {sum(counts)} "
+                    f"(expected: head_dim / 2 = {self.head_dim // 2} with the sum key_latent_dim / 2 = {dim / 2:g})"
+                )
+
+    def pair_counts(self, layer_idx: int) -> list[int]:
+        """Cached pairs of each of the head_dim / 2 frequencies; by default as even as can be, more of the lowest."""
+        if self.key_frequencies is not None:
+            return self.key_frequencies[layer_idx]
+
+        frequencies = self.head_dim // 2
+        each, more = divmod(self.key_latent_dim[layer_idx] // 2, frequencies)
+        return [each] * (frequencies - more) + [each + 1] * more
 
     @property
     def variant(self) -> Variant:

@@ -17,6 +17,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_mea import CACHE, LAMBDAS, MEAAttention, MEAHeadCombination, MEARMSNorm, accept_either_cache_name
 from .configuration_mea import MEAConfig
 from .experts_mea import MEAExperts, MEARouter, MEASparseMLP
+from .latent_mea import MEALatentAttention, MEALatentKeys, MEALatentValues
 from .rotary_mea import rotary_cos_sin
 
 # The experts of experts_mea.py are decorated with @use_experts_implementation: transformers looks for that text in the
@@ -39,11 +40,11 @@ class MEAMLP(nn.Module):
 class MEADecoderLayer(GradientCheckpointingLayer):
     """Pre-norm transformer block."""
 
-    attention_class = MEAAttention
+    attention_classes = {"head": MEAAttention, "latent": MEALatentAttention}  # noqa: RUF012
 
     def __init__(self, config: MEAConfig, layer_idx: int):
         super().__init__()
-        self.self_attn = self.attention_class(config, layer_idx)
+        self.self_attn = self.attention_classes[config.hlc_form](config, layer_idx)
         self.mlp = MEASparseMLP(config) if config.is_routed(layer_idx) else MEAMLP(config)
         self.input_layernorm = MEARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = MEARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -75,7 +76,7 @@ class MEAPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": MEADecoderLayer, "attentions": MEAAttention}  # noqa: RUF012
+    _can_record_outputs = {"hidden_states": MEADecoderLayer, "attentions": [MEAAttention, MEALatentAttention]}  # noqa: RUF012
 
     def get_correct_experts_implementation(self, requested_experts):
         """As transformers chooses; experts of widths that grouped products do not take are computed one by one."""
@@ -91,6 +92,11 @@ class MEAPreTrainedModel(PreTrainedModel):
             components, composites = module.weight.shape
             block = torch.arange(composites) * components // composites
             init.copy_(module.weight, (torch.arange(components)[:, None] == block).float())
+
+        if isinstance(module, MEALatentValues):
+            init.normal_(module.weight, std=len(module.weight) ** -0.5)
+        if isinstance(module, MEALatentKeys):
+            init.copy_(module.frequency, module.frequencies())
 
         if isinstance(module, (MEAExperts, MEARouter)):
             for parameter in module.parameters(recurse=False):

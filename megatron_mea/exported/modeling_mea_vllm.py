@@ -119,7 +119,7 @@ class MEAServedAttention(MEAAttention):
 class MEAServedDecoderLayer(MEADecoderLayer):
     """Transformer block with attention on the cache of a serving engine."""
 
-    attention_class = MEAServedAttention
+    attention_classes = {"head": MEAServedAttention}  # noqa: RUF012
 
 
 class MEAServedModel(MEAModel):

@@ -25,6 +25,7 @@ from megatron_mea.huggingface.config_keys import (
 from megatron_mea.inputs import read_json_object
 
 if TYPE_CHECKING:
+    import torch
     from transformers import GenerationConfig, PreTrainedConfig
 
     from megatron_mea.exported.configuration_mea import MEAConfig
@@ -214,6 +215,19 @@ def to_hf_config(model: Model, **kwargs: object) -> MEAConfig:
 
     fields = model.model_dump(exclude={"rope_theta", "rope_scaling"})
     return MEAConfig(**fields, rope_parameters=model.rope_parameters, **kwargs)
+
+
+def constant_tensors(model: Model) -> dict[str, torch.Tensor]:
+    """The stored buffers of an exported model: the frequency of every cached pair, which follows from the settings."""
+    if model.hlc_form == "head":
+        return {}
+
+    from megatron_mea.attention.latent import pair_frequencies
+
+    return {
+        f"model.layers.{layer}.self_attn.hlc_k.frequency": pair_frequencies(counts).float()
+        for layer, counts in enumerate(model.pair_counts)
+    }
 
 
 def from_hf_config(config: MEAConfig) -> dict[str, Any]:

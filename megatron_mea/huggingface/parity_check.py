@@ -143,6 +143,11 @@ def _run_exported(
         base.rotary_emb = type(base.rotary_emb)(config)
 
     names = {id(module): name for name, module in model.named_modules()}
+    for name, buffer in model.named_buffers():
+        # Of those that are stored: small, so they stay in memory.
+        if name in files:
+            module, _, key = name.rpartition(".")
+            setattr(model.get_submodule(module), key, read(name).to(buffer.dtype))
 
     def parameters_of(part: nn.Module) -> list[tuple[nn.Module, str, str]]:
         return [

@@ -62,8 +62,8 @@ def scan_safetensors(path: Path, where: str) -> dict[str, StoredTensor]:
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - it is no dictionary
-                    # transformers 4 stored these constants, which follow from config.json, in early Llamas.
-                    if name.endswith(".rotary_emb.inv_freq"):
+                    # Constants that follow from config.json; transformers 4 stored the first in early Llamas.
+                    if name.endswith((".rotary_emb.inv_freq", ".hlc_k.frequency")):
                         continue
                     if name in stored:
                         raise UserError(

@@ -25,11 +25,13 @@ from transformers import (
 
 from megatron_mea.attention.hlc import fold_weight
 from megatron_mea.config.schema import EXPERT_KEYS, Model
+from megatron_mea.config.variants import TRANSFORMERS
 from megatron_mea.errors import UserError
 from megatron_mea.exported import (
     attention_mea,
     configuration_mea,
     experts_mea,
+    latent_mea,
     modeling_mea,
     modeling_mea_vllm,
     rotary_mea,
@@ -37,7 +39,7 @@ from megatron_mea.exported import (
 from megatron_mea.exported.modeling_mea import MEAForCausalLM
 from megatron_mea.exported.modeling_mea_vllm import MEAServedConfig, MEAServedForCausalLM
 from megatron_mea.huggingface.expert_tensors import ExpertMatrix, expert_matrices
-from megatron_mea.huggingface.hf_config import to_hf_config
+from megatron_mea.huggingface.hf_config import constant_tensors, to_hf_config
 from megatron_mea.model.decoder import parameter_shapes
 
 _CPU_WIDTHS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -97,6 +99,9 @@ def make_export_target(name: str, model: Model, **fields: Any) -> ExportTarget:
             expected=f"{', or '.join(variant.export_targets)}: {reason}",
         )
 
+    if model.hlc_form == "latent" and name != TRANSFORMERS:
+        raise UserError(where="--target", got=f"{name}, with hlc_form: latent", expected=TRANSFORMERS)
+
     target = {"transformers": _transformers_target, "stock": _stock_target, "vllm": _vllm_target}[name](model, fields)
     target.config.architectures = [target.model_class.__name__]
     if target.classes:
@@ -118,6 +123,14 @@ def _trained_tensors(model: Model) -> dict[str, TensorRecipe]:
     return recipes
 
 
+def _constant_recipes(model: Model) -> dict[str, TensorRecipe]:
+    """The buffers of the modeling files, which are no parameters."""
+    return {
+        name: TensorRecipe(shape=tuple(values.shape), make=lambda values=values: values)
+        for name, values in constant_tensors(model).items()
+    }
+
+
 def _unstack(matrix: torch.Tensor) -> torch.Tensor:
     # shape: (1, rows, columns) -> (rows, columns)
     return matrix.squeeze(0)
@@ -131,11 +144,11 @@ def _transformers_target(model: Model, fields: dict[str, Any]) -> ExportTarget:
         "AutoModelForCausalLM": "modeling_mea.MEAForCausalLM",
         "AutoModelForSequenceClassification": "modeling_mea.MEAForSequenceClassification",
     }
-    modules = (configuration_mea, rotary_mea, attention_mea, experts_mea, modeling_mea)
+    modules = (configuration_mea, rotary_mea, attention_mea, experts_mea, latent_mea, modeling_mea)
     return ExportTarget(
         config=to_hf_config(model, **fields),
         model_class=MEAForCausalLM,
-        tensors=_trained_tensors(model),
+        tensors=_trained_tensors(model) | _constant_recipes(model),
         modules=modules,
         classes=classes,
     )
@@ -259,7 +272,7 @@ def _vllm_target(model: Model, fields: dict[str, Any]) -> ExportTarget:
         "For vLLM (`vllm serve this/folder --trust-remote-code --model-impl transformers`).",
         f"Its cache holds {gain:.3g} times the tokens that it would hold of composite heads. Kernels: {kernels}.",
     )
-    modules = (configuration_mea, rotary_mea, attention_mea, experts_mea, modeling_mea, modeling_mea_vllm)
+    modules = (configuration_mea, rotary_mea, attention_mea, experts_mea, latent_mea, modeling_mea, modeling_mea_vllm)
     return ExportTarget(
         config=config,
         model_class=MEAServedForCausalLM,

@@ -11,7 +11,7 @@ from megatron_mea.errors import UserError
 from megatron_mea.exported.modeling_mea import MEAForCausalLM
 from megatron_mea.exported.modeling_mea_vllm import MEAServedForCausalLM
 from megatron_mea.huggingface.config_keys import ConfigJson
-from megatron_mea.huggingface.hf_config import to_hf_config, transformers_config
+from megatron_mea.huggingface.hf_config import constant_tensors, to_hf_config, transformers_config
 from megatron_mea.huggingface.safetensors_reader import StoredTensor, check_tensors, scan_model
 
 _OWN_CLASSES = {"mea": MEAForCausalLM, "mea_vllm": MEAServedForCausalLM}
@@ -25,6 +25,7 @@ def build_causal_lm(*, model: Model, weights: dict[str, torch.Tensor], **ids: in
     if model.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
 
+    weights |= constant_tensors(model)
     causal_lm.load_state_dict(weights, strict=True, assign=True)
     causal_lm.tie_weights()
     _choose_expert_products(causal_lm)

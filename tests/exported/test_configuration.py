@@ -43,7 +43,9 @@ def test_a_variant_has_the_same_parameters(row):
         assert {name: tuple(tensor.shape) for name, tensor in exported.items()} == parameter_shapes(model)
 
 
-@pytest.mark.parametrize("key", ["hlc_mixes", *(key for row in variants.VARIANTS.values() for key in row.own_keys)])
+@pytest.mark.parametrize(
+    "key", ["hlc_mixes", "hlc_form", *(key for row in variants.VARIANTS.values() for key in row.own_keys)]
+)
 def test_a_key_has_the_same_choices(key):
     for value in choices(key):
         assert getattr(MEAConfig(**{key: value}), key) == value

@@ -14,6 +14,8 @@ from megatron_mea.exported import attention_mea, modeling_mea
 from megatron_mea.exported.attention_mea import CACHE, absorbing_is_cheaper
 
 MIXED = {"attention_variant": "mea", "num_component_heads": [1, 2, 3]}
+LATENT = {"hlc_form": "latent", "key_latent_dim": [12, 6, 14], "value_latent_dim": [4, 24, 11]}
+COUNTS = [[4, 0, 2], [1, 1, 1], [3, 4, 0]]
 CASES = [
     case | {"qk_norm": norm}
     for case in (
@@ -21,6 +23,8 @@ CASES = [
         {"attention_variant": "mea_no_norm", "num_component_heads": 4, "attention_bias": True},
         {"attention_variant": "mea", "hlc_mixes": "keys"},
         {"attention_variant": "mea_no_norm", "hlc_mixes": "values"},
+        {"attention_variant": "mea", **LATENT},
+        {"attention_variant": "mea_no_norm", **LATENT, "key_frequencies": COUNTS, "attention_bias": True},
         {"attention_variant": "plain"},
         {"attention_variant": "differential"},
         {"attention_variant": "talking_heads"},

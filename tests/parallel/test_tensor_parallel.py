@@ -131,6 +131,8 @@ def cases(size: int) -> list[dict]:
         # 2 x 3 = 6 component rows are not divisible by four: replicated.
         pairs = {"attention_variant": "differential", "num_key_value_heads": 8, "qk_norm": True}
         one_head = {"attention_variant": "mea", "num_component_heads": 1}
+        latent = {"attention_variant": "mea", "hlc_form": "latent", "key_latent_dim": 6, "value_latent_dim": 5}
+        extra += [latent | {"num_key_value_heads": n, "qk_norm": n > 1, "attention_bias": True} for n in (1, 2)]
         return [*extra, one_head, pairs, *shardable[::4], *expert_cases()[2:]]
 
     return [*shardable, *expert_cases()]

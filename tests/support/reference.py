@@ -329,7 +329,12 @@ def attention(x: Tensor, *, weights: dict[str, Tensor], config: dict, layer: int
     # The norm is not linear, so it acts on composite keys; before RoPE.
     if setting(config, "qk_norm"):
         q = [rms_norm(head, weights["q_norm.weight"], eps=eps) for head in q]
-        k = [rms_norm(head, weights["k_norm.weight"], eps=eps) for head in k]
+        if setting(config, "hlc_form") == "latent":
+            # The heads have the gains in them: they are divided by the size of the keys without.
+            gains = weights["k_norm.weight"]
+            k = [head / torch.sqrt(((head / gains) ** 2).mean(dim=-1, keepdim=True) + eps) for head in k]
+        else:
+            k = [rms_norm(head, weights["k_norm.weight"], eps=eps) for head in k]
 
     q = [rotate(head, positions, config=config) for head in q]
     k = [rotate(head, positions, config=config) for head in k]
