@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from megatron_mea import __version__
+from megatron_mea.compression.budget import METHODS
 from megatron_mea.errors import UserError, did_you_mean, shorten
 from megatron_mea.parser import Parser, WrongValue, comma_separated, file_ending, float_where, int_range, one_of, utf8
 from megatron_mea.slurm.scheduler import RESERVED_OPTIONS, parse_time
@@ -336,7 +337,7 @@ def build_parser() -> tuple[Parser, Mapping[str, Parser]]:
     sub = add_verb(
         name="compress",
         summary="virtual heads: a smaller key-value cache for a trained model",
-        example="Llama-3.2-1B compressed --cache-ratio 0.5 --calibration data/train --align",
+        example="Llama-3.2-1B compressed --cache-ratio 0.5 --calibration data/train --method latent",
     )
     sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     sub.add_argument("out", metavar="OUT", help="of the same kind as MODEL; does not exist or is empty")
@@ -351,10 +352,13 @@ def build_parser() -> tuple[Parser, Mapping[str, Parser]]:
     sub.add_argument("--layers", metavar="LAYERS", help=layers_help)
     calibration_help = "prepared data: lose least of what heads put out there, rather than of the weights"
     sub.add_argument("--calibration", metavar="PREFIX", help=calibration_help)
-    align_help = (
-        "turn heads towards one another first, which costs nothing and loses far less; q_proj and o_proj change too"
+    method_help = (
+        "svd (the paper's, of weights), outputs (with --calibration), aligned (turns heads towards one another first; "
+        "q_proj and o_proj change too), or latent (combines by frequency, and loses least; with --cache-ratio and "
+        "--calibration)"
     )
-    sub.add_argument("--align", action="store_true", help=align_help)
+    sub.add_argument("--method", type=one_of(METHODS), metavar="METHOD", help=method_help)
+    sub.add_argument("--align", action="store_true", excludes="--method", help="the same as --method aligned")
 
     sub = add_verb(
         name="sensitivity",

@@ -270,6 +270,7 @@ def _compress(
     cache_ratio: float | None,
     layers: str | None,
     calibration: str | None,
+    method: str | None,
     align: bool,
 ) -> None:
     located = _locate(model, out=out, data={"--calibration": calibration})
@@ -284,7 +285,7 @@ def _compress(
             ratio=cache_ratio,
             layers=layers,
             calibration=calibration,
-            aligned=align,
+            method="aligned" if align else method,
         )
     )
 

@@ -160,7 +160,8 @@ class KeyValueProjection(Linear, ABC):
             tp=tp,
             shard_dim=0 if rows % tp.size == 0 else None,
         )
-        self.tp, self.hidden_size, self.head_dim, self.num_composites = tp, hidden_size, head_dim, num_composites
+        self.tp, self.hidden_size, self.rows = tp, hidden_size, rows
+        self.head_dim, self.num_composites = head_dim, num_composites
         self.gathers_components = False
         self.shards_composites = num_composites % tp.size == 0
         self.hlc: nn.Parameter | None = None

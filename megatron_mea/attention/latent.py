@@ -27,12 +27,12 @@ class LatentProjection(KeyValueProjection):
     """
 
     def _folding_is_cheaper(self, tokens: int) -> bool:
-        latent, composite = self.weight.spec.global_shape[0], self.num_composites * self.head_dim
+        composite = self.num_composites * self.head_dim
         if self.tp.size > 1:
             # As with component heads, communication decides: of weights or of activations.
             return tokens > self.hidden_size
 
-        return composite * self.hidden_size * (latent + tokens) < tokens * latent * (self.hidden_size + composite)
+        return composite * self.hidden_size * (self.rows + tokens) < tokens * self.rows * (self.hidden_size + composite)
 
     def _split(self, components: torch.Tensor) -> torch.Tensor:
         return components.unsqueeze(2)

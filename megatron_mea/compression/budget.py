@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from megatron_mea.errors import UserError
 
+METHODS = ("svd", "outputs", "aligned", "latent")
+"""Ways of compressing, in the order in which they lose less."""
 PRESETS = ("full", "half", "deep")
 AUTO = "auto"
 _LAYER_RANGE = re.compile(r"(\d+)(?:-(\d+))?(?::(\d+))?")

@@ -14,10 +14,11 @@ from megatron_mea.checkpoint.tensors import write_tensors
 from megatron_mea.compression.budget import AUTO, allocate_heads, parse_layers
 from megatron_mea.compression.calibrate import CALIBRATION_TOKENS, calibration_windows, head_moments
 from megatron_mea.compression.compressed_model import CompressedModel, Factoriser
+from megatron_mea.compression.latent import LatentModel, compress_to_latent
 from megatron_mea.compression.sensitivity import losses_of_changes, plan_passes
 from megatron_mea.compression.source_model import SourceModel, open_source_model, read_model
 from megatron_mea.config.schema import Model
-from megatron_mea.data.corpora import IGNORE_INDEX
+from megatron_mea.data.corpora import IGNORE_INDEX, corpus_digest
 from megatron_mea.data.indexed import open_readers
 from megatron_mea.errors import UserError
 from megatron_mea.huggingface.export import export
@@ -36,6 +37,7 @@ from megatron_mea.progress import progress_bar
 from megatron_mea.versions import versions
 
 HEADS, RATIO, LAYERS, CALIBRATION = "--component-heads", "--cache-ratio", "--layers", "--calibration"
+METHOD = "--method"
 AUTO_TOKENS = 2048
 """Tokens on which the choice of heads measures the cost of compressing each layer."""
 
@@ -48,9 +50,9 @@ def compress(
     ratio: float | None = None,
     layers: str | None = None,
     calibration: str | None = None,
-    aligned: bool = False,
+    method: str | None = None,
 ) -> str:
-    """Writes a model with fewer component heads, which computes nearly the same with a smaller cache.
+    """Writes a model with fewer component heads or latent numbers, which computes nearly the same with less cache.
 
     At most one layer is in memory, besides the hidden states of the calibration tokens.
 
@@ -62,7 +64,9 @@ def compress(
             layer is chosen.
         layers: as `parse_layers` reads it; `auto`, all that the ratio may choose among.
         calibration: PREFIX of tokens on which the head outputs are to lose least; None: factorise the weights (paper).
-        aligned: rotate each head's features towards the others' first, which `q_proj` and `o_proj` undo.
+        method: one of `METHODS`. `svd` is the paper's, of the weights; `outputs` loses least of the heads' outputs on
+            `calibration`; `aligned` rotates each head's features towards the others' first, which `q_proj` and
+            `o_proj` undo; `latent` combines by frequency (latent.py). None: `outputs` with `calibration`, else `svd`.
 
     Returns:
         A summary for the user.
@@ -72,6 +76,12 @@ def compress(
     """
     out = Path(out)
     check_free_folder(out)
+    method = method or ("svd" if calibration is None else "outputs")
+    _check_method(method, calibration=calibration, heads=heads, ratio=ratio, layers=layers)
+    if method == "latent":
+        return _compress_to_latent(model, out, ratio=ratio, calibration=calibration)
+
+    aligned = method == "aligned"
     options = _head_options(model=read_model(model), name=str(model.path), heads=heads, ratio=ratio, layers=layers)
     if calibration is not None:
         open_readers([calibration], CALIBRATION)
@@ -104,16 +114,71 @@ def compress(
             )
 
         compressed = CompressedModel(source_model=source_model, heads=counts, factoriser=factoriser)
-        with scratch_folder(out) as scratch:
-            checkpoint = scratch / "compressed"
-            _write_checkpoint(compressed, checkpoint, tokenizer)
-            if isinstance(model, HFFolder):
-                _, *notes = export(CheckpointFolder(checkpoint), out, dtype=_stored_dtype(model)).splitlines()
-            else:
-                publish(checkpoint, out)
-                notes = [init_from_instructions(compressed.model, out)]
-
+        notes = _write(compressed, out, model=model, tokenizer=tokenizer)
         return "\n".join([f"wrote {out}: {_summary(compressed)}", *notes])
+
+
+def _check_method(
+    method: str, *, calibration: str | None, heads: str | None, ratio: float | None, layers: str | None
+) -> None:
+    """Refuses options that a method cannot use, or lacks."""
+    if calibration is None and method in ("outputs", "latent"):
+        raise UserError(where=CALIBRATION, got="nothing", expected=f"PREFIX of prepared data, for {METHOD} {method}")
+    if calibration is not None and method == "svd":
+        raise UserError(where=CALIBRATION, got=calibration, expected=f"none with {METHOD} svd, which is of the weights")
+    if method != "latent":
+        return
+
+    for option, value in ((HEADS, heads), (LAYERS, layers)):
+        if value is not None:
+            expected = f"{RATIO} alone with {METHOD} latent, which has no component heads"
+            raise UserError(where=option, got=value, expected=expected)
+    if ratio is None:
+        raise UserError(where=RATIO, got="nothing", expected=f"the size of the cache, for {METHOD} latent")
+
+
+def _compress_to_latent(model: ModelFolder, out: Path, *, ratio: float, calibration: str) -> str:
+    """`compress` with `--method latent`; what an interrupted call has fitted lies in OUT.part, and is used again."""
+    settings = read_model(model)
+    if settings.hlc_form == "latent":
+        raise UserError(where="MODEL", got=f"{model.path}, with hlc_form: latent", expected="a model of heads")
+
+    open_readers([calibration], CALIBRATION)
+    with reserve_output(out, folder=True), disk_errors(out), open_source_model(model, out) as source_model:
+        windows = calibration_windows(
+            source_model=source_model, path=calibration, where=CALIBRATION, tokens=CALIBRATION_TOKENS
+        )
+        hidden_bytes = 8 * windows.tokens * settings.hidden_size
+        parameter_bytes = 4 * sum(map(math.prod, source_model.stored.shapes.values()))
+        require_space(out, 2 * parameter_bytes + 2 * hidden_bytes + OVERHEAD_BYTES)
+        request = {
+            "weights": source_model.fingerprint,
+            "tokens_digest": corpus_digest(windows.readers[0], borders=windows.document_mask),
+            "tokens": windows.tokens,
+            "ratio": ratio,
+        }
+        part = Path(f"{out}.part")
+        compressed = compress_to_latent(
+            source_model=source_model, ratio=ratio, windows=windows, folder=part, request=request
+        )
+        notes = _write(compressed, out, model=model, tokenizer=source_model.checkpoint.tokenizer)
+        shutil.rmtree(part)
+        return "\n".join([f"wrote {out}: {compressed.summary()}", *notes])
+
+
+def _write(
+    compressed: CompressedModel | LatentModel, out: Path, *, model: ModelFolder, tokenizer: Path | None
+) -> list[str]:
+    """Writes OUT, of the same kind as MODEL; returns notes for the user."""
+    with scratch_folder(out) as scratch:
+        checkpoint = scratch / "compressed"
+        _write_checkpoint(compressed, checkpoint, tokenizer)
+        if isinstance(model, HFFolder):
+            _, *notes = export(CheckpointFolder(checkpoint), out, dtype=_stored_dtype(model)).splitlines()
+            return notes
+
+        publish(checkpoint, out)
+        return [init_from_instructions(compressed.model, out)]
 
 
 def _changed_layers(source_model: SourceModel, options: list[list[int]]) -> set[int]:
@@ -122,7 +187,7 @@ def _changed_layers(source_model: SourceModel, options: list[list[int]]) -> set[
     return {layer for layer, layer_options in enumerate(options) if layer_options != [component_heads[layer]]}
 
 
-def _write_checkpoint(compressed: CompressedModel, folder: Path, tokenizer: Path | None) -> None:
+def _write_checkpoint(compressed: CompressedModel | LatentModel, folder: Path, tokenizer: Path | None) -> None:
     """Writes the compressed model as a checkpoint of step 0, without Adam's moments."""
     source_model, model = compressed.source_model, compressed.model
     shapes, checkpoint = parameter_shapes(model), source_model.checkpoint
@@ -140,9 +205,9 @@ def _write_checkpoint(compressed: CompressedModel, folder: Path, tokenizer: Path
         shutil.copy(checkpoint.folder / GENERATION, folder)
 
     config = checkpoint.config.model_copy(update={"model": model})
-    meta, heads = checkpoint.metadata, compressed.heads
+    meta = checkpoint.metadata
     base = meta.origin or f"{Path(source_model.name).name}, step {meta.step:,}"
-    note = f"compressed to {sum(heads)} of {_num_composite_heads(compressed)} key/value heads: {base}"
+    note = f"{compressed.description}: {base}"
     CheckpointMetadata(
         step=0,
         samples=0,

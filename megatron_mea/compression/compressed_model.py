@@ -91,6 +91,12 @@ class CompressedModel:
         self.changed = [new != old for new, old in zip(heads, source_model.model.component_heads, strict=True)]
         self.model = _compressed_settings(source_model.model, self.heads)
 
+    @property
+    def description(self) -> str:
+        """How small the cache is."""
+        total = self.model.num_key_value_heads * self.model.num_hidden_layers
+        return f"compressed to {sum(self.heads)} of {total} key/value heads"
+
     def read(self, name: str) -> torch.Tensor:
         """A full parameter in float32."""
         changed = self._changed_parameter(name)

@@ -1,0 +1,172 @@
+"""`compress --method latent`: closed forms against brute force, and the models that it writes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.source_models import save_source_model
+from support.tiny import Tiny
+from test_compress import logits
+
+from megatron_mea.attention.latent import expand_pairs
+from megatron_mea.compression.compress import compress
+from megatron_mea.compression.latent import latent_sizes
+from megatron_mea.compression.latent_keys import factorise_keys, frequency_moments, select_keys
+from megatron_mea.compression.latent_values import factorise_values, output_weight
+from megatron_mea.config.schema import Model
+from megatron_mea.errors import UserError
+from megatron_mea.exported.rotary_mea import apply_rotary
+from megatron_mea.huggingface.model_folder import ModelFolder
+
+HEADS, DIM, TOKENS = 3, 8, 500
+
+
+def random_heads(seed: int = 0) -> torch.Tensor:
+    """(tokens, h d), correlated."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(HEADS * DIM, HEADS * DIM, generator=generator, dtype=torch.float64)
+    scales = torch.linspace(0.1, 2, HEADS * DIM, dtype=torch.float64)
+    return torch.randn(TOKENS, HEADS * DIM, generator=generator, dtype=torch.float64) * scales @ mix
+
+
+def as_complex(heads: torch.Tensor) -> torch.Tensor:
+    """(tokens, h d) -> (tokens, h, d/2)"""
+    first, second = heads.unflatten(1, (HEADS, 2, -1)).unbind(2)
+    return torch.complex(first, second)
+
+
+def weighted_loss(heads: torch.Tensor, approximation: torch.Tensor, weights: torch.Tensor) -> float:
+    errors = (as_complex(heads) - as_complex(approximation)).abs().square().mean(0)
+    return (errors * weights.T).sum().item()
+
+
+def approximate(heads: torch.Tensor, keys) -> torch.Tensor:
+    matrix = expand_pairs(torch.view_as_real(keys.combination.resolve_conj()), keys.frequency, head_dim=DIM)
+    return heads @ select_keys(torch.eye(HEADS * DIM, dtype=torch.float64), keys).T @ matrix
+
+
+def test_keys_lose_what_is_predicted_and_no_other_pairs_lose_less():
+    heads = random_heads()
+    weights = torch.rand(DIM // 2, HEADS, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.1
+    moments = frequency_moments(heads.T @ heads / TOKENS, num_heads=HEADS)
+    z = as_complex(heads)
+    torch.testing.assert_close(moments, torch.einsum("taf,tbf->fab", z, z.conj()) / TOKENS)
+
+    for num_pairs in (1, 5, 9, HEADS * DIM // 2):
+        keys = factorise_keys(moments, weights=weights, num_pairs=num_pairs)
+        loss = weighted_loss(heads, approximate(heads, keys), weights)
+        assert len(keys.frequency) == num_pairs
+        assert keys.frequency.tolist() == sorted(keys.frequency.tolist())
+        assert loss == pytest.approx(keys.lost, abs=1e-9 * moments.abs().sum().item())
+
+        # Steps along random directions, of selection and combination, never gain.
+        generator = torch.Generator().manual_seed(2)
+        for _ in range(20):
+            noise = torch.view_as_complex(torch.randn(2, num_pairs, HEADS, 2, generator=generator).double())
+            step = 10 ** float(-3 * torch.rand(1, generator=generator))
+            other = type(keys)(
+                frequency=keys.frequency,
+                selection=keys.selection + step * noise[0],
+                combination=keys.combination + step * noise[1],
+                lost=0.0,
+            )
+            assert weighted_loss(heads, approximate(heads, other), weights) >= loss - 1e-9
+
+    torch.testing.assert_close(approximate(heads, keys), heads, rtol=1e-11, atol=1e-11)
+
+
+def test_no_other_numbers_of_pairs_by_frequency_lose_less():
+    """All ways of sharing out five pairs over four frequencies, the best combination of each."""
+    heads = random_heads(3)
+    moments = frequency_moments(heads.T @ heads / TOKENS, num_heads=HEADS)
+    weights = torch.ones(DIM // 2, HEADS, dtype=torch.float64)
+    eigenvalues = torch.linalg.eigvalsh(moments)
+    left_out = [[eigenvalues[f, : HEADS - count].sum().item() for count in range(HEADS + 1)] for f in range(DIM // 2)]
+    shares = torch.cartesian_prod(*[torch.arange(HEADS + 1)] * (DIM // 2)).tolist()
+    best = min(sum(left_out[f][n] for f, n in enumerate(share)) for share in shares if sum(share) == 5)
+
+    assert factorise_keys(moments, weights=weights, num_pairs=5).lost == pytest.approx(best, rel=1e-12)
+
+
+def test_rotated_pairs_combine_to_rotated_keys():
+    keys = factorise_keys(
+        frequency_moments(random_heads().T @ random_heads(), num_heads=HEADS),
+        weights=torch.ones(DIM // 2, HEADS),
+        num_pairs=7,
+    )
+    generator = torch.Generator().manual_seed(4)
+    pairs = torch.randn(10, 14, generator=generator, dtype=torch.float64)
+    angles = torch.randn(10, DIM // 2, generator=generator, dtype=torch.float64).repeat(1, 2)
+    matrix = expand_pairs(torch.view_as_real(keys.combination.resolve_conj()), keys.frequency, head_dim=DIM)
+    frequency = keys.frequency.repeat(2)
+    rotated_first = apply_rotary(pairs, angles[:, frequency].cos(), angles[:, frequency].sin()) @ matrix
+    heads = (pairs @ matrix).unflatten(1, (HEADS, DIM))
+    rotated_last = apply_rotary(heads, angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)).flatten(1)
+
+    torch.testing.assert_close(rotated_first, rotated_last, rtol=1e-12, atol=1e-12)
+
+
+def test_values_lose_what_is_predicted_and_no_other_numbers_lose_less():
+    attended, generator = random_heads(5), torch.Generator().manual_seed(6)
+    o_proj = torch.randn(11, 2 * HEADS * DIM, generator=generator, dtype=torch.float64)
+    weight = output_weight(o_proj, num_heads=HEADS, head_dim=DIM)
+    first = o_proj.unflatten(1, (HEADS, 2, DIM))[:, 1]
+    torch.testing.assert_close(
+        weight[DIM : 2 * DIM, DIM : 2 * DIM], torch.einsum("oga,ogb->ab", first, first), rtol=1e-12, atol=1e-12
+    )
+    assert not weight[:DIM, DIM:].any()
+
+    weight = weight + torch.eye(HEADS * DIM)
+    moment = attended.T @ attended / TOKENS
+
+    def loss(selection: torch.Tensor, combination: torch.Tensor) -> float:
+        errors = attended - attended @ selection.T @ combination
+        return ((errors @ weight) * errors).sum().item() / TOKENS
+
+    for num_latent in (1, 7, HEADS * DIM):
+        values = factorise_values(moment, weight=weight, num_latent=num_latent)
+        least = loss(values.selection, values.combination)
+        assert least == pytest.approx(values.lost, abs=1e-9 * (weight * moment).sum().item())
+        for _ in range(20):
+            noise = torch.randn(2, num_latent, HEADS * DIM, generator=generator, dtype=torch.float64)
+            step = 10 ** float(-3 * torch.rand(1, generator=generator))
+            assert loss(values.selection + step * noise[0], values.combination + step * noise[1]) >= least - 1e-9
+
+
+@pytest.mark.parametrize("ratio", [0.01, 0.25, 1 / 3, 0.5, 0.7, 0.9, 1.0])
+def test_the_ratio_is_met_to_within_one_number(ratio):
+    model = Model(num_key_value_heads=3, head_dim=64, num_attention_heads=9)
+    keys, values = latent_sizes(model, ratio)
+    assert keys % 2 == 0
+    assert 2 <= keys <= 192
+    assert 1 <= values <= 192
+    assert abs(keys + values - 2 * 192 * ratio) <= 1
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "qwen3_moe", "mea", "plain_norm"])
+def test_the_full_cache_computes_the_original(kind, tiny: Tiny, tmp_path):
+    """Every numbers kept, but for the refit, which changes nothing where nothing is lost."""
+    original, out = save_source_model(kind, tmp_path / "in"), tmp_path / "out"
+    compress(ModelFolder.locate(original), out, ratio=1.0, calibration=str(tiny.validation), method="latent")
+    torch.testing.assert_close(logits(out), logits(original), atol=2e-4, rtol=1e-4)
+    assert not (tmp_path / "out.part").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "where"),
+    [
+        ({}, "--cache-ratio"),
+        ({"heads": "2"}, "--component-heads"),
+        ({"ratio": 0.5, "layers": "2"}, "--layers"),
+        ({"ratio": 0.5, "calibration": None}, "--calibration"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options, where, tiny: Tiny, tmp_path):
+    original = save_source_model("llama", tmp_path / "in")
+    with pytest.raises(UserError, match=where):
+        compress(
+            ModelFolder.locate(original),
+            tmp_path / "out",
+            **{"calibration": str(tiny.validation), "method": "latent"} | options,
+        )
+    assert not (tmp_path / "out").exists()
