@@ -357,7 +357,7 @@ def build_parser() -> tuple[Parser, Mapping[str, Parser]]:
         "q_proj and o_proj change too), or latent (combines by frequency, and loses least; with --cache-ratio and "
         "--calibration)"
     )
-    sub.add_argument("--method", type=one_of(METHODS), metavar="METHOD", help=method_help)
+    sub.add_argument("--method", type=one_of(*METHODS), help=method_help)
     sub.add_argument("--align", action="store_true", excludes="--method", help="the same as --method aligned")
 
     sub = add_verb(

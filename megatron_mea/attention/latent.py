@@ -20,6 +20,16 @@ from megatron_mea.parallel.layers import RMSNorm
 from megatron_mea.parallel.parameter import sharded_parameter
 
 
+def latent_folding_is_cheaper(
+    *, tokens: int, hidden_size: int, latent: int, composite: int, tensor_parallel_size: int
+) -> bool:
+    """As `folding_is_cheaper`, with a dense matrix (latent, composite) for a combination, which both are widths of."""
+    if tensor_parallel_size > 1:
+        return tokens > hidden_size
+
+    return composite * hidden_size * (latent + tokens) < tokens * latent * (hidden_size + composite)
+
+
 class LatentProjection(KeyValueProjection):
     """Projects to latent numbers, of which every feature of a composite head is a linear combination.
 
@@ -27,12 +37,13 @@ class LatentProjection(KeyValueProjection):
     """
 
     def _folding_is_cheaper(self, tokens: int) -> bool:
-        composite = self.num_composites * self.head_dim
-        if self.tp.size > 1:
-            # As with component heads, communication decides: of weights or of activations.
-            return tokens > self.hidden_size
-
-        return composite * self.hidden_size * (self.rows + tokens) < tokens * self.rows * (self.hidden_size + composite)
+        return latent_folding_is_cheaper(
+            tokens=tokens,
+            hidden_size=self.hidden_size,
+            latent=self.rows,
+            composite=self.num_composites * self.head_dim,
+            tensor_parallel_size=self.tp.size,
+        )
 
     def _split(self, components: torch.Tensor) -> torch.Tensor:
         return components.unsqueeze(2)

@@ -19,12 +19,33 @@ from megatron_mea.parallel.activation_checkpoint import maybe_checkpoint
 from megatron_mea.parallel.collectives import enter_tp_region, exit_tp_region, gather_from_cp_region
 from megatron_mea.parallel.grid import NO_CP, NO_TP, ContextGroup, TensorGroup
 from megatron_mea.parallel.layers import Linear, RMSNorm
+from megatron_mea.parallel.zero import PERSISTENCE_THRESHOLD
+
+
+def combination_products(config: Model, layer: int, *, side: Side) -> int:
+    """Multiplications a token of combining heads: h h' d, or of latent numbers by a dense matrix (n, h d)."""
+    features = config.component_width(layer, side) * config.num_key_value_heads
+    return features * config.head_dim if config.hlc_form == "latent" else features
+
+
+def combination_numel(config: Model, layer: int, *, side: Side) -> int:
+    """Elements of a combination: h' h; complex numbers from pairs to heads; or a matrix (n, h d) of values."""
+    if config.hlc_form == "head":
+        return config.component_heads[layer] * config.num_key_value_heads
+
+    numel = config.component_width(layer, side) * config.num_key_value_heads
+    return numel if side == "k" else numel * config.head_dim
 
 
 def components_are_gathered(config: Model, layer: int, *, side: Side, tp_size: int, cp_size: int) -> bool:
-    """Whether a context group gathers components of keys or values, which each rank combines afterwards."""
+    """Whether a context group gathers components of keys or values, which each rank combines afterwards.
+
+    That is outside of their projection's forward, so a combination that ZeRO 3 partitions rules it out.
+    """
+    is_large = config.hlc_form == "latent" and combination_numel(config, layer, side=side) > PERSISTENCE_THRESHOLD
     return (
         cp_size > 1
+        and not is_large
         and core_attention_class(config).transform_kv is CoreAttention.transform_kv
         and components_are_fewer(
             num_components=config.component_width(layer, side) / config.head_dim,

@@ -6,18 +6,16 @@ Pipeline stages are balanced by it (model/stages.py), and `plan` counts with it.
 from __future__ import annotations
 
 from megatron_mea.attention.core import core_attention_class
-from megatron_mea.config.schema import Model
+from megatron_mea.attention.mea import combination_products
+from megatron_mea.config.schema import Model, Side
 
 
 def layer_flops(config: Model, *, seq_length: int) -> list[int]:
     """FLOPs a token of every layer in the order of the forward pass: embedding, which has none, every block, head."""
     blocks = [
         block_flops_without_kv(config, layer, seq_length=seq_length)
-        + (
-            latent_flops(config, layer)
-            if config.hlc_form == "latent"
-            else kv_flops(config, layer, mixes=config.mixes_keys) + kv_flops(config, layer, mixes=config.mixes_values)
-        )
+        + kv_flops(config, layer, side="k", mixes=config.mixes_keys)
+        + kv_flops(config, layer, side="v", mixes=config.mixes_values)
         for layer in range(config.num_hidden_layers)
     ]
     return [0, *blocks, head_flops(config)]
@@ -31,22 +29,16 @@ def block_flops_without_kv(config: Model, layer: int, *, seq_length: int) -> int
     return queries_and_output + attention + feed_forward_flops(config, layer)
 
 
-def kv_flops(config: Model, layer: int, *, mixes: bool) -> int:
+def kv_flops(config: Model, layer: int, *, side: Side, mixes: bool) -> int:
     """FLOPs a token of a block's keys or values as a projection, and if it `mixes` them the combination of its heads.
 
     Combined token by token (paper eq. 10): a projection to h' heads and h h' d multiplications.
     """
-    num_components, num_composites = config.component_heads[layer], config.num_key_value_heads
     if not mixes:
-        return 2 * config.hidden_size * num_composites * config.head_dim
+        return 2 * config.hidden_size * config.num_key_value_heads * config.head_dim
 
-    return 2 * num_components * config.head_dim * (config.hidden_size + num_composites)
-
-
-def latent_flops(config: Model, layer: int) -> int:
-    """FLOPs a token of a block's latent keys and values: their projections and their combinations, as matrices."""
-    latent = config.key_latent_dims[layer] + config.value_latent_dims[layer]
-    return 2 * latent * (config.hidden_size + config.num_key_value_heads * config.head_dim)
+    projection = config.component_width(layer, side) * config.hidden_size
+    return 2 * (projection + combination_products(config, layer, side=side))
 
 
 def feed_forward_flops(config: Model, layer: int) -> int:

@@ -8,7 +8,8 @@ float32 a row.
 from __future__ import annotations
 
 from megatron_mea.attention.core import FLOAT32
-from megatron_mea.plan.workload import Side, StageShard, Workload
+from megatron_mea.config.schema import Side
+from megatron_mea.plan.workload import StageShard, Workload
 
 
 def stage_activations(workload: Workload, stage: StageShard) -> int:
@@ -91,21 +92,22 @@ def context_backward(workload: Workload, layer: int) -> int:
 
 def gathered_kv_bytes(*, workload: Workload, layer: int, side: Side) -> int:
     """Bytes of the key or value heads that a context group gathers in a layer: components or composites."""
-    return workload.full_tokens * _projected_heads(workload, layer, side) * workload.head_bytes
+    return workload.full_tokens * _projected_width(workload, layer, side) * workload.element_bytes
 
 
-def _projected_heads(workload: Workload, layer: int, side: Side) -> int:
-    """Key or value heads that a rank's projection makes."""
+def _projected_width(workload: Workload, layer: int, side: Side) -> int:
+    """Features of the keys or values that a rank's projection makes."""
     projection = workload.kv_projection(layer, side)
-    return projection.num_components if projection.form == "components" else workload.local_composites
+    is_component = projection.form == "components"
+    return projection.component_width if is_component else workload.local_composites * workload.model.head_dim
 
 
 def _attention_input_bytes(workload: Workload, layer: int) -> int:
     """Bytes of this rank's queries, keys and values as projected, and of the core attention's own projections."""
     sizes = workload.attention_sizes
-    num_heads = sum(_projected_heads(workload, layer, side) for side in ("k", "v"))
+    width = sum(_projected_width(workload, layer, side) for side in ("k", "v"))
     projected_bytes = workload.core_attention.projected_bytes(sizes)
-    return sizes.query_bytes + sizes.tokens * num_heads * workload.head_bytes + projected_bytes
+    return sizes.query_bytes + sizes.tokens * width * workload.element_bytes + projected_bytes
 
 
 def block_activations(workload: Workload, layer: int) -> int:
@@ -228,7 +230,7 @@ def projection_activations(*, workload: Workload, layer: int, side: Side) -> int
     """
     model, element_bytes = workload.model, workload.element_bytes
     projection = workload.kv_projection(layer, side)
-    component_width = projection.num_components * model.head_dim
+    component_width = projection.component_width
 
     if projection.form == "components":
         return 0
@@ -264,13 +266,9 @@ def step_folds(workload: Workload, stage: StageShard) -> int:
 def _fold_bytes(*, workload: Workload, layer: int, side: Side) -> int:
     """Bytes of a folded weight, and of the component weight where it was gathered."""
     projection = workload.kv_projection(layer, side)
-    gathered_components = projection.num_components if projection.sharded else 0
-    return (
-        (workload.local_composites + gathered_components)
-        * workload.model.head_dim
-        * workload.model.hidden_size
-        * workload.element_bytes
-    )
+    gathered_width = projection.component_width if projection.sharded else 0
+    rows = workload.local_composites * workload.model.head_dim + gathered_width
+    return rows * workload.model.hidden_size * workload.element_bytes
 
 
 def norm_activations(*, workload: Workload, rows: int, width: int, affine: bool = True) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_mea.config.schema import Side
 from megatron_mea.parallel.zero import (
     PERSISTENCE_THRESHOLD,
     PREFETCH_BUCKET_ELEMENTS,
@@ -19,7 +20,7 @@ from megatron_mea.parallel.zero import (
     bucket_elements,
 )
 from megatron_mea.plan.activations import gathered_kv_bytes
-from megatron_mea.plan.workload import LocalParameter, Side, StageShard, Workload
+from megatron_mea.plan.workload import LocalParameter, StageShard, Workload
 
 Group = Literal["tensor", "context", "data", "pipeline"]
 """The data group has all ranks that hold the same parameters: data x context."""
@@ -251,10 +252,9 @@ def _kv_projection_calls(*, workload: Workload, layer: int, side: Side) -> Itera
     """Calls for component heads, as weights or activations, and for gradients of what every rank holds in full."""
     model, element_bytes = workload.model, workload.element_bytes
     projection = workload.kv_projection(layer, side)
-    component_width = projection.num_components * model.head_dim
+    component_width = projection.component_width
     if projection.form != "plain" and not projection.shards_composites:
-        hlc_numel = projection.num_components * projection.num_composites
-        yield Call(group="tensor", collective="all_reduce", bytes=hlc_numel * element_bytes)
+        yield Call(group="tensor", collective="all_reduce", bytes=projection.hlc_numel * element_bytes)
     if projection.form == "plain" and projection.shards_composites:
         return
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_mea.config.schema import Side
 from megatron_mea.model.flops import block_flops_without_kv, head_flops, kv_flops
-from megatron_mea.plan.workload import Side, Workload
+from megatron_mea.plan.workload import Workload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,14 +98,13 @@ def kv_projection_flops(*, workload: Workload, layer: int, side: Side) -> float:
     combined (eq. 10) a projection to h' heads and h h' d multiplications a token.
     """
     combines = workload.kv_projection(layer, side).form in ("combined", "components")
-    projection = kv_flops(workload.model, layer, mixes=combines)
+    projection = kv_flops(workload.model, layer, side=side, mixes=combines)
     return projection + fold_flops(workload=workload, layer=layer, side=side)
 
 
 def combination_flops(*, workload: Workload, layer: int, side: Side) -> float:
     """FLOPs a token of combining one layer's component heads of keys or values, where they are not folded."""
-    projection = workload.kv_projection(layer, side)
-    return 2 * projection.num_components * projection.num_composites * workload.model.head_dim
+    return 2 * workload.kv_projection(layer, side).combination_products
 
 
 def fold_flops(*, workload: Workload, layer: int, side: Side) -> float:
@@ -115,4 +115,4 @@ def fold_flops(*, workload: Workload, layer: int, side: Side) -> float:
 
     columns = model.hidden_size + (1 if model.attention_bias else 0)
     tokens = workload.tokens * (workload.dims.num_micro_batches if workload.folds_once_per_step else 1)
-    return 2 * projection.num_components * projection.num_composites * model.head_dim * columns / tokens
+    return 2 * projection.combination_products * columns / tokens

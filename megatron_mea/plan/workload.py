@@ -10,9 +10,10 @@ import torch
 
 from megatron_mea.attention.core import AttentionSizes, CoreAttention, core_attention_class
 from megatron_mea.attention.hlc import Form, folding_is_cheaper
-from megatron_mea.attention.mea import components_are_gathered
+from megatron_mea.attention.latent import latent_folding_is_cheaper
+from megatron_mea.attention.mea import combination_numel, combination_products, components_are_gathered
 from megatron_mea.config.parallel_dims import ParallelDims
-from megatron_mea.config.schema import Config, Model
+from megatron_mea.config.schema import Config, Model, Side
 from megatron_mea.model.decoder import Decoder, StageLayers
 from megatron_mea.model.stages import pipeline_stages
 from megatron_mea.optimizers import state_bytes
@@ -21,7 +22,6 @@ from megatron_mea.parallel.grid import TensorGroup
 from megatron_mea.parallel.parameter import Component, parameters_by_name
 
 Device = Literal["cuda", "cpu"]
-Side = Literal["k", "v"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,14 +72,17 @@ class KVProjection:
 
     Args:
         form: plain, folded, combined, or components, which are combined once a context group has gathered them.
-        num_components, num_composites: h' and h, of all ranks.
+        component_width: features of all components, h' d or latent numbers, of all ranks.
+        hlc_numel: elements of the combination, of all ranks.
+        combination_products: multiplications of combining the components of a token, of all ranks.
         sharded: whether the projection's rows are sharded over the tensor group.
         shards_composites: whether each rank has composite heads of its own (t divides h).
     """
 
     form: Form
-    num_components: int
-    num_composites: int
+    component_width: int
+    hlc_numel: int
+    combination_products: int
     sharded: bool
     shards_composites: bool
 
@@ -193,30 +196,35 @@ class Workload:
         )
 
     def kv_projection(self, layer: int, side: Side) -> KVProjection:
-        """The form in which `HeadProjection` computes a layer's keys or values in training."""
+        """The form in which `KeyValueProjection` computes a layer's keys or values in training."""
         model, tensor = self.model, self.dims.tp
-        num_components, num_composites = model.component_heads[layer], model.num_key_value_heads
+        component_width, num_composites = model.component_width(layer, side), model.num_key_value_heads
         combines = model.mixes_keys if side == "k" else model.mixes_values
 
         form: Form = "plain"
-        if combines and components_are_gathered(model, layer, tp_size=tensor, cp_size=self.dims.cp):
+        if combines and components_are_gathered(model, layer, side=side, tp_size=tensor, cp_size=self.dims.cp):
             form = "components"
         elif combines:
-            folds = folding_is_cheaper(
-                tokens=self.tokens,
-                hidden_size=model.hidden_size,
-                num_components=num_components,
-                num_composites=num_composites,
-                tensor_parallel_size=tensor,
-            )
-            form = "folded" if folds or self.folds_once_per_step else "combined"
+            form = "folded" if self.folds_once_per_step or self._folding_is_cheaper(layer, side) else "combined"
 
         return KVProjection(
             form=form,
-            num_components=num_components,
-            num_composites=num_composites,
-            sharded=tensor > 1 and num_components * model.head_dim % tensor == 0,
+            component_width=component_width,
+            hlc_numel=combination_numel(model, layer, side=side),
+            combination_products=combination_products(model, layer, side=side),
+            sharded=tensor > 1 and component_width % tensor == 0,
             shards_composites=num_composites % tensor == 0,
+        )
+
+    def _folding_is_cheaper(self, layer: int, side: Side) -> bool:
+        model, component_width = self.model, self.model.component_width(layer, side)
+        shared = {"tokens": self.tokens, "hidden_size": model.hidden_size, "tensor_parallel_size": self.dims.tp}
+        if model.hlc_form == "latent":
+            composite_width = model.num_key_value_heads * model.head_dim
+            return latent_folding_is_cheaper(latent=component_width, composite=composite_width, **shared)
+
+        return folding_is_cheaper(
+            num_components=model.component_heads[layer], num_composites=model.num_key_value_heads, **shared
         )
 
     @cached_property

@@ -228,6 +228,7 @@ def test_a_later_rank_gives_the_first_one_time_to_say_it(workdir, monkeypatch, c
 
 
 OTHER = "train tiny.yaml model.num_component_heads=null model.attention_variant="
+LATENT = f"{OTHER}mea model.hlc_form=latent"
 COMMANDS = [  # command, where, got, expected, hint; tiny.yaml is a file, `tokenizer` a folder and `run` a run
     ("train no.yaml", "no.yaml", "No such file or directory", "a readable YAML file"),
     (f"{OTHER}plain optimizer.decay_hlc=true", "optimizer.decay_hlc", "True", "false: `plain` has no matrices that..."),
@@ -239,6 +240,27 @@ COMMANDS = [  # command, where, got, expected, hint; tiny.yaml is a file, `token
         "model.head_norm_eps",
         "1.0",
         "1e-05: `talking_heads` has no head...",
+    ),
+    (f"{OTHER}plain model.hlc_form=latent", "model.hlc_form", "latent", "head: `plain` has no head combination"),
+    (f"{OTHER}mea model.key_latent_dim=8", "model.key_latent_dim", "8", "null where model.hlc_form is `head`"),
+    (f"{LATENT} model.key_latent_dim=7", "model.key_latent_dim", "7", "even numbers: RoPE rotates pairs..."),
+    (f"{LATENT} model.value_latent_dim=17", "model.value_latent_dim", "17", "at most...x model.head_dim = 16"),
+    (f"{LATENT} model.key_latent_dim=[2]", "model.key_latent_dim", "a list of 1", "one number, or one a layer..."),
+    (f"{LATENT} model.hlc_init=normal", "model.hlc_init", "normal", "block where model.hlc_form is `latent`"),
+    (f"{LATENT} model.hlc_mixes=keys", "model.hlc_mixes", "keys", "both where model.hlc_form is `latent`"),
+    (f"{LATENT} model.num_component_heads=1", "model.num_component_heads", "1", "model.num_key_value_heads = 2..."),
+    (f"{LATENT} model.key_frequencies=[[2,2,2,2]]", "model.key_frequencies", "a list of 1", "one a layer: ..."),
+    (
+        f"{LATENT} model.key_frequencies=[[2,2,2,2],[3,1,2,2]]",
+        "model.key_frequencies.1",
+        "3",
+        "at most model.num_key_value_heads = 2",
+    ),
+    (
+        f"{LATENT} model.key_frequencies=[[2,2,2,2],[1,1,2,2]]",
+        "model.key_frequencies.1",
+        "6 pairs",
+        "model.key_latent_dim / 2 = 8 pairs",
     ),
     (f"{OTHER}plain model.gate_width=head", "model.gate_width", "head", "feature: `gated` alone reads it"),
     (f"{OTHER}gated model.gate_width=both", "model.gate_width", "'both'", "'feature' or 'head'"),

@@ -76,6 +76,7 @@ MODELS = {
     "talking heads": {"attention_variant": "talking_heads", "qk_norm": True},
     "gated": {"attention_variant": "gated"},
     "gated heads": {"attention_variant": "gated", "gate_width": "head", "num_key_value_heads": 2},
+    "latent": {"hlc_form": "latent", "key_latent_dim": 20, "value_latent_dim": 12, "num_component_heads": None},
     "experts": EXPERTS,
     "experts in some layers": EXPERTS | {"moe_intermediate_size": 48, "mlp_only_layers": [1], "norm_topk_prob": False},
 }

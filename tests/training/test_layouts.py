@@ -74,6 +74,12 @@ VARIANTS = [
 PAIRS_OF_HEADS = {"attention_variant": "differential", "num_component_heads": 4, "head_norm_init": 0.5}
 TALKING = {"attention_variant": "talking_heads", "num_component_heads": 4}
 GATED = {"attention_variant": "gated", "num_component_heads": 4}
+LATENT = {
+    "hlc_form": "latent",
+    "num_component_heads": None,
+    "key_latent_dim": 10,
+    "value_latent_dim": [7, 24, 16],
+}
 ONE_HEAD = {"num_key_value_heads": 1, "num_component_heads": 1}
 MODELS = [
     *VARIANTS,
@@ -127,6 +133,10 @@ DEFAULT = {
         ("tp 2, sequence parallel, gated", layout(tensor=2, sequence=True), GATED, "weights", "selective"),
         ("pp 2, gated", layout(pipeline=2), GATED | TIED | {"gate_width": "head"}, "weights", "full"),
         ("dp 2, ZeRO 3, gated", layout(zero=3), GATED | {"gate_width": "head"}, "activations", "none"),
+        ("tp 2, sequence parallel, latent", layout(tensor=2, sequence=True), LATENT, "weights", "full"),
+        ("pp 2, latent", layout(pipeline=2), LATENT | TIED, "activations", "none"),
+        ("dp 2, ZeRO 3, latent, q/k norm", layout(zero=3), LATENT | {"qk_norm": True}, "activations", "selective"),
+        ("cp 2, ZeRO 3, latent", layout(context=2, zero=3), LATENT, "activations", "none"),
         ("dp 2, ZeRO 3, selective", layout(zero=3), VARIANTS[2], "weights", "selective"),
         ("tp 2, sequence parallel, selective", layout(tensor=2, sequence=True), VARIANTS[2], "weights", "selective"),
         ("pp 2, selective", layout(pipeline=2), PAIRS_OF_HEADS, "activations", "selective"),
