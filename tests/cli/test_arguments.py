@@ -33,7 +33,7 @@ DEFAULTS = {  # verb: its options where none is given
     "export": {"model": None, "out": None, "dtype": "fp32", "target": "transformers"},
     "import": {"source": None, "out": None, "variant": None},
     "compress": {"model": None, "out": None, "component_heads": None, "cache_ratio": None, "layers": None}
-    | {"calibration": None, "align": False},
+    | {"calibration": None, "method": None, "align": False},
     "sensitivity": {"model": None, "component_heads": None, "data": None, "out": None, "align": False},
     "evaluate": {"model": None, "data": None, "window": None, "tasks": None, "out": None},
     "generate": {"model": None, "prompt": None, "max_new_tokens": 64, "temperature": 0.0},
@@ -123,6 +123,7 @@ ACCEPTED = [  # command, what it sets
     ("import S O --variant mea", {"source": "S", "out": "O", "variant": "mea"}),
     ("compress M O --component-heads 1,2,3", {"model": "M", "out": "O", "component_heads": "1,2,3"}),
     ("compress M O --cache 0.5 --align", {"model": "M", "out": "O", "cache_ratio": 0.5, "align": True}),
+    ("compress M O --cache 0.5 --met latent", {"model": "M", "out": "O", "cache_ratio": 0.5, "method": "latent"}),
     ("compress M O --cal P --lay 5-12:2", {"model": "M", "out": "O", "calibration": "P", "layers": "5-12:2"}),
     ("sensitivity M --comp 1 --da P --ou f.json", {"model": "M", "component_heads": 1, "data": "P", "out": "f.json"}),
     ("plan c --world=4 --js", {"config": "c", "world_size": 4, "json": True}),
@@ -261,6 +262,8 @@ REFUSED = [  # command, (where, got, expected, hint) of each problem
         "compress M O --component-heads 1 --cache-ratio 0.5",
         ("--component-heads, --cache-ratio", "both", "one of them"),
     ),
+    ("compress M O --method svd --align", ("--method, --align", "both", "one of them")),
+    ("compress M O --method svdd", ("--method", "'svdd'", "svd or outputs or aligned or latent", "did you mean svd?")),
     (
         "sweep c --out o --nodes 2 --dry-run -- -q",
         *((name, "no --submit", "--submit too, or neither") for name in ("--nodes", "--dry-run", "--")),

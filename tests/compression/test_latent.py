@@ -9,6 +9,7 @@ from support.tiny import Tiny
 from test_compress import logits
 
 from megatron_mea.attention.latent import expand_pairs
+from megatron_mea.compression import latent
 from megatron_mea.compression.compress import compress
 from megatron_mea.compression.latent import latent_sizes
 from megatron_mea.compression.latent_keys import factorise_keys, frequency_moments, select_keys
@@ -143,13 +144,53 @@ def test_the_ratio_is_met_to_within_one_number(ratio):
     assert abs(keys + values - 2 * 192 * ratio) <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "qwen3_moe", "mea", "plain_norm"])
 def test_the_full_cache_computes_the_original(kind, tiny: Tiny, tmp_path):
-    """Every numbers kept, but for the refit, which changes nothing where nothing is lost."""
+    """With all numbers kept; the refit changes nothing where nothing is lost."""
     original, out = save_source_model(kind, tmp_path / "in"), tmp_path / "out"
     compress(ModelFolder.locate(original), out, ratio=1.0, calibration=str(tiny.validation), method="latent")
     torch.testing.assert_close(logits(out), logits(original), atol=2e-4, rtol=1e-4)
     assert not (tmp_path / "out.part").exists()
+
+
+@pytest.mark.slow
+def test_an_interrupted_call_is_resumed(tiny: Tiny, tmp_path, monkeypatch):
+    """What was fitted is not fitted again, and the result is the same; of another request nothing is taken."""
+    original, fitted = save_source_model("llama", tmp_path / "in"), []
+    run = latent._LayerFit.run
+
+    def counting_run(fit, *streams):
+        if fit.layer in stops:
+            raise KeyboardInterrupt
+        fitted.append(fit.layer)
+        return run(fit, *streams)
+
+    def compressed(out: str, ratio: float = 0.5) -> torch.Tensor:
+        options = {"ratio": ratio, "calibration": str(tiny.validation), "method": "latent"}
+        compress(ModelFolder.locate(original), tmp_path / out, **options)
+        return logits(tmp_path / out)
+
+    monkeypatch.setattr(latent._LayerFit, "run", counting_run)
+    stops: set[int] = set()
+    expected = compressed("whole")
+    stops.add(2)
+    with pytest.raises(KeyboardInterrupt):
+        compressed("out")
+    assert not (tmp_path / "out").exists()
+
+    stops.clear()
+    fitted.clear()
+    assert torch.equal(compressed("out"), expected)
+    assert fitted == [2]
+
+    stops.add(1)
+    with pytest.raises(KeyboardInterrupt):
+        compressed("other")
+    stops.clear()
+    fitted.clear()
+    compressed("other", ratio=0.4)
+    assert fitted == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
