@@ -359,6 +359,8 @@ def build_parser() -> tuple[Parser, Mapping[str, Parser]]:
     )
     sub.add_argument("--method", type=one_of(*METHODS), help=method_help)
     sub.add_argument("--align", action="store_true", excludes="--method", help="the same as --method aligned")
+    steps_help = "with --method latent: steps of Adam on each layer's attention, which take minutes (120; default 0)"
+    sub.add_argument("--reconstruction-steps", type=int_range(1), metavar="N", help=steps_help)
 
     sub = add_verb(
         name="sensitivity",

@@ -272,6 +272,7 @@ def _compress(
     calibration: str | None,
     method: str | None,
     align: bool,
+    reconstruction_steps: int | None,
 ) -> None:
     located = _locate(model, out=out, data={"--calibration": calibration})
 
@@ -286,6 +287,7 @@ def _compress(
             layers=layers,
             calibration=calibration,
             method="aligned" if align else method,
+            reconstruction_steps=reconstruction_steps,
         )
     )
 

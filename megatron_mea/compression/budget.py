@@ -9,8 +9,8 @@ from megatron_mea.errors import UserError
 
 METHODS = ("svd", "outputs", "aligned", "latent")
 """Ways of compressing, in the order in which they lose less."""
-PRESETS = ("full", "half", "deep")
-AUTO = "auto"
+FULL, AUTO = "full", "auto"
+PRESETS = (FULL, "half", "deep")
 _LAYER_RANGE = re.compile(r"(\d+)(?:-(\d+))?(?::(\d+))?")
 
 

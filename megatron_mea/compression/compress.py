@@ -11,15 +11,18 @@ import torch
 
 from megatron_mea.checkpoint.folder import GENERATION, OVERHEAD_BYTES, TOKENIZER, CheckpointMetadata, publish, seal
 from megatron_mea.checkpoint.tensors import write_tensors
-from megatron_mea.compression.budget import AUTO, allocate_heads, parse_layers
+from megatron_mea.compression.budget import AUTO, FULL, parse_layers
 from megatron_mea.compression.calibrate import CALIBRATION_TOKENS, calibration_windows, head_moments
 from megatron_mea.compression.compressed_model import CompressedModel, Factoriser
-from megatron_mea.compression.latent import LatentModel, compress_to_latent
-from megatron_mea.compression.sensitivity import losses_of_changes, plan_passes
+from megatron_mea.compression.head_choice import CHOICE_TOKENS, choose_heads, head_budget
+from megatron_mea.compression.latent import fit_latent_model, summary
+from megatron_mea.compression.latent_model import LatentModel
+from megatron_mea.compression.latent_sizes import chosen_dims, even_dims
 from megatron_mea.compression.source_model import SourceModel, open_source_model, read_model
 from megatron_mea.config.schema import Model
-from megatron_mea.data.corpora import IGNORE_INDEX, corpus_digest
+from megatron_mea.data.corpora import corpus_digest
 from megatron_mea.data.indexed import open_readers
+from megatron_mea.data.windows import Windows
 from megatron_mea.errors import UserError
 from megatron_mea.huggingface.export import export
 from megatron_mea.huggingface.importing import init_from_instructions
@@ -37,9 +40,9 @@ from megatron_mea.progress import progress_bar
 from megatron_mea.versions import versions
 
 HEADS, RATIO, LAYERS, CALIBRATION = "--component-heads", "--cache-ratio", "--layers", "--calibration"
-METHOD = "--method"
-AUTO_TOKENS = 2048
-"""Tokens on which the choice of heads measures the cost of compressing each layer."""
+METHOD, STEPS = "--method", "--reconstruction-steps"
+SIZING_TOKENS = 8192
+"""Calibration tokens on which each layer is fitted at several sizes, to choose among them."""
 
 
 def compress(
@@ -51,6 +54,7 @@ def compress(
     layers: str | None = None,
     calibration: str | None = None,
     method: str | None = None,
+    reconstruction_steps: int | None = None,
 ) -> str:
     """Writes a model with fewer component heads or latent numbers, which computes nearly the same with less cache.
 
@@ -67,6 +71,7 @@ def compress(
         method: one of `METHODS`. `svd` is the paper's, of the weights; `outputs` loses least of the heads' outputs on
             `calibration`; `aligned` rotates each head's features towards the others' first, which `q_proj` and
             `o_proj` undo; `latent` combines by frequency (latent.py). None: `outputs` with `calibration`, else `svd`.
+        reconstruction_steps: steps of Adam on every layer, after the closed forms of `latent`.
 
     Returns:
         A summary for the user.
@@ -78,8 +83,17 @@ def compress(
     check_free_folder(out)
     method = method or ("svd" if calibration is None else "outputs")
     _check_method(method, calibration=calibration, heads=heads, ratio=ratio, layers=layers)
+    if reconstruction_steps is not None and method != "latent":
+        raise UserError(where=STEPS, got=reconstruction_steps, expected=f"{METHOD} latent")
     if method == "latent":
-        return _compress_to_latent(model, out, ratio=ratio, calibration=calibration)
+        return _compress_to_latent(
+            model,
+            out,
+            ratio=ratio,
+            layers=layers,
+            calibration=calibration,
+            reconstruction_steps=reconstruction_steps or 0,
+        )
 
     aligned = method == "aligned"
     options = _head_options(model=read_model(model), name=str(model.path), heads=heads, ratio=ratio, layers=layers)
@@ -129,15 +143,18 @@ def _check_method(
     if method != "latent":
         return
 
-    for option, value in ((HEADS, heads), (LAYERS, layers)):
-        if value is not None:
-            expected = f"{RATIO} alone with {METHOD} latent, which has no component heads"
-            raise UserError(where=option, got=value, expected=expected)
+    if heads is not None:
+        raise UserError(where=HEADS, got=heads, expected=f"{RATIO} with {METHOD} latent, which has no component heads")
+    if layers not in (None, AUTO, FULL):
+        expected = f"{AUTO}, or {FULL} for the same size in all layers, with {METHOD} latent"
+        raise UserError(where=LAYERS, got=layers, expected=expected)
     if ratio is None:
         raise UserError(where=RATIO, got="nothing", expected=f"the size of the cache, for {METHOD} latent")
 
 
-def _compress_to_latent(model: ModelFolder, out: Path, *, ratio: float, calibration: str) -> str:
+def _compress_to_latent(
+    model: ModelFolder, out: Path, *, ratio: float, layers: str | None, calibration: str, reconstruction_steps: int
+) -> str:
     """`compress` with `--method latent`; what an interrupted call has fitted lies in OUT.part, and is used again."""
     settings = read_model(model)
     if settings.hlc_form == "latent":
@@ -145,25 +162,46 @@ def _compress_to_latent(model: ModelFolder, out: Path, *, ratio: float, calibrat
 
     open_readers([calibration], CALIBRATION)
     with reserve_output(out, folder=True), disk_errors(out), open_source_model(model, out) as source_model:
-        windows = calibration_windows(
-            source_model=source_model, path=calibration, where=CALIBRATION, tokens=CALIBRATION_TOKENS
-        )
+
+        def calibration_data(tokens: int, batch: int) -> Windows:
+            return calibration_windows(
+                source_model=source_model, path=calibration, where=CALIBRATION, tokens=tokens, batch=batch
+            )
+
+        windows = calibration_data(CALIBRATION_TOKENS, 1)
         hidden_bytes = 8 * windows.tokens * settings.hidden_size
         parameter_bytes = 4 * sum(map(math.prod, source_model.stored.shapes.values()))
-        require_space(out, 2 * parameter_bytes + 2 * hidden_bytes + OVERHEAD_BYTES)
-        request = {
+        require_space(out, 2 * parameter_bytes + 3 * hidden_bytes + OVERHEAD_BYTES)
+        request: dict[str, object] = {
             "weights": source_model.fingerprint,
             "tokens_digest": corpus_digest(windows.readers[0], borders=windows.document_mask),
             "tokens": windows.tokens,
             "ratio": ratio,
         }
         part = Path(f"{out}.part")
-        compressed = compress_to_latent(
-            source_model=source_model, ratio=ratio, windows=windows, folder=part, request=request
+        if layers == FULL:
+            dims = even_dims(settings, ratio)
+        else:
+            dims = chosen_dims(
+                source_model=source_model,
+                ratio=ratio,
+                windows=calibration_data(SIZING_TOKENS, 1),
+                probes=calibration_data(CHOICE_TOKENS, 1),
+                folder=part / "sizes",
+                request=request,
+            )
+
+        compressed = fit_latent_model(
+            source_model=source_model,
+            dims=dims,
+            reconstruction_steps=reconstruction_steps,
+            windows=windows,
+            folder=part / "layers",
+            request=request | {"reconstruction_steps": reconstruction_steps},
         )
         notes = _write(compressed, out, model=model, tokenizer=source_model.checkpoint.tokenizer)
         shutil.rmtree(part)
-        return "\n".join([f"wrote {out}: {compressed.summary()}", *notes])
+        return "\n".join([f"wrote {out}: {summary(compressed)}", *notes])
 
 
 def _write(
@@ -246,10 +284,10 @@ def _head_options(
 
     component_heads = model.component_heads
     if layers is None:
-        layers = "full" if ratio is None else AUTO
+        layers = FULL if ratio is None else AUTO
 
     if ratio is not None:
-        choosable = parse_layers("full" if layers == AUTO else layers, len(component_heads))
+        choosable = parse_layers(FULL if layers == AUTO else layers, len(component_heads))
         if any(chosen is not None for chosen in choosable.values()):
             raise UserError(
                 where=LAYERS, got=f"{layers} with {RATIO}", expected="layers alone: their numbers of heads are chosen"
@@ -261,7 +299,7 @@ def _head_options(
         ]
         least = sum(layer_options[0] for layer_options in options)
         total = model.num_key_value_heads * len(component_heads)
-        if _budget(model, ratio) < least:
+        if head_budget(model, ratio) < least:
             smallest = math.ceil(10_000 * least / total) / 10_000
             raise UserError(
                 where=RATIO, got=ratio, expected=f"at least {smallest}: {least} of {total} heads cannot be done without"
@@ -276,7 +314,7 @@ def _head_options(
 
     numbers = [] if heads is None else _parse_heads(heads)
     if len(numbers) > 1:
-        if len(numbers) != len(component_heads) or layers != "full":
+        if len(numbers) != len(component_heads) or layers != FULL:
             expected = f"one number, or one for each of the {len(component_heads)} layers and no {LAYERS}"
             raise UserError(where=HEADS, got=heads, expected=expected)
         chosen = dict(enumerate(numbers, start=1))
@@ -299,82 +337,11 @@ def _head_options(
     return [[chosen.get(layer, before)] for layer, before in enumerate(component_heads, start=1)]
 
 
-def _budget(model: Model, ratio: float) -> int:
-    """Component heads that all layers together may have."""
-    # Not a head less because 0.1 has no exact binary form.
-    return math.floor(ratio * model.num_key_value_heads * model.num_hidden_layers + 1e-9)
-
-
 def _parse_heads(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise UserError(where=HEADS, got=text, expected="a number, or one for every layer, as 4,4,2,2") from None
-
-
-def choose_heads(
-    *,
-    source_model: SourceModel,
-    factoriser: Factoriser,
-    options: list[list[int]],
-    ratio: float,
-    calibration: str | None,
-) -> list[int]:
-    """The number of component heads of every layer with the least predicted cost at that size of the cache."""
-    if calibration is None:
-        costs = [
-            {heads: factoriser.lost(layer, heads) if heads < max(layer_options) else 0.0 for heads in layer_options}
-            for layer, layer_options in enumerate(progress_bar(options, desc="heads of each layer", unit="layer"))
-        ]
-    else:
-        costs = measure_costs(
-            source_model=source_model, factoriser=factoriser, options=options, calibration=calibration
-        )
-
-    chosen = allocate_heads(costs, _budget(source_model.model, ratio))
-    assert chosen is not None
-    return chosen
-
-
-def measure_costs(
-    *, source_model: SourceModel, factoriser: Factoriser, options: list[list[int]], calibration: str
-) -> list[dict[int, float]]:
-    """Rise of the cross-entropy (nats a token of calibration data) by layer and number of heads, a layer at a time."""
-    changes = [(layer, heads) for layer, layer_options in enumerate(options) for heads in layer_options[:-1]]
-    batch_size, groups = plan_passes(source_model, changes)
-    windows = calibration_windows(
-        source_model=source_model, path=calibration, where=CALIBRATION, batch=batch_size, tokens=AUTO_TOKENS
-    )
-    costs = [dict.fromkeys(layer_options, 0.0) for layer_options in options]
-    count = 0
-    total = len(windows) * len(groups) * (source_model.model.num_hidden_layers + 1)
-    with progress_bar(total=total, desc="heads of each layer", unit="layer") as bar:
-        for batch in windows:
-            count += int((batch.targets != IGNORE_INDEX).sum())
-            for group in groups:
-                losses = losses_of_changes(
-                    source_model=source_model,
-                    factoriser=factoriser,
-                    changes=group,
-                    batch=batch,
-                    document_mask=windows.document_mask,
-                    progress=bar,
-                )
-                for layer, heads in group:
-                    costs[layer][heads] += losses[layer, heads] - losses[None]
-
-    return [
-        _remove_gains({heads: cost / max(count, 1) for heads, cost in layer_costs.items()}) for layer_costs in costs
-    ]
-
-
-def _remove_gains(costs: dict[int, float]) -> dict[int, float]:
-    """Costs that are at least 0 and do not fall with fewer heads: on so few tokens a gain is chance."""
-    worst, corrected = 0.0, {}
-    for heads in sorted(costs, reverse=True):
-        corrected[heads] = worst = max(worst, costs[heads])
-
-    return corrected
 
 
 def _summary(compressed: CompressedModel) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -174,6 +174,17 @@ class CompressedModel:
         if self.model.has_head_norm and self.model.head_norm_affine:
             heads = heads * self.source_model.read(f"model.layers.{layer}.self_attn.head_norm.weight").double()
         return torch.einsum("ohqa,hab->ohqb", heads, rotations).reshape(projection.shape)
+
+
+def with_one_layer_changed(factoriser: Factoriser) -> Callable[[tuple[int, int]], CompressedModel]:
+    """Gives the model in which a layer, counted from 0, has that number of component heads."""
+
+    def change_layer(change: tuple[int, int]) -> CompressedModel:
+        heads = list(factoriser.source_model.model.component_heads)
+        heads[change[0]] = change[1]
+        return CompressedModel(source_model=factoriser.source_model, heads=heads, factoriser=factoriser)
+
+    return change_layer
 
 
 def compressible_layers(*, model: Model, name: str, heads: int, where: str) -> list[int]:

@@ -8,25 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_mea.compression.calibrate import calibration_windows, window_length
-from megatron_mea.compression.compressed_model import CompressedModel, Factoriser, compressible_layers
+from megatron_mea.compression.changes import Change, ChangeLayer, losses_of_changes, plan_passes
+from megatron_mea.compression.compressed_model import Factoriser, compressible_layers, with_one_layer_changed
 from megatron_mea.compression.source_model import SourceModel, open_source_model, read_model
-from megatron_mea.data.corpora import IGNORE_INDEX, Batch, corpus_digest
+from megatron_mea.data.corpora import IGNORE_INDEX, corpus_digest
 from megatron_mea.data.indexed import open_readers
 from megatron_mea.data.windows import Windows
 from megatron_mea.errors import UserError
 from megatron_mea.huggingface.model_folder import ModelFolder
 from megatron_mea.inputs import read_json_object
-from megatron_mea.model.decoder import Decoder, StageLayers, single_layers
-from megatron_mea.model.layerwise import load_layer
 from megatron_mea.outputs import disk_errors, print_and_write, reserve_output, write_file
 from megatron_mea.progress import progress_bar
-
-Change = tuple[int, int]
-"""A layer, counted from 0, and its number of component heads."""
-_MAX_LOGITS, _MAX_HIDDEN_BYTES, _MAX_BATCH_SIZE = 1 << 26, 1 << 31, 8
 
 
 def sensitivity(*, model: ModelFolder, heads: int, data: str, out: str | Path, aligned: bool) -> None:
@@ -65,7 +58,9 @@ def sensitivity(*, model: ModelFolder, heads: int, data: str, out: str | Path, a
             }
             measured = _measure_layers(
                 source_model=source_model,
-                factoriser=Factoriser(source_model=source_model, moments=None, aligned=aligned),
+                change_layer=with_one_layer_changed(
+                    Factoriser(source_model=source_model, moments=None, aligned=aligned)
+                ),
                 groups=groups,
                 windows=windows,
                 progress_file=progress_file,
@@ -81,7 +76,7 @@ def sensitivity(*, model: ModelFolder, heads: int, data: str, out: str | Path, a
 def _measure_layers(
     *,
     source_model: SourceModel,
-    factoriser: Factoriser,
+    change_layer: ChangeLayer,
     groups: Sequence[Sequence[Change]],
     windows: Windows,
     progress_file: Path,
@@ -102,7 +97,7 @@ def _measure_layers(
             for changes in groups:
                 losses |= losses_of_changes(
                     source_model=source_model,
-                    factoriser=factoriser,
+                    change_layer=change_layer,
                     changes=changes,
                     batch=batch,
                     document_mask=windows.document_mask,
@@ -176,68 +171,3 @@ def draw_plot(result: dict[str, Any]) -> bytes:
     png = io.BytesIO()
     figure.savefig(png, dpi=120)
     return png.getvalue()
-
-
-def plan_passes(source_model: SourceModel, changes: Sequence[Change]) -> tuple[int, list[Sequence[Change]]]:
-    """Windows per pass over the layers, and the changes of each pass, so that all hidden states fit in 2 GB."""
-    hidden_bytes = 4 * source_model.model.hidden_size * window_length(source_model)
-    max_changes = max(_MAX_HIDDEN_BYTES // hidden_bytes - 1, 1)
-    batch_size = min(max(_MAX_HIDDEN_BYTES // (hidden_bytes * (len(changes) + 1)), 1), _MAX_BATCH_SIZE)
-    return batch_size, [changes[start : start + max_changes] for start in range(0, max(len(changes), 1), max_changes)]
-
-
-@torch.no_grad()
-def losses_of_changes(
-    *,
-    source_model: SourceModel,
-    factoriser: Factoriser,
-    changes: Sequence[Change],
-    batch: Batch,
-    document_mask: bool,
-    progress: object = None,
-) -> dict[Change | None, float]:
-    """The summed cross-entropy (nats) of a batch by change, and by None for the unchanged model.
-
-    One pass over the layers, of which one is in memory: the hidden states before a changed layer are those of the
-    unchanged model, and behind it every change has its own.
-
-    Args:
-        progress: a progress bar, which is moved by one with every layer.
-    """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    positions = torch.from_numpy(batch.position_ids).to(device)
-
-    def load(model: SourceModel | CompressedModel, layer: StageLayers) -> Decoder:
-        return load_layer(config=model.model, layer=layer, read=model.read, document_mask=document_mask).to(device)
-
-    *layers, head_layer = single_layers(source_model.model)
-    hidden: dict[Change | None, torch.Tensor] = {None: torch.from_numpy(batch.input_ids).to(device)}
-    decoder = None
-    for layer in layers:
-        # Freed before the next layer takes its memory.
-        del decoder
-        decoder = load(source_model, layer)
-        layer_input = hidden[None]
-        for change, hidden_states in hidden.items():
-            hidden[change] = decoder.forward_hidden(hidden_states, positions)
-
-        for layer_index, heads in changes:
-            if layer_index in layer.blocks:
-                heads_by_layer = list(source_model.model.component_heads)
-                heads_by_layer[layer_index] = heads
-                compressed = CompressedModel(source_model=source_model, heads=heads_by_layer, factoriser=factoriser)
-                hidden[layer_index, heads] = load(compressed, layer).forward_hidden(layer_input, positions)
-
-        if progress is not None:
-            progress.update()
-
-    head = load(source_model, head_layer)
-    targets = torch.from_numpy(batch.targets).to(device)
-    max_rows = max(_MAX_LOGITS // (source_model.model.vocab_size * targets.shape[1]), 1)
-    return {
-        change: sum(
-            head.loss(head.forward_hidden(chunk, positions), chunk_targets).item()
-            for chunk, chunk_targets in zip(hidden_states.split(max_rows), targets.split(max_rows), strict=True)
-        )
-        for change, hidden_states in hidden.items()
-    }

@@ -27,6 +27,10 @@ def load_layer(
     with torch.device("meta"):
         decoder = Decoder(config=config, stage=layer, document_mask=document_mask)
 
-    weights = {key: read(parameter.spec.name).to(dtype) for key, parameter in decoder.named_parameters()}
+    specs = {key: parameter.spec for key, parameter in decoder.named_parameters()}
+    weights = {key: read(spec.name).to(dtype) for key, spec in specs.items()}
     decoder.load_state_dict(weights, assign=True)
+    for key, parameter in decoder.named_parameters():
+        parameter.spec = specs[key]
+
     return decoder.requires_grad_(requires_grad=False)

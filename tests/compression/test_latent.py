@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from support.source_models import save_source_model
 from support.tiny import Tiny
 from test_compress import logits
 
 from megatron_mea.attention.latent import expand_pairs
-from megatron_mea.compression import latent
+from megatron_mea.compression.calibrate import calibration_windows
 from megatron_mea.compression.compress import compress
-from megatron_mea.compression.latent import latent_sizes
+from megatron_mea.compression.latent_fit import LayerFit
 from megatron_mea.compression.latent_keys import factorise_keys, frequency_moments, select_keys
+from megatron_mea.compression.latent_sizes import allocate, even_dims
 from megatron_mea.compression.latent_values import factorise_values, output_weight
+from megatron_mea.compression.source_model import open_source_model
 from megatron_mea.config.schema import Model
 from megatron_mea.errors import UserError
 from megatron_mea.exported.rotary_mea import apply_rotary
@@ -136,8 +144,7 @@ def test_values_lose_what_is_predicted_and_no_other_numbers_lose_less():
 
 @pytest.mark.parametrize("ratio", [0.01, 0.25, 1 / 3, 0.5, 0.7, 0.9, 1.0])
 def test_the_ratio_is_met_to_within_one_number(ratio):
-    model = Model(num_key_value_heads=3, head_dim=64, num_attention_heads=9)
-    keys, values = latent_sizes(model, ratio)
+    keys, values = even_dims(Model(num_key_value_heads=3, head_dim=64, num_attention_heads=9), ratio)[0]
     assert keys % 2 == 0
     assert 2 <= keys <= 192
     assert 1 <= values <= 192
@@ -154,43 +161,98 @@ def test_the_full_cache_computes_the_original(kind, tiny: Tiny, tmp_path):
     assert not (tmp_path / "out.part").exists()
 
 
+@given(data=st.data())
+def test_no_other_sizes_cost_less(data):
+    """Against all ways of sharing out, where every unit gains less than the one before."""
+    gains = data.draw(st.lists(st.lists(st.integers(0, 9), min_size=3, max_size=3), min_size=1, max_size=4))
+    costs = [np.array([sum(row), *np.subtract(sum(row), np.cumsum(sorted(row, reverse=True)))]) for row in gains]
+    budget = data.draw(st.integers(0, 3 * len(costs)))
+    chosen = allocate(costs, budget)
+    ways = [way for way in itertools.product(range(4), repeat=len(costs)) if sum(way) == budget]
+
+    def cost(way) -> float:
+        return sum(curve[units] for curve, units in zip(costs, way, strict=True))
+
+    assert sum(chosen) == budget
+    assert cost(chosen) == pytest.approx(min(map(cost, ways)))
+
+
+def test_a_curve_that_falls_late_is_worth_its_whole_way():
+    """By single steps the second layer would get nothing."""
+    assert allocate([np.array([3.0, 2.0, 1.0, 0.0]), np.array([9.0, 9.0, 9.0, 0.0])], 3) == [0, 3]
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_reconstruction_loses_less_of_the_outputs(tiny: Tiny, tmp_path):
+    """Each step of the fit does, and what is said to be lost is."""
+    original = save_source_model("qwen3", tmp_path / "in")
+    with open_source_model(ModelFolder.locate(original), tmp_path / "x") as source_model:
+        windows = calibration_windows(
+            source_model=source_model, path=str(tiny.train), where="--calibration", batch=1, tokens=2048
+        )
+        fit = LayerFit(source_model=source_model, layer=0, windows=windows, device=torch.device("cpu"))
+        generator = torch.Generator().manual_seed(0)
+        hidden_size = source_model.model.hidden_size
+        states = [torch.randn(*batch.input_ids.shape, hidden_size, generator=generator) for batch in windows]
+        targets = fit.move(fit.source, list(states))
+
+        def lost(decoder) -> float:
+            outputs = fit.move(decoder, list(states))
+            errors = [(output - target).square().sum() for output, target in zip(outputs, targets, strict=True)]
+            return (sum(errors) / sum(target.square().sum() for target in targets)).item()
+
+        moments = fit.moments(states)
+        closed = fit.fit((16, 10), moments=moments, states=states, targets=targets)
+        found = fit.reconstruct(closed, steps=60, states=states, targets=targets)
+        without_refit = replace(
+            closed, tensors={name: value for name, value in closed.tensors.items() if "o_proj" not in name}
+        )
+        assert lost(fit.build(without_refit)) > lost(fit.build(closed)) > 1.05 * lost(fit.build(found))
+        for latent in (closed, found):
+            assert lost(fit.build(latent)) == pytest.approx(latent.error, rel=1e-3)
+
+
 @pytest.mark.slow
 def test_an_interrupted_call_is_resumed(tiny: Tiny, tmp_path, monkeypatch):
     """What was fitted is not fitted again, and the result is the same; of another request nothing is taken."""
     original, fitted = save_source_model("llama", tmp_path / "in"), []
-    run = latent._LayerFit.run
+    begin = LayerFit.__init__
 
-    def counting_run(fit, *streams):
-        if fit.layer in stops:
+    def counting_begin(fit, **arguments):
+        fitted.append(arguments["layer"])
+        if len(fitted) == stop_at:
             raise KeyboardInterrupt
-        fitted.append(fit.layer)
-        return run(fit, *streams)
+        begin(fit, **arguments)
 
     def compressed(out: str, ratio: float = 0.5) -> torch.Tensor:
         options = {"ratio": ratio, "calibration": str(tiny.validation), "method": "latent"}
+        fitted.clear()
         compress(ModelFolder.locate(original), tmp_path / out, **options)
         return logits(tmp_path / out)
 
-    monkeypatch.setattr(latent._LayerFit, "run", counting_run)
-    stops: set[int] = set()
+    monkeypatch.setattr(LayerFit, "__init__", counting_begin)
+    stop_at = None
     expected = compressed("whole")
-    stops.add(2)
-    with pytest.raises(KeyboardInterrupt):
-        compressed("out")
-    assert not (tmp_path / "out").exists()
+    # Three layers are fitted to choose their sizes, and then again.
+    assert fitted == [0, 1, 2, 0, 1, 2]
 
-    stops.clear()
-    fitted.clear()
-    assert torch.equal(compressed("out"), expected)
-    assert fitted == [2]
+    for stop_at, left in ((2, [1, 2, 0, 1, 2]), (5, [1, 2])):
+        out = f"out{stop_at}"
+        with pytest.raises(KeyboardInterrupt):
+            compressed(out)
+        assert not (tmp_path / out).exists()
 
-    stops.add(1)
+        stop_at = None
+        assert torch.equal(compressed(out), expected)
+        assert fitted == left
+
+    stop_at = 5
     with pytest.raises(KeyboardInterrupt):
         compressed("other")
-    stops.clear()
-    fitted.clear()
+    stop_at = None
     compressed("other", ratio=0.4)
-    assert fitted == [0, 1, 2]
+    assert fitted == [0, 1, 2, 0, 1, 2]
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ from support.foreign import edited_json
 from support.source_models import LAYERS, save_source_model
 
 from megatron_mea.cli import main
-from megatron_mea.compression import compress, compressed_model
+from megatron_mea.compression import changes, compressed_model, head_choice
 from megatron_mea.compression import sensitivity as module
-from megatron_mea.compression.compress import measure_costs
 from megatron_mea.compression.compressed_model import Factoriser
+from megatron_mea.compression.head_choice import measure_costs
 from megatron_mea.compression.sensitivity import _read_progress
 from megatron_mea.compression.source_model import open_source_model
 from megatron_mea.huggingface.model_folder import ModelFolder
@@ -108,7 +108,7 @@ def test_what_is_kept_depends_on_tokens_weights_and_settings(original, tiny, tmp
 
 
 def test_costs_are_never_negative_and_never_fall_with_fewer_heads(original, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(compress, "AUTO_TOKENS", 128)
+    monkeypatch.setattr(head_choice, "CHOICE_TOKENS", 128)
     with open_source_model(ModelFolder.locate(original), tmp_path / "x") as source_model:
         options = [list(range(1, before + 1)) for before in source_model.model.component_heads]
         costs = measure_costs(
@@ -118,7 +118,7 @@ def test_costs_are_never_negative_and_never_fall_with_fewer_heads(original, tiny
             calibration=str(tiny.train),
         )
         # The same where memory is for one change at a time, and cache for the virtual heads of one layer and side.
-        monkeypatch.setattr(module, "_MAX_HIDDEN_BYTES", 0)
+        monkeypatch.setattr(changes, "_MAX_HIDDEN_BYTES", 0)
         monkeypatch.setattr(compressed_model, "_MAX_CACHED_BYTES", 0)
         factoriser = Factoriser(source_model=source_model, moments=None, aligned=False)
         for repeated, layer_costs in zip(
@@ -163,6 +163,6 @@ def test_progress_of_this_request_is_taken_up(tmp_path):
     (tmp_path / "part").write_text(json.dumps(PROGRESS))
     measured = {key: value for key, value in PROGRESS.items() if key != "asked"}
     assert _read_progress(tmp_path / "part", request=REQUEST, names={"none", "0"}, passes=3) == measured
-    for changes in ({"names": {"none", "1"}}, {"passes": 1}, {"request": REQUEST | {"window": 32}}):
-        settings = {"request": REQUEST, "names": {"none", "0"}, "passes": 3} | changes
+    for other in ({"names": {"none", "1"}}, {"passes": 1}, {"request": REQUEST | {"window": 32}}):
+        settings = {"request": REQUEST, "names": {"none", "0"}, "passes": 3} | other
         assert _read_progress(tmp_path / "part", **settings)["done"] == 0

@@ -293,7 +293,7 @@ def test_what_is_left_out_is_said_once(kind, descriptions, tmp_path):
     assert read_config_json(tmp_path, "--from").settings["eos_token_id"] == [2]
 
 
-@pytest.mark.parametrize("changes", [{"hlc_form": "latent"}, {"hlc_form": "latent", "x": 1}])
+@pytest.mark.parametrize("changes", [{"hlc_rank": 4}, {"hlc_rank": 4, "x": 1}])
 def test_an_export_of_another_version_is_refused_by_its_keys(changes, descriptions, tmp_path):
     """They may stand for another computation, which shapes need not show."""
     (tmp_path / "config.json").write_text(json.dumps(descriptions["mea"] | changes))

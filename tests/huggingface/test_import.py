@@ -336,7 +336,7 @@ def test_a_description_means_the_model_that_was_described(data):
         "rms_norm_eps": data.draw(st.floats(1e-8, 1e-3)),
         "hlc_init": data.draw(st.sampled_from(["block", "normal"])),
     }
-    if not settings["attention_variant"].startswith("mea"):
+    if not settings["attention_variant"].startswith("mea") or settings.get("hlc_form") == "latent":
         del settings["hlc_init"]
 
     model = parse_model(small_model(**settings).model_dump(mode="json"))

@@ -20,9 +20,9 @@ from common import BenchParser, facts, print_header, print_row
 
 from megatron_mea.compression.budget import allocate_heads
 from megatron_mea.compression.calibrate import CALIBRATION_TOKENS, calibration_windows, head_moments
-from megatron_mea.compression.compress import measure_costs
+from megatron_mea.compression.changes import losses_of_changes
 from megatron_mea.compression.compressed_model import CompressedModel, Factoriser
-from megatron_mea.compression.sensitivity import losses_of_changes
+from megatron_mea.compression.head_choice import measure_costs
 from megatron_mea.compression.source_model import SourceModel, open_source_model
 from megatron_mea.data.corpora import IGNORE_INDEX
 from megatron_mea.data.windows import Windows
@@ -54,9 +54,7 @@ def cross_entropy(model: SourceModel | CompressedModel, windows: Windows) -> flo
     """Mean cross-entropy (nats a token) of all windows, computed a layer at a time."""
     total, count = 0.0, 0
     for batch in windows:
-        losses = losses_of_changes(
-            source_model=model, factoriser=None, changes=(), batch=batch, document_mask=windows.document_mask
-        )
+        losses = losses_of_changes(source_model=model, batch=batch, document_mask=windows.document_mask)
         total += losses[None]
         count += int((batch.targets != IGNORE_INDEX).sum())
 

@@ -1,0 +1,86 @@
+"""What an interrupted `compress --method latent` has fitted, in a folder from which the same command goes on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from megatron_mea.inputs import read_json_object
+from megatron_mea.outputs import write_file
+
+Streams = dict[str, list[torch.Tensor]]
+"""Hidden states (batch, seq, hidden) of the calibration's batches, by the name of the stream."""
+_PROGRESS = "progress.json"
+
+
+@dataclass(kw_only=True)
+class PartialFit:
+    """Files of one phase of the work: the changed parameters of each layer, and the streams behind the latest.
+
+    Attributes:
+        request: what was asked for; another request starts anew.
+        layers: what is noted of every layer that is done, as JSON.
+        result: what `finish` was given, as JSON.
+    """
+
+    folder: Path
+    request: dict[str, Any]
+    layers: list[Any] = field(default_factory=list)
+    result: Any = None
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(exist_ok=True, parents=True)
+        try:
+            saved = read_json_object(self.folder / _PROGRESS)
+            if saved["request"] == self.request and self._streams_file(len(saved["layers"])).is_file():
+                self.layers, self.result = list(saved["layers"]), saved["result"]
+        except (OSError, ValueError, KeyError, TypeError):
+            self.layers, self.result = [], None
+
+    def streams(self) -> Streams:
+        """The streams behind the latest layer."""
+        streams: Streams = {}
+        # Sorted by name and then index, whose digits are padded.
+        for key, tensor in sorted(load_file(self._streams_file(len(self.layers))).items()):
+            streams.setdefault(key.split(".")[0], []).append(tensor)
+
+        return streams
+
+    def add(self, layer: dict[str, torch.Tensor], streams: Streams, note: Any) -> None:
+        """Saves one more layer and the streams behind it, all of which count once its note is written."""
+        before = self._streams_file(len(self.layers))
+        save_file(layer, self._layer_file(len(self.layers)))
+        self.layers.append(note)
+        named = {f"{name}.{index:06d}": item for name, items in streams.items() for index, item in enumerate(items)}
+        save_file(named, self._streams_file(len(self.layers)))
+        self._write_progress()
+        before.unlink(missing_ok=True)
+
+    def finish(self, result: Any) -> None:
+        """Saves what came out of all layers."""
+        self.result = result
+        self._write_progress()
+
+    def _write_progress(self) -> None:
+        progress = {"request": self.request, "layers": self.layers, "result": self.result}
+        write_file(self.folder / _PROGRESS, json.dumps(progress))
+
+    def read(self, name: str) -> torch.Tensor | None:
+        """A changed parameter in float32; None where a layer has no such."""
+        if ".self_attn." not in name:
+            return None
+
+        with safe_open(self._layer_file(int(name.split(".")[2])), framework="pt") as tensors:
+            return tensors.get_tensor(name) if name in tensors.keys() else None  # noqa: SIM118 - it is no dictionary
+
+    def _layer_file(self, layer: int) -> Path:
+        return self.folder / f"layer_{layer:04d}.safetensors"
+
+    def _streams_file(self, layers: int) -> Path:
+        return self.folder / f"streams_{layers:04d}.safetensors"
