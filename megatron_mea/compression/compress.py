@@ -12,9 +12,9 @@ import torch
 from megatron_mea.checkpoint.folder import GENERATION, OVERHEAD_BYTES, TOKENIZER, CheckpointMetadata, publish, seal
 from megatron_mea.checkpoint.tensors import write_tensors
 from megatron_mea.compression.budget import AUTO, FULL, parse_layers
-from megatron_mea.compression.calibrate import CALIBRATION_TOKENS, calibration_windows, head_moments
+from megatron_mea.compression.calibrate import CALIBRATION_TOKENS, calibration_windows, head_moments, window_length
 from megatron_mea.compression.compressed_model import CompressedModel, Factoriser
-from megatron_mea.compression.head_choice import CHOICE_TOKENS, choose_heads, head_budget
+from megatron_mea.compression.head_choice import choose_heads, head_budget
 from megatron_mea.compression.latent import fit_latent_model, summary
 from megatron_mea.compression.latent_model import LatentModel
 from megatron_mea.compression.latent_sizes import chosen_dims, even_dims
@@ -41,8 +41,10 @@ from megatron_mea.versions import versions
 
 HEADS, RATIO, LAYERS, CALIBRATION = "--component-heads", "--cache-ratio", "--layers", "--calibration"
 METHOD, STEPS = "--method", "--reconstruction-steps"
-SIZING_TOKENS = 8192
-"""Calibration tokens on which each layer is fitted at several sizes, to choose among them."""
+SIZING_TOKENS, PROBE_TOKENS = 8192, 4096
+"""Calibration tokens on which each layer is fitted at several sizes, and on which its smallest size is measured."""
+BATCH_TOKENS = 2048
+"""Tokens of a batch of them, of which one is in memory: also those of a step of reconstruction."""
 
 
 def compress(
@@ -163,12 +165,14 @@ def _compress_to_latent(
     open_readers([calibration], CALIBRATION)
     with reserve_output(out, folder=True), disk_errors(out), open_source_model(model, out) as source_model:
 
-        def calibration_data(tokens: int, batch: int) -> Windows:
+        batch = max(1, BATCH_TOKENS // window_length(source_model))
+
+        def calibration_data(tokens: int) -> Windows:
             return calibration_windows(
                 source_model=source_model, path=calibration, where=CALIBRATION, tokens=tokens, batch=batch
             )
 
-        windows = calibration_data(CALIBRATION_TOKENS, 1)
+        windows = calibration_data(CALIBRATION_TOKENS)
         hidden_bytes = 8 * windows.tokens * settings.hidden_size
         parameter_bytes = 4 * sum(map(math.prod, source_model.stored.shapes.values()))
         require_space(out, 2 * parameter_bytes + 3 * hidden_bytes + OVERHEAD_BYTES)
@@ -185,8 +189,8 @@ def _compress_to_latent(
             dims = chosen_dims(
                 source_model=source_model,
                 ratio=ratio,
-                windows=calibration_data(SIZING_TOKENS, 1),
-                probes=calibration_data(CHOICE_TOKENS, 1),
+                windows=calibration_data(SIZING_TOKENS),
+                probes=calibration_data(PROBE_TOKENS),
                 folder=part / "sizes",
                 request=request,
             )

@@ -63,7 +63,7 @@ def chosen_dims(
     totals = _fitted_totals(model, ratio)
     partial = PartialFit(folder=folder, request=request)
     if partial.result is not None:
-        return [(keys, values) for keys, values in partial.result]
+        return [(keys, values) for keys, values in partial.result["dims"]]
 
     if partial.layers:
         states = partial.streams()["source"]
@@ -92,7 +92,7 @@ def chosen_dims(
     ]
     budget = round(ratio * full) * model.num_hidden_layers
     dims = [split_dims(model, totals[0] + more) for more in allocate(costs, budget - totals[0] * len(costs))]
-    partial.finish(dims)
+    partial.finish({"dims": dims, "divergences": divergences})
     return dims
 
 
