@@ -142,6 +142,32 @@ def scratch_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+@contextmanager
+def resumable_folder(path: Path) -> Iterator[Path]:
+    """Makes, or takes up, the folder `PATH.part`, which is removed at the end of the block but not by an exception.
+
+    Raises:
+        UserError: another process uses it, or it was not made here.
+        OSError: the disk refuses.
+    """
+    folder = _real(path).with_name(f"{_real(path).name}.part")
+    is_own = (folder / _LOCK).is_file()
+    if folder.exists() and not is_own and (not folder.is_dir() or any(folder.iterdir())):
+        expected = f"no such file or folder: what is done of {path} would be kept there"
+        raise UserError(where=str(folder), got="something else of that name", expected=expected)
+
+    make_folder(folder)
+    with (folder / _LOCK).open("ab") as lock:
+        if try_lock(lock) is False:
+            expected = f"one process at a time that writes {path}"
+            raise UserError(where=str(folder), got="in use by another process", expected=expected)
+
+        yield folder
+
+    # The lock is closed: NFS keeps a file that is open, and its folder with it.
+    shutil.rmtree(folder)
+
+
 def _locked_folder(path: Path) -> tuple[Path, IO[bytes]]:
     """A new scratch folder of `path`, and its locked file."""
     while True:

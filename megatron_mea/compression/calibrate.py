@@ -8,12 +8,15 @@ import torch
 
 from megatron_mea.compression.compressed_model import Moments
 from megatron_mea.compression.source_model import SIDES, SourceModel
+from megatron_mea.config.schema import Model
 from megatron_mea.data.corpora import Batch
 from megatron_mea.data.windows import Windows, open_windows
 from megatron_mea.model.decoder import EMBEDDING, Decoder, StageLayers
 from megatron_mea.model.layerwise import load_layer
+from megatron_mea.printing import note
 from megatron_mea.progress import progress_bar
 
+CALIBRATION = "--calibration"
 CALIBRATION_TOKENS = 16_384
 """Tokens that a calibration reads: the moments of a few hundred outputs are known well from far fewer."""
 _BATCH_SIZE = 4
@@ -37,6 +40,14 @@ def calibration_windows(
         document_mask=mask,
         tokens=tokens,
     )
+
+
+def warn_of_few_tokens(windows: Windows, path: str, *, model: Model) -> None:
+    """Warns where there are fewer calibration tokens than outputs of a layer's composite heads."""
+    outputs = model.num_key_value_heads * model.head_dim
+    if windows.tokens < outputs:
+        shortage = f"{path} has {windows.tokens} tokens for the {outputs} outputs of a layer's key heads"
+        note(f"warning: {shortage}: what it does not show is lost")
 
 
 def window_length(source_model: SourceModel) -> int:

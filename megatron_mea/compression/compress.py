@@ -3,48 +3,31 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from megatron_mea.checkpoint.folder import GENERATION, OVERHEAD_BYTES, TOKENIZER, CheckpointMetadata, publish, seal
-from megatron_mea.checkpoint.tensors import write_tensors
+from megatron_mea.checkpoint.folder import OVERHEAD_BYTES
 from megatron_mea.compression.budget import AUTO, FULL, parse_layers
-from megatron_mea.compression.calibrate import CALIBRATION_TOKENS, calibration_windows, head_moments, window_length
+from megatron_mea.compression.calibrate import CALIBRATION_TOKENS, calibration_windows, head_moments, warn_of_few_tokens
 from megatron_mea.compression.compressed_model import CompressedModel, Factoriser
 from megatron_mea.compression.head_choice import choose_heads, head_budget
-from megatron_mea.compression.latent import fit_latent_model, summary
-from megatron_mea.compression.latent_model import LatentModel
-from megatron_mea.compression.latent_sizes import chosen_dims, even_dims
+from megatron_mea.compression.latent import compress_to_latent
 from megatron_mea.compression.source_model import SourceModel, open_source_model, read_model
+from megatron_mea.compression.write_compressed import write_compressed
 from megatron_mea.config.schema import Model
-from megatron_mea.data.corpora import corpus_digest
 from megatron_mea.data.indexed import open_readers
-from megatron_mea.data.windows import Windows
 from megatron_mea.errors import UserError
-from megatron_mea.huggingface.export import export
-from megatron_mea.huggingface.importing import init_from_instructions
-from megatron_mea.huggingface.model_folder import CheckpointFolder, HFFolder, ModelFolder
-from megatron_mea.model.decoder import parameter_shapes
+from megatron_mea.huggingface.model_folder import ModelFolder
 from megatron_mea.outputs import (
     check_free_folder,
     disk_errors,
     require_space,
     reserve_output,
-    scratch_folder,
 )
 from megatron_mea.printing import note
-from megatron_mea.progress import progress_bar
-from megatron_mea.versions import versions
 
 HEADS, RATIO, LAYERS, CALIBRATION = "--component-heads", "--cache-ratio", "--layers", "--calibration"
 METHOD, STEPS = "--method", "--reconstruction-steps"
-SIZING_TOKENS, PROBE_TOKENS = 8192, 4096
-"""Calibration tokens on which each layer is fitted at several sizes, and on which its smallest size is measured."""
-BATCH_TOKENS = 2048
-"""Tokens of a batch of them, of which one is in memory: also those of a step of reconstruction."""
 
 
 def compress(
@@ -88,11 +71,11 @@ def compress(
     if reconstruction_steps is not None and method != "latent":
         raise UserError(where=STEPS, got=reconstruction_steps, expected=f"{METHOD} latent")
     if method == "latent":
-        return _compress_to_latent(
+        return compress_to_latent(
             model,
             out,
             ratio=ratio,
-            layers=layers,
+            equal_sizes=layers == FULL,
             calibration=calibration,
             reconstruction_steps=reconstruction_steps or 0,
         )
@@ -111,10 +94,7 @@ def compress(
             windows = calibration_windows(
                 source_model=source_model, path=calibration, where=CALIBRATION, tokens=CALIBRATION_TOKENS
             )
-            outputs = source_model.model.num_key_value_heads * source_model.model.head_dim
-            if windows.tokens < outputs:
-                shortage = f"{calibration} has {windows.tokens} tokens for the {outputs} outputs of a layer's key heads"
-                note(f"warning: {shortage}: what it does not show is lost")
+            warn_of_few_tokens(windows, calibration, model=source_model.model)
 
         require_space(out, 4 * sum(map(math.prod, source_model.stored.shapes.values())) + OVERHEAD_BYTES)
         moments = None
@@ -130,7 +110,7 @@ def compress(
             )
 
         compressed = CompressedModel(source_model=source_model, heads=counts, factoriser=factoriser)
-        notes = _write(compressed, out, model=model, tokenizer=tokenizer)
+        notes = write_compressed(compressed, out, model=model, tokenizer=tokenizer)
         return "\n".join([f"wrote {out}: {_summary(compressed)}", *notes])
 
 
@@ -154,120 +134,10 @@ def _check_method(
         raise UserError(where=RATIO, got="nothing", expected=f"the size of the cache, for {METHOD} latent")
 
 
-def _compress_to_latent(
-    model: ModelFolder, out: Path, *, ratio: float, layers: str | None, calibration: str, reconstruction_steps: int
-) -> str:
-    """`compress` with `--method latent`; what an interrupted call has fitted lies in OUT.part, and is used again."""
-    settings = read_model(model)
-    if settings.hlc_form == "latent":
-        raise UserError(where="MODEL", got=f"{model.path}, with hlc_form: latent", expected="a model of heads")
-
-    open_readers([calibration], CALIBRATION)
-    with reserve_output(out, folder=True), disk_errors(out), open_source_model(model, out) as source_model:
-
-        batch = max(1, BATCH_TOKENS // window_length(source_model))
-
-        def calibration_data(tokens: int) -> Windows:
-            return calibration_windows(
-                source_model=source_model, path=calibration, where=CALIBRATION, tokens=tokens, batch=batch
-            )
-
-        windows = calibration_data(CALIBRATION_TOKENS)
-        hidden_bytes = 8 * windows.tokens * settings.hidden_size
-        parameter_bytes = 4 * sum(map(math.prod, source_model.stored.shapes.values()))
-        require_space(out, 2 * parameter_bytes + 3 * hidden_bytes + OVERHEAD_BYTES)
-        request: dict[str, object] = {
-            "weights": source_model.fingerprint,
-            "tokens_digest": corpus_digest(windows.readers[0], borders=windows.document_mask),
-            "tokens": windows.tokens,
-            "ratio": ratio,
-        }
-        part = Path(f"{out}.part")
-        if layers == FULL:
-            dims = even_dims(settings, ratio)
-        else:
-            dims = chosen_dims(
-                source_model=source_model,
-                ratio=ratio,
-                windows=calibration_data(SIZING_TOKENS),
-                probes=calibration_data(PROBE_TOKENS),
-                folder=part / "sizes",
-                request=request,
-            )
-
-        compressed = fit_latent_model(
-            source_model=source_model,
-            dims=dims,
-            reconstruction_steps=reconstruction_steps,
-            windows=windows,
-            folder=part / "layers",
-            request=request | {"reconstruction_steps": reconstruction_steps},
-        )
-        notes = _write(compressed, out, model=model, tokenizer=source_model.checkpoint.tokenizer)
-        shutil.rmtree(part)
-        return "\n".join([f"wrote {out}: {summary(compressed)}", *notes])
-
-
-def _write(
-    compressed: CompressedModel | LatentModel, out: Path, *, model: ModelFolder, tokenizer: Path | None
-) -> list[str]:
-    """Writes OUT, of the same kind as MODEL; returns notes for the user."""
-    with scratch_folder(out) as scratch:
-        checkpoint = scratch / "compressed"
-        _write_checkpoint(compressed, checkpoint, tokenizer)
-        if isinstance(model, HFFolder):
-            _, *notes = export(CheckpointFolder(checkpoint), out, dtype=_stored_dtype(model)).splitlines()
-            return notes
-
-        publish(checkpoint, out)
-        return [init_from_instructions(compressed.model, out)]
-
-
 def _changed_layers(source_model: SourceModel, options: list[list[int]]) -> set[int]:
     """The layers (counted from 0) that may get another number of component heads."""
     component_heads = source_model.model.component_heads
     return {layer for layer, layer_options in enumerate(options) if layer_options != [component_heads[layer]]}
-
-
-def _write_checkpoint(compressed: CompressedModel | LatentModel, folder: Path, tokenizer: Path | None) -> None:
-    """Writes the compressed model as a checkpoint of step 0, without Adam's moments."""
-    source_model, model = compressed.source_model, compressed.model
-    shapes, checkpoint = parameter_shapes(model), source_model.checkpoint
-    with progress_bar(total=4 * sum(map(math.prod, shapes.values())), desc="write", unit="B", unit_scale=True) as bar:
-
-        def read(name: str, *, offsets: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
-            bar.update(4 * math.prod(shape))
-            return compressed.read_piece(name=name, offsets=offsets, shape=shape)
-
-        write_tensors(folder=folder, shapes=shapes, read=read)
-
-    if tokenizer is not None:
-        shutil.copytree(tokenizer, folder / TOKENIZER)
-    if (checkpoint.folder / GENERATION).is_file():
-        shutil.copy(checkpoint.folder / GENERATION, folder)
-
-    config = checkpoint.config.model_copy(update={"model": model})
-    meta = checkpoint.metadata
-    base = meta.origin or f"{Path(source_model.name).name}, step {meta.step:,}"
-    note = f"{compressed.description}: {base}"
-    CheckpointMetadata(
-        step=0,
-        samples=0,
-        tokens=0,
-        config=config.model_dump(mode="json"),
-        data=meta.data,
-        layout={},
-        versions=versions(),
-        validation_loss=None,
-        origin=note,
-    ).write(folder)
-    seal(folder)
-
-
-def _stored_dtype(model: HFFolder) -> str:
-    """The dtype of `export` that keeps a Hugging Face folder's own: bf16 where all of its tensors are, else fp32."""
-    dtypes = {entry.dtype for entry in model.tensors().entries.values()}
-    return "bf16" if dtypes == {"BF16"} else "fp32"
 
 
 def _num_composite_heads(compressed: CompressedModel) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from megatron_mea.compression.budget import allocate_heads
-from megatron_mea.compression.calibrate import calibration_windows
+from megatron_mea.compression.calibrate import CALIBRATION, calibration_windows
 from megatron_mea.compression.changes import losses_of_changes, plan_passes
 from megatron_mea.compression.compressed_model import Factoriser, with_one_layer_changed
 from megatron_mea.compression.source_model import SourceModel
@@ -13,7 +13,6 @@ from megatron_mea.config.schema import Model
 from megatron_mea.data.corpora import IGNORE_INDEX
 from megatron_mea.progress import progress_bar
 
-CALIBRATION = "--calibration"
 CHOICE_TOKENS = 2048
 """Tokens on which the cost of compressing each layer is measured."""
 

@@ -2,7 +2,7 @@
 
 Two streams of hidden states of the calibration tokens run through the layers, one layer in memory: the source model's,
 and the compressed model's own, on which every layer is fitted. Keys follow from the moments of each frequency
-(latent_keys.py), values from those of attended values (latent_values.py); then `o_proj` is refitted by least squares,
+(key_factors.py), values from those of attended values (value_factors.py); then `o_proj` is refitted by least squares,
 so that the compressed layer gives the outputs which the source model's layer gives on its own states.
 
 How many numbers each layer caches is chosen before, by measured costs (latent_sizes.py). All that is found lies in a
@@ -11,21 +11,106 @@ folder beside OUT, from which the same command goes on.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
 
-from megatron_mea.compression.calibrate import embed_windows
+from megatron_mea.checkpoint.folder import OVERHEAD_BYTES
+from megatron_mea.compression.calibrate import (
+    CALIBRATION,
+    CALIBRATION_TOKENS,
+    calibration_windows,
+    embed_windows,
+    warn_of_few_tokens,
+    window_length,
+)
 from megatron_mea.compression.latent_fit import LayerFit
 from megatron_mea.compression.latent_model import LatentDims, LatentModel, latent_settings
+from megatron_mea.compression.latent_sizes import check_cache_shrinks, chosen_dims, even_dims
 from megatron_mea.compression.partial_fit import PartialFit
-from megatron_mea.compression.source_model import SourceModel
+from megatron_mea.compression.source_model import SourceModel, open_source_model, read_model
+from megatron_mea.compression.write_compressed import write_compressed
+from megatron_mea.data.corpora import corpus_digest
+from megatron_mea.data.indexed import open_readers
 from megatron_mea.data.windows import Windows
+from megatron_mea.huggingface.model_folder import ModelFolder
+from megatron_mea.outputs import disk_errors, require_space, reserve_output, resumable_folder
 from megatron_mea.progress import progress_bar
+from megatron_mea.versions import versions
+
+_SIZING_TOKENS, _PROBE_TOKENS = 8192, 4096
+"""Calibration tokens on which each layer is fitted at several sizes, and on which its smallest size is measured."""
+_BATCH_TOKENS = 2048
+"""Tokens of a batch of them, of which one is in memory: also those of a step of reconstruction."""
+
+
+def compress_to_latent(
+    model: ModelFolder, out: Path, *, ratio: float, equal_sizes: bool, calibration: str, reconstruction_steps: int
+) -> str:
+    """`compress` with `--method latent`; what an interrupted call has fitted lies in OUT.part, and is used again.
+
+    Args:
+        equal_sizes: all layers get the same numbers, in place of those with the least sum of costs.
+        reconstruction_steps: steps of Adam on every layer, after the closed forms.
+    """
+    settings = read_model(model)
+    check_cache_shrinks(settings, ratio, name=str(model.path))
+    open_readers([calibration], CALIBRATION)
+    with (
+        reserve_output(out, folder=True),
+        disk_errors(out),
+        open_source_model(model, out) as source_model,
+    ):
+
+        def calibration_data(tokens: int) -> Windows:
+            return calibration_windows(
+                source_model=source_model,
+                path=calibration,
+                where=CALIBRATION,
+                tokens=tokens,
+                batch=max(1, _BATCH_TOKENS // window_length(source_model)),
+            )
+
+        windows = calibration_data(CALIBRATION_TOKENS)
+        warn_of_few_tokens(windows, calibration, model=settings)
+        hidden_bytes = 8 * windows.tokens * settings.hidden_size
+        parameter_bytes = 4 * sum(map(math.prod, source_model.stored.shapes.values()))
+        require_space(out, 2 * parameter_bytes + 3 * hidden_bytes + OVERHEAD_BYTES)
+        request: dict[str, object] = {
+            "weights": source_model.fingerprint,
+            "tokens_digest": corpus_digest(windows.readers[0], borders=windows.document_mask),
+            "tokens": windows.tokens,
+            "ratio": ratio,
+            "versions": versions(),
+        }
+        with resumable_folder(out) as part:
+            if equal_sizes:
+                dims = even_dims(settings, ratio)
+            else:
+                dims = chosen_dims(
+                    source_model=source_model,
+                    ratio=ratio,
+                    windows=calibration_data(_SIZING_TOKENS),
+                    probes=calibration_data(_PROBE_TOKENS),
+                    folder=part / "sizes",
+                    request=request,
+                )
+
+            latent_model = _fit_layers(
+                source_model=source_model,
+                dims=dims,
+                reconstruction_steps=reconstruction_steps,
+                windows=windows,
+                folder=part / "layers",
+                request=request | {"reconstruction_steps": reconstruction_steps},
+            )
+            notes = write_compressed(latent_model, out, model=model, tokenizer=source_model.checkpoint.tokenizer)
+        return "\n".join([f"wrote {out}: {_summary(latent_model)}", *notes])
 
 
 @torch.no_grad()
-def fit_latent_model(
+def _fit_layers(
     *,
     source_model: SourceModel,
     dims: list[LatentDims],
@@ -34,7 +119,7 @@ def fit_latent_model(
     folder: Path,
     request: dict[str, object],
 ) -> LatentModel:
-    """Fits all layers.
+    """Fits one layer after the other, each on the states that those before it give.
 
     Args:
         dims: numbers of keys and values that each layer caches.
@@ -45,9 +130,8 @@ def fit_latent_model(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     partial = PartialFit(folder=folder, request=request | {"dims": [list(layer) for layer in dims]})
-    if partial.layers:
-        streams = partial.streams()
-    else:
+    streams = partial.streams
+    if not streams:
         embedded = embed_windows(source_model=source_model, windows=windows, device=device)
         states = [hidden_states.cpu() for _, hidden_states in embedded]
         streams = {"source": states, "own": list(states)}
@@ -70,7 +154,7 @@ def fit_latent_model(
     return LatentModel(source_model=source_model, model=model, partial=partial)
 
 
-def summary(latent_model: LatentModel) -> str:
+def _summary(latent_model: LatentModel) -> str:
     """For the user: sizes, and what is lost."""
     model = latent_model.model
     errors = [layer["error"] for layer in latent_model.partial.layers]

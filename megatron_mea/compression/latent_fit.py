@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from megatron_mea.attention.document_mask import AttentionFn, attention_function
+from megatron_mea.attention.document_mask import attention_function
 from megatron_mea.attention.mea import MultiheadExplicitAttention
-from megatron_mea.compression.latent_keys import LatentKeys, factorise_keys, frequency_moments, select_keys
+from megatron_mea.compression.key_factors import KeyFactors, factorise_keys, frequency_moments, select_keys
 from megatron_mea.compression.latent_model import LatentDims, latent_settings
-from megatron_mea.compression.latent_values import LatentValues, factorise_values, output_weight
+from megatron_mea.compression.moments import Moments
 from megatron_mea.compression.source_model import SourceModel
-from megatron_mea.config.schema import Model
+from megatron_mea.compression.value_factors import ValueFactors, factorise_values, output_weight
 from megatron_mea.data.windows import Windows
-from megatron_mea.exported.rotary_mea import apply_rotary, rotary_cos_sin
-from megatron_mea.model.decoder import Decoder, StageLayers
-from megatron_mea.model.layerwise import load_layer
+from megatron_mea.exported.rotary_mea import rotary_cos_sin
+from megatron_mea.model.decoder import StageLayers, TransformerBlock
+from megatron_mea.model.layerwise import load_layer, load_parameters
 
 _RIDGE = 1e-3
 """Of the mean square of a feature: how much `o_proj` stays what it was, since calibration tokens are few."""
@@ -49,43 +49,48 @@ class LayerFit:
         windows: the calibration tokens; a stream has the hidden states (batch, seq, hidden) of each batch.
 
     Attributes:
-        source: the source model's layer.
+        source: attention of the source model's layer.
     """
 
     def __init__(self, *, source_model: SourceModel, layer: int, windows: Windows, device: torch.device) -> None:
         self.source_model, self.layer, self.windows, self.device = source_model, layer, windows, device
         self.name = f"model.layers.{layer}.self_attn"
-        self.source = self._load(source_model.model, source_model.read)
+        self._decoder = load_layer(
+            config=source_model.model,
+            layer=StageLayers(blocks=range(layer, layer + 1)),
+            read=source_model.read,
+            document_mask=windows.document_mask,
+        ).to(device)
+        self.source: MultiheadExplicitAttention = self._block.self_attn
 
-    def build(self, latent: LatentLayer) -> Decoder:
-        """The compressed layer."""
-        model = self.source_model.model
+    @property
+    def _block(self) -> TransformerBlock:
+        return self._decoder.blocks[0]
+
+    def build(self, latent: LatentLayer) -> MultiheadExplicitAttention:
+        """Attention of the compressed layer."""
+        num_layers = self.source_model.model.num_hidden_layers
         widths = [len(latent.tensors[f"{self.name}.{side}_proj.weight"]) for side in "kv"]
         settings = latent_settings(
-            model,
-            dims=[(widths[0], widths[1])] * model.num_hidden_layers,
-            counts=[latent.counts] * model.num_hidden_layers,
+            self.source_model.model, dims=[(widths[0], widths[1])] * num_layers, counts=[latent.counts] * num_layers
         )
-        return self._load(
-            settings,
-            lambda name: latent.tensors[name].clone() if name in latent.tensors else self.source_model.read(name),
+        with torch.device("meta"):
+            attention = MultiheadExplicitAttention(settings, self.layer)
+
+        load_parameters(
+            attention,
+            read=lambda name: latent.tensors[name].clone() if name in latent.tensors else self.source_model.read(name),
         )
+        return attention.to(self.device)
 
-    def _load(self, model: Model, read: Callable[[str], torch.Tensor]) -> Decoder:
-        return load_layer(
-            config=model,
-            layer=StageLayers(blocks=range(self.layer, self.layer + 1)),
-            read=read,
-            document_mask=self.windows.document_mask,
-        ).to(self.device)
-
-    def move(self, decoder: Decoder, stream: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Moves a stream behind the layer; returns the outputs (batch, seq, hidden) of its attention."""
+    def move(self, attention: MultiheadExplicitAttention, stream: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Moves a stream behind the layer with this attention, whose outputs (batch, seq, hidden) it returns."""
         outputs: list[torch.Tensor] = []
-        handle = decoder.blocks[0].self_attn.register_forward_hook(lambda *call: outputs.append(call[-1].cpu()))
+        handle = attention.register_forward_hook(lambda *call: outputs.append(call[-1].cpu()))
+        self._block.self_attn = attention
         for index, batch in enumerate(self.windows):
             positions = torch.from_numpy(batch.position_ids).to(self.device)
-            stream[index] = decoder.forward_hidden(stream[index].to(self.device), positions).cpu()
+            stream[index] = self._decoder.forward_hidden(stream[index].to(self.device), positions).cpu()
 
         handle.remove()
         return outputs
@@ -94,7 +99,7 @@ class LayerFit:
         """The second moments on a stream, of which the closed forms are made."""
         moments = Moments(self.source_model.model, self.device)
         for hidden_states, arguments in self._attention_inputs(states):
-            moments.add(self.source.blocks[0].self_attn, hidden_states, **arguments)
+            moments.add(self.source, hidden_states, **arguments)
 
         return moments
 
@@ -112,7 +117,7 @@ class LayerFit:
         counts = torch.bincount(keys.frequency, minlength=self.source_model.model.head_dim // 2).tolist()
         tensors = self._projections(keys, values)
         latent = LatentLayer(counts=counts, tensors=tensors, error=1.0)
-        return self._refit(latent, self.build(latent).blocks[0].self_attn, states=states, targets=targets)
+        return self._refit(latent, self.build(latent), states=states, targets=targets)
 
     def reconstruct(
         self, latent: LatentLayer, *, steps: int, states: list[torch.Tensor], targets: list[torch.Tensor]
@@ -122,7 +127,7 @@ class LayerFit:
         Returns:
             What it was given where that has the smaller error.
         """
-        attention = self.build(latent).blocks[0].self_attn
+        attention = self.build(latent)
         parameters = {
             parameter.spec.name: parameter
             for parameter in attention.parameters()
@@ -156,15 +161,14 @@ class LayerFit:
 
     def _attention_inputs(self, states: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
         """Yields the normalised hidden states of every batch, and the other arguments of an attention layer."""
-        block = self.source.blocks[0]
         for hidden_states, batch in zip(states, self.windows, strict=True):
             positions = torch.from_numpy(batch.position_ids).to(self.device)
             cos, sin = rotary_cos_sin(config=self.source_model.model, position_ids=positions, dtype=torch.float32)
             attend = attention_function(positions, document_mask=self.windows.document_mask)
             arguments = {"cos": cos.unsqueeze(1), "sin": sin.unsqueeze(1), "attend": attend}
-            yield block.input_layernorm(hidden_states.to(self.device)), arguments
+            yield self._block.input_layernorm(hidden_states.to(self.device)), arguments
 
-    def _factorise(self, moments: Moments, dims: LatentDims) -> tuple[LatentKeys, LatentValues]:
+    def _factorise(self, moments: Moments, dims: LatentDims) -> tuple[KeyFactors, ValueFactors]:
         model = self.source_model.model
         keys = factorise_keys(
             frequency_moments(moments.keys.cpu(), num_heads=model.num_key_value_heads),
@@ -182,7 +186,7 @@ class LayerFit:
         )
         return keys, values
 
-    def _projections(self, keys: LatentKeys, values: LatentValues) -> dict[str, torch.Tensor]:
+    def _projections(self, keys: KeyFactors, values: ValueFactors) -> dict[str, torch.Tensor]:
         """Parameters of the latent keys and values, biases included."""
         model = self.source_model.model
         key_rows = self.source_model.composite_projection(self.layer, "k")
@@ -236,61 +240,3 @@ class LayerFit:
         squares = energy - 2 * (found * product).sum() + (found * (gram @ found)).sum()
         tensors = latent.tensors | {f"{self.name}.o_proj.weight": found.mT.float().cpu().contiguous()}
         return LatentLayer(counts=latent.counts, tensors=tensors, error=max(squares.item(), 0.0) / energy)
-
-
-class Moments:
-    """Sums over tokens, in float64: keys E[y y^T], queries' energy by head and frequency, and attended values."""
-
-    def __init__(self, model: Model, device: torch.device) -> None:
-        heads, width = model.num_key_value_heads, model.num_key_value_heads * model.head_dim
-        self.model = model
-        self.keys = torch.zeros(width, width, dtype=torch.float64, device=device)
-        self.values = torch.zeros(width, width, dtype=torch.float64, device=device)
-        self.query_energy = torch.zeros(heads, model.head_dim // 2, dtype=torch.float64, device=device)
-
-    def add(
-        self,
-        attention: MultiheadExplicitAttention,
-        hidden_states: torch.Tensor,
-        *,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        attend: AttentionFn,
-    ) -> None:
-        """Adds the tokens of normalised hidden states (batch, seq, hidden)."""
-        model, (batch, seq, _) = self.model, hidden_states.shape
-        query = attention.q_proj(hidden_states).view(batch, seq, -1, model.head_dim).transpose(1, 2)
-        key, value = attention.key_projection(hidden_states), attention.value_projection(hidden_states)
-        if attention.q_norm is not None and attention.k_norm is not None:
-            # Keys count by the size that the norm gives them, the same for all heads of a token, so that a
-            # combination of heads can be weighted by it.
-            query, normed, with_gain = attention.q_norm(query), attention.k_norm(key), key * attention.k_norm.gain()
-            sizes = [heads.square().mean((1, 3), keepdim=True) for heads in (normed, with_gain)]
-            latent_key, key = with_gain * (sizes[0] / sizes[1]).sqrt(), normed
-        else:
-            latent_key = key
-
-        # shape: (batch, h, seq, d) -> (tokens, h d)
-        rows = latent_key.transpose(1, 2).flatten(2).flatten(0, 1).double()
-        self.keys += rows.mT @ rows
-        # shape: (batch, H, seq, d) -> (h, d/2)
-        energy = query.double().square().sum((0, 2)).unflatten(0, (model.num_key_value_heads, -1)).sum(1)
-        self.query_energy += energy.unflatten(1, (2, -1)).sum(1)
-
-        query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
-        # All value heads as attended by each query head: (batch, H, seq, h d)
-        attended = torch.cat([attend(query, key, head.expand_as(value)) for head in value.split(1, 1)], -1)
-        if model.has_head_norm:
-            attended = attended / self._own_size(attended)
-        rows = attended.flatten(0, 2).double()
-        self.values += rows.mT @ rows
-
-    def _own_size(self, attended: torch.Tensor) -> torch.Tensor:
-        """RMS of each query head's own output, (batch, H, seq, 1), which the head norm takes away."""
-        model = self.model
-        heads = attended.unflatten(-1, (model.num_key_value_heads, model.head_dim))
-        groups = torch.arange(model.num_attention_heads, device=attended.device) // (
-            model.num_attention_heads // model.num_key_value_heads
-        )
-        own = heads[:, torch.arange(len(groups), device=attended.device), :, groups].transpose(0, 1)
-        return (own.square().mean(-1, keepdim=True) + model.head_norm_eps).sqrt()

@@ -7,6 +7,7 @@ Then the sizes are those with the least sum of costs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,10 +22,20 @@ from megatron_mea.compression.partial_fit import PartialFit
 from megatron_mea.compression.source_model import SourceModel
 from megatron_mea.config.schema import Model
 from megatron_mea.data.windows import Windows
+from megatron_mea.errors import UserError
 from megatron_mea.progress import progress_bar
 
 KEY_SHARE = 0.6
 """Part of a layer's numbers that its keys get: they were measured to need more than values (docs/compression.md)."""
+
+
+def check_cache_shrinks(model: Model, ratio: float, *, name: str) -> None:
+    """Raises UserError where the model caches fewer numbers than the ratio allows."""
+    full = 2 * model.num_key_value_heads * model.head_dim * model.num_hidden_layers
+    cached = 2 * sum(model.component_heads) * model.head_dim
+    if ratio * full > cached:
+        smaller = math.floor(10_000 * cached / full) / 10_000
+        raise UserError(where="--cache-ratio", got=ratio, expected=f"at most {smaller}: that is the cache of {name}")
 
 
 def split_dims(model: Model, total: int) -> LatentDims:
@@ -65,9 +76,8 @@ def chosen_dims(
     if partial.result is not None:
         return [(keys, values) for keys, values in partial.result["dims"]]
 
-    if partial.layers:
-        states = partial.streams()["source"]
-    else:
+    states = partial.streams.get("source", [])
+    if not states:
         embedded = embed_windows(source_model=source_model, windows=windows, device=device)
         states = [hidden_states.cpu() for _, hidden_states in embedded]
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from megatron_mea.inputs import read_json_object
@@ -23,34 +24,38 @@ _PROGRESS = "progress.json"
 class PartialFit:
     """Files of one phase of the work: the changed parameters of each layer, and the streams behind the latest.
 
+    What is there of another request, or cannot be read, is removed.
+
     Attributes:
-        request: what was asked for; another request starts anew.
+        request: what the result depends on.
         layers: what is noted of every layer that is done, as JSON.
+        streams: behind the latest layer; none before the first.
         result: what `finish` was given, as JSON.
     """
 
     folder: Path
     request: dict[str, Any]
     layers: list[Any] = field(default_factory=list)
+    streams: Streams = field(default_factory=dict)
     result: Any = None
 
     def __post_init__(self) -> None:
-        self.folder.mkdir(exist_ok=True, parents=True)
         try:
             saved = read_json_object(self.folder / _PROGRESS)
-            if saved["request"] == self.request and self._streams_file(len(saved["layers"])).is_file():
-                self.layers, self.result = list(saved["layers"]), saved["result"]
-        except (OSError, ValueError, KeyError, TypeError):
-            self.layers, self.result = [], None
+            if saved["request"] != json.loads(json.dumps(self.request)):
+                raise ValueError("of another request")
 
-    def streams(self) -> Streams:
-        """The streams behind the latest layer."""
-        streams: Streams = {}
-        # Sorted by name and then index, whose digits are padded.
-        for key, tensor in sorted(load_file(self._streams_file(len(self.layers))).items()):
-            streams.setdefault(key.split(".")[0], []).append(tensor)
-
-        return streams
+            layers, result = list(saved["layers"]), saved["result"]
+            for layer in range(len(layers)):
+                with safe_open(self._layer_file(layer), framework="pt"):
+                    pass
+            # Sorted by name and then index, whose digits are padded.
+            for key, tensor in sorted(load_file(self._streams_file(len(layers))).items()):
+                self.streams.setdefault(key.split(".")[0], []).append(tensor)
+            self.layers, self.result = layers, result
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir()
 
     def add(self, layer: dict[str, torch.Tensor], streams: Streams, note: Any) -> None:
         """Saves one more layer and the streams behind it, all of which count once its note is written."""

@@ -82,6 +82,10 @@ def read_model(source: ModelFolder) -> Model:
             expected=f"one of {', '.join(compressible)}",
         )
 
+    if model.hlc_form == "latent":
+        expected = "a model whose hlc_form is head: this one is compressed already"
+        raise UserError(where="MODEL", got=f"{source.path}, with hlc_form: latent", expected=expected)
+
     return model
 
 

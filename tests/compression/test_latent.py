@@ -18,9 +18,9 @@ from megatron_mea.attention.latent import expand_pairs
 from megatron_mea.compression.calibrate import calibration_windows
 from megatron_mea.compression.compress import compress
 from megatron_mea.compression.latent_fit import LayerFit
-from megatron_mea.compression.latent_keys import factorise_keys, frequency_moments, select_keys
+from megatron_mea.compression.key_factors import factorise_keys, frequency_moments, select_keys
 from megatron_mea.compression.latent_sizes import allocate, even_dims
-from megatron_mea.compression.latent_values import factorise_values, output_weight
+from megatron_mea.compression.value_factors import factorise_values, output_weight
 from megatron_mea.compression.source_model import open_source_model
 from megatron_mea.config.schema import Model
 from megatron_mea.errors import UserError
@@ -152,7 +152,7 @@ def test_the_ratio_is_met_to_within_one_number(ratio):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "qwen3_moe", "mea", "plain_norm"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "qwen3_moe", "plain_norm"])
 def test_the_full_cache_computes_the_original(kind, tiny: Tiny, tmp_path):
     """With all numbers kept; the refit changes nothing where nothing is lost."""
     original, out = save_source_model(kind, tmp_path / "in"), tmp_path / "out"
@@ -197,8 +197,8 @@ def test_a_reconstruction_loses_less_of_the_outputs(tiny: Tiny, tmp_path):
         states = [torch.randn(*batch.input_ids.shape, hidden_size, generator=generator) for batch in windows]
         targets = fit.move(fit.source, list(states))
 
-        def lost(decoder) -> float:
-            outputs = fit.move(decoder, list(states))
+        def lost(attention) -> float:
+            outputs = fit.move(attention, list(states))
             errors = [(output - target).square().sum() for output, target in zip(outputs, targets, strict=True)]
             return (sum(errors) / sum(target.square().sum() for target in targets)).item()
 

@@ -1,9 +1,12 @@
-"""Latent values: the numbers from which the composite value heads follow as nearly as can be, by any matrix.
+"""Factors of latent values: the numbers from which the composite value heads follow as nearly as can be, by any matrix.
 
 Values are mixed behind attention, so nothing has to commute with a rotation. What counts is the error of the attention
 layer's output: with u the attended values of all heads, their second moment M = E[u u^T] and the weight G (block
 diagonal, W_O,j^T W_O,j summed over the query heads of a value head), the projector of rank n that loses least of
 tr(G (1 - P) M (1 - P)^T) follows from the eigenvectors of G^(1/2) M G^(1/2).
+
+Each query head attends in its own way and has its own W_O,j, so the error is a sum over query heads of such traces,
+which has no closed form. Here M is the mean over query heads and G their sum.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ _MIN_EIGENVALUE = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatentValues:
+class ValueFactors:
     """Latent numbers, and the combination of the composite heads' features from them.
 
     Args:
@@ -38,7 +41,7 @@ def output_weight(o_proj: torch.Tensor, *, num_heads: int, head_dim: int) -> tor
     return torch.block_diag(*(heads.mT @ heads))
 
 
-def factorise_values(moment: torch.Tensor, *, weight: torch.Tensor, num_latent: int) -> LatentValues:
+def factorise_values(moment: torch.Tensor, *, weight: torch.Tensor, num_latent: int) -> ValueFactors:
     """The latent numbers that lose least, in closed form.
 
     Args:
@@ -53,7 +56,7 @@ def factorise_values(moment: torch.Tensor, *, weight: torch.Tensor, num_latent: 
 
     kept = _fix_signs(directions.flip(1)[:, :num_latent])
     lost = energies[: len(energies) - num_latent].clamp(min=0).sum().item()
-    return LatentValues(selection=kept.mT @ root, combination=(inverse @ kept).mT.contiguous(), lost=lost)
+    return ValueFactors(selection=kept.mT @ root, combination=(inverse @ kept).mT.contiguous(), lost=lost)
 
 
 def _fix_signs(vectors: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Latent keys: the pairs, each of one RoPE frequency, from which the composite key heads follow as nearly as can be.
+"""Factors of latent keys: pairs, each of one RoPE frequency, from which the composite key heads follow most nearly.
 
 A key head of d features is d/2 complex numbers z_f, one a frequency, and RoPE multiplies z_f by
 exp(i theta_f position). So any complex matrix that mixes the heads within one frequency commutes with it: the pairs
@@ -19,7 +19,7 @@ _MIN_WEIGHT = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatentKeys:
+class KeyFactors:
     """Pairs in order of their frequency, and the combination of composite heads from them.
 
     Args:
@@ -45,7 +45,7 @@ def frequency_moments(moment: torch.Tensor, *, num_heads: int) -> torch.Tensor:
     return torch.complex(real, imaginary).permute(2, 0, 1)
 
 
-def factorise_keys(moments: torch.Tensor, *, weights: torch.Tensor, num_pairs: int) -> LatentKeys:
+def factorise_keys(moments: torch.Tensor, *, weights: torch.Tensor, num_pairs: int) -> KeyFactors:
     """The pairs that lose least, in closed form.
 
     Args:
@@ -63,7 +63,7 @@ def factorise_keys(moments: torch.Tensor, *, weights: torch.Tensor, num_pairs: i
 
     # shape: (d/2, h, eigenvectors) -> (pairs, h)
     directions = _fix_phases(vectors[frequency, :, component])
-    return LatentKeys(
+    return KeyFactors(
         frequency=frequency,
         selection=directions.conj() * roots[frequency],
         combination=directions / roots[frequency],
@@ -77,25 +77,10 @@ def _fix_phases(directions: torch.Tensor) -> torch.Tensor:
     return directions * (largest.conj() / largest.abs())
 
 
-def select_keys(projection: torch.Tensor, keys: LatentKeys) -> torch.Tensor:
+def select_keys(projection: torch.Tensor, keys: KeyFactors) -> torch.Tensor:
     """Rows (2 pairs, D) that project to the pairs, as features (n, n + pairs), from those of the heads (h d, D)."""
     heads = projection.view(keys.selection.shape[1], 2, -1, *projection.shape[1:])
     # shape: (h, d/2, D) -> (h, pairs, D)
     by_pair = torch.complex(heads[:, 0], heads[:, 1])[:, keys.frequency]
     latent = torch.einsum("nh,hn...->n...", keys.selection, by_pair)
     return torch.cat([latent.real, latent.imag])
-
-
-def expand_pairs(combination: torch.Tensor, frequency: torch.Tensor, *, head_dim: int) -> torch.Tensor:
-    """The combination as a real matrix (2 pairs, h d), by which pairs of features (n, n + pairs) are multiplied."""
-    pairs, heads = combination.shape
-    matrix = torch.zeros(2, pairs, heads, 2, head_dim // 2, dtype=combination.real.dtype)
-    rows = torch.arange(pairs)
-    for part, other, values in (
-        (0, 0, combination.real),
-        (0, 1, combination.imag),
-        (1, 0, -combination.imag),
-        (1, 1, combination.real),
-    ):
-        matrix[part, rows, :, other, frequency] = values
-    return matrix.view(2 * pairs, heads * head_dim)
