@@ -39,7 +39,7 @@ from megatron_mea.outputs import disk_errors, require_space, reserve_output, res
 from megatron_mea.progress import progress_bar
 from megatron_mea.versions import versions
 
-_SIZING_TOKENS, _PROBE_TOKENS = 8192, 4096
+_SIZING_TOKENS, _PROBE_TOKENS = 8192, 2048
 """Calibration tokens on which each layer is fitted at several sizes, and on which its smallest size is measured."""
 _BATCH_TOKENS = 2048
 """Tokens of a batch of them, of which one is in memory: also those of a step of reconstruction."""
