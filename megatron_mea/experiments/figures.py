@@ -110,13 +110,16 @@ def draw_combinations(history: HeadHistory) -> dict[str, bytes]:
         largest = max(np.abs(history.matrices[parameter]).max() for parameter in parameters)
         for row, parameter in zip(grid, parameters, strict=True):
             for axes, time in zip(row, times, strict=True):
-                image = axes.imshow(history.matrices[parameter][time], cmap="RdBu_r", vmin=-largest, vmax=largest)
+                matrix = history.matrices[parameter][time]
+                # Latent numbers are many times as many as heads.
+                aspect = "auto" if len(matrix) > matrix.shape[1] else "equal"
+                image = axes.imshow(matrix, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect=aspect)
                 axes.set_title(f"layer {_layer_of(parameter)}, step {history.steps[time]}", fontsize=8)
                 axes.set(xticks=[], yticks=[])
 
         figure.colorbar(image, ax=grid, shrink=0.8)
         figure.supxlabel("to head", fontsize=8)
-        figure.supylabel("from head", fontsize=8)
+        figure.supylabel("from head, or cached number", fontsize=8)
         images[kind] = _png(figure)
 
     return images
