@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from megatron_mea.config.variants import VARIANTS
+from megatron_mea.config.variants import compared_variant
 from megatron_mea.experiments.read_head_stats import HeadHistory
 from megatron_mea.experiments.results import Result
 
@@ -81,10 +81,10 @@ def draw_rates(results: Sequence[Result]) -> bytes:
         variant_results = [result for result in results if result.run.variant == variant]
         points = [(result.run.lr, _final_loss(result)) for result in variant_results]
         means = [(lr, np.mean([y for x, y in points if x == lr])) for lr in sorted({x for x, _ in points})]
-        color = VARIANTS[variant].color
-        axes.plot(*zip(*means, strict=True), color=color, lw=1.3, label=variant)
+        row = compared_variant(variant)
+        axes.plot(*zip(*means, strict=True), color=row.color, ls=row.line_style, lw=1.3, label=variant)
         for (x, y), result in zip(points, variant_results, strict=True):
-            axes.plot(x, y, marker=_MARKERS[result.verdict.kind], color=color, ms=5, mec="white", mew=0.5)
+            axes.plot(x, y, marker=_MARKERS[result.verdict.kind], color=row.color, ms=5, mec="white", mew=0.5)
 
     validated = all(len(result.run.validation) for result in results)
     axes.set(xscale="log", xlabel="learning rate", ylabel=f"final {'validation ' if validated else ''}loss (nats)")

@@ -32,7 +32,7 @@ def test_a_run_and_its_report(tiny, tmp_path, one_engine):
 
     assert main(["report", str(run), "--out", str(page)]) == 0
     figures = {path.name.removeprefix("page-") for path in page.parent.glob("*.png")}
-    assert figures >= {"hlc_k-mea.png", "hlc_v-mea.png", "heads-mea.png"}
+    assert figures >= {"hlc_k-mea-latent.png", "hlc_v-mea-latent.png", "heads-mea-latent.png"}
     assert "no row of head statistics" not in page.read_text()
 
 
