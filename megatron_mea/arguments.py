@@ -265,7 +265,7 @@ def build_parser() -> tuple[Parser, Mapping[str, Parser]]:
         type=comma_separated,
         default=[],
         metavar="V,...",
-        help="of model.attention_variant (default: the file's)",
+        help="of model.attention_variant, or mea-latent: with model.hlc_form latent (default: the file's)",
     )
     sub.add_argument(
         "--learning-rates",

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from megatron_mea.config.variants import VARIANTS, Variant
+from megatron_mea.config.variants import LATENT_SUFFIX, VARIANTS, Variant
 
 _NUMBER = re.compile(r"[-+]?((0|[1-9][\d_]*)(\.[\d_]*)?|\.\d[\d_]*)([eE][-+]?\d+)?")
 MAX_SIZE = 1 << 20
@@ -216,6 +216,11 @@ class Model(Section):
     def variant(self) -> Variant:
         """The row of `attention_variant` in the registry."""
         return VARIANTS[self.attention_variant]
+
+    @property
+    def variant_label(self) -> str:
+        """The name of the variant in sweeps and reports, by which `compared_variant` finds its row."""
+        return self.attention_variant + (LATENT_SUFFIX if self.hlc_form == "latent" else "")
 
     @property
     def has_hlc(self) -> bool:

@@ -8,12 +8,14 @@ an export cannot read this table; tests/exported/test_configuration.py holds the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 TRANSFORMERS, STOCK, VLLM = "transformers", "stock", "vllm"
 EXPORT_TARGETS = (TRANSFORMERS, STOCK, VLLM)
 LATENT_KEYS = ("key_latent_dim", "value_latent_dim", "key_frequencies")
 """Keys of the section `model` that count with `hlc_form: latent` alone."""
+LATENT_SUFFIX = "-latent"
+"""Behind the name of a variant in sweeps and reports, where its `hlc_form` is `latent`."""
 _COMBINATION_KEYS = ("hlc_mixes", "hlc_init", "hlc_form", *LATENT_KEYS)
 _HEAD_NORM_KEYS = ("head_norm_affine", "head_norm_init", "head_norm_eps")
 
@@ -28,7 +30,7 @@ class Variant:
 
     Args:
         name: value of `model.attention_variant`.
-        color: of its lines in reports.
+        color, line_style: of its lines in reports.
         combines_kv: keys and values are combinations of component heads (`hlc_k`, `hlc_v`).
         head_norm: the output of every head is normalised.
         heads_per_output: query heads that one output comes from; they stay on one tensor rank.
@@ -42,6 +44,7 @@ class Variant:
 
     name: str
     color: str
+    line_style: str = "-"
     combines_kv: bool = False
     head_norm: bool = False
     heads_per_output: int = 1
@@ -117,6 +120,15 @@ _ROWS = (
 )
 VARIANTS: dict[str, Variant] = {row.name: row for row in _ROWS}
 """The rows by name, in the order in which messages and reports name them."""
+
+
+def compared_variant(label: str) -> Variant:
+    """The row by the name that sweeps and reports give a variant; one with latent keys and values has a row as well."""
+    row = VARIANTS[label.removesuffix(LATENT_SUFFIX)]
+    if label == row.name:
+        return row
+
+    return replace(row, name=label, line_style="--", baselines=(*row.baselines, row.name))
 
 
 def extending_variants(variant: str) -> list[str]:

@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from megatron_mea.config.variants import VARIANTS
+from megatron_mea.config.variants import compared_variant
 from megatron_mea.experiments.read_head_stats import HeadHistory
 from megatron_mea.experiments.results import Result
 
@@ -81,10 +81,10 @@ def draw_rates(results: Sequence[Result]) -> bytes:
         variant_results = [result for result in results if result.run.variant == variant]
         points = [(result.run.lr, _final_loss(result)) for result in variant_results]
         means = [(lr, np.mean([y for x, y in points if x == lr])) for lr in sorted({x for x, _ in points})]
-        color = VARIANTS[variant].color
-        axes.plot(*zip(*means, strict=True), color=color, lw=1.3, label=variant)
+        row = compared_variant(variant)
+        axes.plot(*zip(*means, strict=True), color=row.color, ls=row.line_style, lw=1.3, label=variant)
         for (x, y), result in zip(points, variant_results, strict=True):
-            axes.plot(x, y, marker=_MARKERS[result.verdict.kind], color=color, ms=5, mec="white", mew=0.5)
+            axes.plot(x, y, marker=_MARKERS[result.verdict.kind], color=row.color, ms=5, mec="white", mew=0.5)
 
     validated = all(len(result.run.validation) for result in results)
     axes.set(xscale="log", xlabel="learning rate", ylabel=f"final {'validation ' if validated else ''}loss (nats)")
@@ -110,13 +110,16 @@ def draw_combinations(history: HeadHistory) -> dict[str, bytes]:
         largest = max(np.abs(history.matrices[parameter]).max() for parameter in parameters)
         for row, parameter in zip(grid, parameters, strict=True):
             for axes, time in zip(row, times, strict=True):
-                image = axes.imshow(history.matrices[parameter][time], cmap="RdBu_r", vmin=-largest, vmax=largest)
+                matrix = history.matrices[parameter][time]
+                # Latent numbers are many times as many as heads.
+                aspect = "auto" if len(matrix) > matrix.shape[1] else "equal"
+                image = axes.imshow(matrix, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect=aspect)
                 axes.set_title(f"layer {_layer_of(parameter)}, step {history.steps[time]}", fontsize=8)
                 axes.set(xticks=[], yticks=[])
 
         figure.colorbar(image, ax=grid, shrink=0.8)
         figure.supxlabel("to head", fontsize=8)
-        figure.supylabel("from head", fontsize=8)
+        figure.supylabel("from head, or cached number", fontsize=8)
         images[kind] = _png(figure)
 
     return images

@@ -15,7 +15,7 @@ from megatron_mea.run_folder import RunFolder
 
 _NAME = re.compile(r"(?:hlc|head_rms)/(layers\.\d{1,6}\.self_attn(\.[a-z_]{1,20})?)")
 _MAX_HEADS, _MAX_KINDS = 1024, 8
-"""Of a layer, and of matrices: every head is a line of a figure, and every kind is a figure."""
+"""Of a layer, and of matrices: every head is a line or a column of a figure, and every kind is a figure."""
 _MAX_ROWS, _MAX_ELEMENTS = 2048, 1 << 24
 """Beyond either every second row is dropped as they are read: a run may validate many thousand times."""
 _Row = tuple[int, dict[str, np.ndarray]]
@@ -27,7 +27,7 @@ class HeadHistory:
 
     Args:
         steps: (rows,) of validations.
-        matrices: ("layers.0.self_attn.hlc_k", ...) -> (rows, h', h).
+        matrices: ("layers.0.self_attn.hlc_k", ...) -> (rows, h', h), or sizes of latent numbers' parts (rows, n, h).
         outputs: ("layers.0.self_attn", ...) -> (rows, heads).
     """
 
@@ -81,7 +81,7 @@ def _parse_row(line: bytes) -> _Row:
         if match := _NAME.fullmatch(name):
             with np.errstate(over="ignore"):
                 tensor = np.array(values, dtype=np.float32)
-            if tensor.ndim != (2 if match[2] else 1) or not tensor.size or max(tensor.shape) > _MAX_HEADS:
+            if tensor.ndim != (2 if match[2] else 1) or not tensor.size or tensor.shape[-1] > _MAX_HEADS:
                 raise ValueError(f"{name} has the shape {tensor.shape}")
 
             tensors[match[1]] = tensor

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student_t
 
-from megatron_mea.config.variants import VARIANTS
+from megatron_mea.config.variants import compared_variant
 from megatron_mea.experiments.fit import MIN_ROWS, Fit, fit_curve
 from megatron_mea.experiments.runs import RunRecord
 from megatron_mea.experiments.stability import Verdict, judge
 from megatron_mea.training.schedule import learning_rate
 
-_SWEPT_KEYS = ("model.attention_variant", "optimizer.lr", "training.seed", "run.dir")
+_SWEPT_KEYS = ("model.attention_variant", "model.hlc_form", "optimizer.lr", "training.seed", "run.dir")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ def differences(results: Sequence[Result]) -> list[Difference]:
     best = {result.run.variant: best_rate(results, result.run.variant) for result in results}
     compared = []
     for variant, rate in best.items():
-        for baseline in VARIANTS[variant].baselines:
+        for baseline in compared_variant(variant).baselines:
             baseline_rate = best.get(baseline)
             pairs = []
             if rate and baseline_rate:

@@ -57,7 +57,7 @@ class RunRecord:
 
     @property
     def variant(self) -> str:
-        return self.config.model.attention_variant
+        return self.config.model.variant_label
 
     @property
     def lr(self) -> float:

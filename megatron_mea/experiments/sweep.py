@@ -17,7 +17,7 @@ from megatron_mea import failures
 from megatron_mea.checkpoint.run_config import load_run_config
 from megatron_mea.config import Config, dump_config
 from megatron_mea.config.load import complete_config, load_config, read_tree
-from megatron_mea.config.variants import VARIANTS
+from megatron_mea.config.variants import LATENT_KEYS, LATENT_SUFFIX, VARIANTS
 from megatron_mea.errors import RunError, UserError
 from megatron_mea.inputs import read_last_json_line
 from megatron_mea.outputs import disk_errors, make_folder, reserve_output, write_file
@@ -44,27 +44,26 @@ def combinations(
 ) -> tuple[list[Config], list[str]]:
     """A configuration a run, in folders of `out` that are named after what differs, and the lines of `load_run_config`.
 
-    An empty sequence leaves the value of the file. Variants that do not combine keys and values have as many component
-    heads as composite ones, whatever the file says.
+    An empty sequence leaves the value of the file.
+
+    Args:
+        variants: as `Model.variant_label`.
 
     Raises:
         UserError: a combination is no valid configuration, or two are the same.
     """
-    base = load_config(path, overrides)
+    variants = variants or [load_config(path, overrides).model.variant_label]
+    rates = learning_rates or [str(load_config(path, [*overrides, *_variant_settings(variants[0])]).optimizer.lr)]
     configs: dict[tuple[str, float, int], Config] = {}
     lines = []
-    for variant, rate, seed in itertools.product(
-        variants or [base.model.attention_variant], learning_rates or [str(base.optimizer.lr)], seeds or [""]
-    ):
+    for variant, rate, seed in itertools.product(variants, rates, seeds or [""]):
         name = f"{variant}-lr{rate}" + (f"-seed{seed}" if seed else "")
-        settings = [f"model.attention_variant={variant}", f"optimizer.lr={rate}", f"run.dir={out / name}"]
+        settings = [*_variant_settings(variant), f"optimizer.lr={rate}", f"run.dir={out / name}"]
         settings += [f"training.seed={seed}"] if seed else []
-        if variant in VARIANTS and not VARIANTS[variant].combines_kv:
-            settings.append("model.num_component_heads=null")
         config, inherited = load_run_config(path, [*overrides, *settings])
         lines += [f"{name}: {line}" for line in inherited]
         # 1e-3 and 0.001 are the same.
-        key = (config.model.attention_variant, config.optimizer.lr, config.training.seed)
+        key = (config.model.variant_label, config.optimizer.lr, config.training.seed)
         if key in configs:
             raise UserError(
                 where="sweep", got=f"{Path(configs[key].run.dir).name} and {name}", expected="each combination once"
@@ -72,6 +71,19 @@ def combinations(
         configs[key] = config
 
     return list(configs.values()), lines
+
+
+def _variant_settings(label: str) -> list[str]:
+    """Overrides that make a variant of a file which may have sizes of others: a variant reads its own alone."""
+    variant = label.removesuffix(LATENT_SUFFIX)
+    is_latent = label != variant
+    settings = [f"model.attention_variant={variant}", f"model.hlc_form={'latent' if is_latent else 'head'}"]
+    if is_latent or (variant in VARIANTS and not VARIANTS[variant].combines_kv):
+        settings.append("model.num_component_heads=null")
+    if not is_latent:
+        settings += [f"model.{key}=null" for key in LATENT_KEYS]
+
+    return settings
 
 
 def run_here(configs: Sequence[Config], at_once: int = 1) -> str:

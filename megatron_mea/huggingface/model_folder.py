@@ -20,7 +20,7 @@ from megatron_mea.config.load import parse_config
 from megatron_mea.config.schema import Model
 from megatron_mea.data.tokenizer import check_tokenizer_folder, has_tokenizer_files, load_tokenizer
 from megatron_mea.errors import Problem, UserError
-from megatron_mea.huggingface.config_keys import CONFIG_JSON, MAX_NAMED, read_config_json
+from megatron_mea.huggingface.config_keys import CONFIG_JSON, MAX_NAMED, STOCK_MODEL_TYPES, read_config_json
 from megatron_mea.printing import note
 
 if TYPE_CHECKING:
@@ -311,6 +311,7 @@ class HFFolder(ModelFolder):
             num_layers=model.num_hidden_layers,
             num_experts=model.num_experts,
             tied=model.tie_word_embeddings,
+            constants=self._constants(),
         )
         return self._stored(entries, partial(fill_fragments, entries))
 
@@ -324,7 +325,13 @@ class HFFolder(ModelFolder):
         for warning in self.config_json.warnings:
             note(f"warning: {warning}")
 
-        return load_pretrained(self.config_json)
+        return load_pretrained(self.config_json, constants=self._constants())
+
+    def _constants(self) -> dict[str, torch.Tensor]:
+        """`constant_tensors`; a stock model has none, and need not be what `settings` takes."""
+        from megatron_mea.huggingface.hf_config import constant_tensors
+
+        return {} if self.config_json.model_type in STOCK_MODEL_TYPES else constant_tensors(self.settings())
 
 
 @dataclass(frozen=True, kw_only=True)

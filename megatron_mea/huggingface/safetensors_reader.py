@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,6 +29,7 @@ _PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 _DOWNLOAD_HINT = "a download may have stopped: `hf download NAME --local-dir HF_DIR` goes on with it"
 _MAX_INDEX_BYTES = 64 << 20
 """That of a model with 91,000 tensors has 9 million."""
+_NO_CONSTANTS: Mapping[str, torch.Tensor] = MappingProxyType({})
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -48,22 +50,29 @@ class StoredTensor:
     experts: tuple[tuple[ExpertMatrix, StoredTensor], ...] = ()
 
 
-def scan_safetensors(path: Path, where: str) -> dict[str, StoredTensor]:
+def scan_safetensors(
+    path: Path, where: str, *, constants: Mapping[str, torch.Tensor] = _NO_CONSTANTS
+) -> dict[str, StoredTensor]:
     """Lists the tensors in the safetensors that transformers would load; reads names, shapes and dtypes.
 
     Args:
         where: the key or argument that named the folder, for messages.
+        constants: what tensors that follow from config.json must be, where they are stored; they are not listed.
 
     Raises:
-        UserError: there are no safetensors, or they cannot be read, or they hold something else than floating point.
+        UserError: there are no safetensors, or they cannot be read, or they hold something else than floating point, or
+            other constants.
     """
     stored: dict[str, StoredTensor] = {}
     for file in _safetensors_files(path, where):
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - it is no dictionary
-                    # Constants that follow from config.json; transformers 4 stored the first in early Llamas.
-                    if name.endswith((".rotary_emb.inv_freq", ".hlc_k.frequency")):
+                    # transformers 4 stored it in early Llamas, and computes with what follows from config.json.
+                    if name.endswith(".rotary_emb.inv_freq"):
+                        continue
+                    if name in constants:
+                        _check_constant(tensors, name, expected=constants[name], file=file, where=where)
                         continue
                     if name in stored:
                         raise UserError(
@@ -89,18 +98,41 @@ def scan_safetensors(path: Path, where: str) -> dict[str, StoredTensor]:
     return stored
 
 
-def scan_model(*, path: Path, where: str, num_layers: int, num_experts: int, tied: bool) -> dict[str, StoredTensor]:
+def _check_constant(tensors: safe_open, name: str, *, expected: torch.Tensor, file: Path, where: str) -> None:
+    """Raises UserError where a stored constant (n,) is another than config.json says."""
+    shape, expected_by = tuple(tensors.get_slice(name).get_shape()), f"by {file.parent / CONFIG_JSON}"
+    if shape != expected.shape:
+        got = f"{name} of shape {shape} in {file}"
+        raise UserError(where=where, got=got, expected=f"{tuple(expected.shape)}, {expected_by}")
+
+    stored = tensors.get_tensor(name).to(expected.dtype)
+    if (differing := (stored != expected).nonzero()).numel():
+        index = int(differing[0])
+        got = f"{name}[{index}] = {stored[index]:g} in {file}"
+        raise UserError(where=where, got=got, expected=f"{expected[index]:g}, {expected_by}")
+
+
+def scan_model(
+    *,
+    path: Path,
+    where: str,
+    num_layers: int,
+    num_experts: int,
+    tied: bool,
+    constants: Mapping[str, torch.Tensor] = _NO_CONSTANTS,
+) -> dict[str, StoredTensor]:
     """Lists the tensors of a folder as `scan_safetensors` does, the matrix of tied embeddings once.
 
     Args:
         num_layers: that config.json says; far too many are refused before specifications are made of each.
         num_experts: of a layer; the tensors of others keep their names.
         tied: whether the embeddings are.
+        constants: as `scan_safetensors` takes them.
 
     Raises:
         UserError: there are fewer tensors than layers, the files cannot be read, or matrices that are tied differ.
     """
-    tensors = scan_safetensors(path, where)
+    tensors = scan_safetensors(path, where, constants=constants)
     if num_layers > len(tensors):
         raise UserError(
             where=where,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
@@ -32,11 +34,16 @@ def build_causal_lm(*, model: Model, weights: dict[str, torch.Tensor], **ids: in
     return causal_lm
 
 
-def load_pretrained(config_json: ConfigJson) -> tuple[PreTrainedModel, dict[str, StoredTensor]]:
+def load_pretrained(
+    config_json: ConfigJson, *, constants: Mapping[str, torch.Tensor]
+) -> tuple[PreTrainedModel, dict[str, StoredTensor]]:
     """Loads a Hugging Face folder in float32: safetensors alone, no code of it, and nothing from the hub.
 
     Its tensors are compared with its config.json first, before memory is taken by the sizes that stand there;
     transformers would initialize missing ones at random.
+
+    Args:
+        constants: as `scan_safetensors` takes them.
 
     Returns:
         The model, and what is stored by the names of its parameters.
@@ -52,6 +59,7 @@ def load_pretrained(config_json: ConfigJson) -> tuple[PreTrainedModel, dict[str,
         num_layers=config.num_hidden_layers,
         num_experts=getattr(config, "num_experts", 0),
         tied=config.tie_word_embeddings,
+        constants=constants,
     )
     tensors = {
         # A model that was saved without its head has names without the prefix.

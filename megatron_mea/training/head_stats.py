@@ -76,27 +76,41 @@ class HeadOutputs:
         return rms_by_layer
 
 
+def sizes_by_head(combination: torch.Tensor, *, num_composites: int) -> torch.Tensor:
+    """The size of each latent number's, or pair's, part in each composite head, (n, h): moduli, norms over features.
+
+    Args:
+        combination: (pairs, h, 2) of keys, or (n, h d) of values.
+    """
+    return combination.reshape(len(combination), num_composites, -1).norm(dim=-1)
+
+
 def head_tensors(combinations: dict[str, torch.Tensor], rms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tensors by the names that trackers and heads.jsonl give them.
 
-    `hlc/...` are the head combinations (h', h), `head_rms/...` the RMS (heads,) of the heads' outputs.
+    `hlc/...` are the head combinations (h', h) or `sizes_by_head`, `head_rms/...` the RMS (heads,) of heads' outputs.
     """
     matrices = {f"{_MATRIX_PREFIX}{_short_name(name)}": matrix for name, matrix in combinations.items()}
     return matrices | {f"{_OUTPUT_PREFIX}{_short_name(name)}": values for name, values in rms.items()}
 
 
 def hlc_statistics(tensors: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """Root mean square and condition number of every head combination among `head_tensors`."""
+    """Root mean square and condition number of every head combination among `head_tensors`.
+
+    What has more rows than heads holds sizes, which have no condition number.
+    """
     statistics = {}
     for name, matrix in _matrices(tensors).items():
         if not matrix.isfinite().all():
             # A learning rate that diverges; svdvals would raise.
             continue
 
-        singular_values = torch.linalg.svdvals(matrix)
         short_name = name.removeprefix(_MATRIX_PREFIX)
         statistics[f"hlc_rms/{short_name}"] = matrix.pow(2).mean().sqrt().item()
-        statistics[f"hlc_condition/{short_name}"] = (singular_values[0] / singular_values[-1].clamp_min(1e-12)).item()
+        if len(matrix) <= matrix.shape[1]:
+            singular_values = torch.linalg.svdvals(matrix)
+            condition = singular_values[0] / singular_values[-1].clamp_min(1e-12)
+            statistics[f"hlc_condition/{short_name}"] = condition.item()
 
     return statistics
 
@@ -133,9 +147,14 @@ class HeadStatistics(Callback):
 
         named = parameters_by_name(self._engine.model).items()
         names = [name for name, parameter in named if parameter.spec.component == "hlc"]
-        combinations = self._gather_stages({name: self._engine.state.full_weight(name).cpu() for name in names})
+        combinations = self._gather_stages({name: self._combination(name) for name in names})
         rms = self._gather_stages(self._outputs.rms(tp=self._engine.grid.tp, cp=self._engine.grid.cp))
         record.head_tensors.update(head_tensors(combinations, rms))
+
+    def _combination(self, name: str) -> torch.Tensor:
+        """A combination as it is recorded; collective."""
+        weight, model = self._engine.state.full_weight(name).cpu(), self._engine.config.model
+        return sizes_by_head(weight, num_composites=model.num_key_value_heads) if model.hlc_form == "latent" else weight
 
     def _gather_stages(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The tensors of all pipeline stages, by name; collective over the pipeline group."""

@@ -116,6 +116,31 @@ def test_pairs_of_seeds(sweep):
     assert ("0.003", "validation loss") not in by_rates
 
 
+def test_latent_keys_and_values_are_a_variant_of_their_own(tmp_path):
+    asymptotes = {"plain": 3.1, "mea": 3.0, "mea-latent": 2.9}
+    for name, asymptote in asymptotes.items():
+        write_run(
+            folder=tmp_path / name,
+            variant=name.removesuffix("-latent"),
+            lr=1e-3,
+            seed=1,
+            loss=noisy_loss(1, asymptote=asymptote)[1],
+            model={"hlc_form": "latent", "key_latent_dim": 8} if name.endswith("latent") else {},
+        )
+
+    runs = find_runs([str(tmp_path)])
+    assert [run.variant for run in runs] == ["mea", "mea-latent", "plain"]
+    pairs = {(item.variant, item.baseline): item.mean for item in differences(evaluate_runs(runs))}
+    expected = {("mea", "plain"): -0.1, ("mea-latent", "plain"): -0.2, ("mea-latent", "mea"): -0.1}
+    assert pairs == pytest.approx(expected, abs=1e-6)
+    assert cautions(runs) == [
+        "Not the same in all runs, so that differences may be theirs: model.key_latent_dim, model.value_latent_dim."
+    ]
+    out = tmp_path / "report/page.html"
+    assert main(["report", str(tmp_path), "--out", str(out)]) == 0
+    assert out.with_name("page-curves-mea-latent.png").exists()
+
+
 def test_mea_is_compared_with_its_parts_too(tmp_path):
     for variant, asymptote in (("plain", 3.1), ("plain_norm", 3.06), ("mea_no_norm", 3.12), ("mea", 3.0)):
         write_run(

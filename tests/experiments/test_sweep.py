@@ -47,6 +47,24 @@ def test_only_variants_with_a_combination_have_their_own_component_heads(desk):
     assert [configs[f"{name}-lr0.01"].model.component_heads for name in names] == [[2, 2], [2, 2], [1, 1], [1, 1]]
 
 
+def test_a_variant_reads_its_own_sizes_of_the_file(desk):
+    """One file has the sizes of all forms; latent keys and values stand beside component heads."""
+    sizes = ["model.key_latent_dim=12", "model.value_latent_dim=[9, 10]"]
+    configs = combined(*sizes, variants=["plain", "mea", "mea-latent", "mea_no_norm-latent"])
+    models = {name.removesuffix("-lr0.01"): config.model for name, config in configs.items()}
+    assert {name: (model.hlc_form, model.component_heads) for name, model in models.items()} == {
+        "plain": ("head", [2, 2]),
+        "mea": ("head", [1, 1]),
+        "mea-latent": ("latent", [2, 2]),
+        "mea_no_norm-latent": ("latent", [2, 2]),
+    }
+    assert (models["mea-latent"].key_latent_dim, models["mea-latent"].value_latent_dim) == (12, [9, 10])
+
+    # The file's own form, where no variants are listed.
+    (name,) = combined(*sizes, "model.hlc_form=latent", "model.num_component_heads=null")
+    assert name == "mea-latent-lr0.01"
+
+
 @pytest.mark.parametrize(
     ("lists", "where", "message"),
     [
@@ -55,6 +73,7 @@ def test_only_variants_with_a_combination_have_their_own_component_heads(desk):
         ({"rates": ["1e-3", "0.001"]}, "sweep", "mea-lr1e-3 and mea-lr0.001"),
         ({"seeds": ["1", "+1"]}, "sweep", "mea-lr0.01-seed1 and mea-lr0.01-seed+1"),
         ({"variants": ["plane"]}, "model.attention_variant", "plane"),
+        ({"variants": ["plain-latent"]}, "model.hlc_form", "`plain` has no head combination"),
         ({"rates": ["1e-3", "fast"]}, "optimizer.lr", "fast"),
         ({"rates": ["-1"]}, "optimizer.lr", "-1"),
         ({"seeds": ["1.5"]}, "training.seed", "1.5"),

@@ -16,8 +16,9 @@ from support.hf_folders import edit_config_json, save_export, save_stock_model
 
 from megatron_mea.cli import main
 from megatron_mea.data.tokenizer import copy_tokenizer
+from megatron_mea.errors import UserError
 from megatron_mea.huggingface import importing
-from megatron_mea.huggingface.model_folder import StoredTensors
+from megatron_mea.huggingface.model_folder import ModelFolder, StoredTensors
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +28,7 @@ def models(tmp_path_factory) -> Path:
     for kind in ("llama", "mistral", "qwen2", "qwen3"):
         save_stock_model(kind, root / kind)
     save_export(root / "mea", attention_variant="mea")
+    save_export(root / "latent", attention_variant="mea", hlc_form="latent", key_latent_dim=12)
     return root
 
 
@@ -140,6 +142,32 @@ LAYER = "model.layers.1.self_attn"
 )
 def test_tensors_that_do_not_fit_are_named(kind, change, expected, refuse):
     assert expected in refuse(kind, change_tensors(change))
+
+
+@pytest.mark.parametrize(
+    ("change", "got", "expected"),
+    [
+        (lambda frequency: frequency.flip(0), "[0] = 2 in ", "0, by "),
+        (lambda frequency: frequency.index_fill(0, torch.tensor(3), torch.nan), "[3] = nan in ", "1, by "),
+        (lambda frequency: frequency[:3, None].clone(), " of shape (3, 1) in ", "(6,), by "),
+    ],
+    ids=["other", "nan", "shape"],
+)
+def test_frequencies_that_are_not_those_of_config_json(change, got, expected, refuse):
+    """transformers alone would compute with the file's, which an import drops."""
+    name = f"{LAYER}.hlc_k.frequency"
+    error = refuse("latent", change_tensors(lambda tensors: tensors.update({name: change(tensors[name])})))
+    assert f" {name}{got}" in error
+    assert f"expected: {expected}" in error
+
+
+@pytest.mark.parametrize("read", ["tensors", "as_transformers"])
+def test_frequencies_are_compared_wherever_a_folder_is_read(read, models, tmp_path):
+    shutil.copytree(models / "latent", tmp_path / "latent")
+    name = "model.layers.0.self_attn.hlc_k.frequency"
+    change_tensors(lambda tensors: tensors.update({name: tensors[name] + 1}))(tmp_path / "latent")
+    with pytest.raises(UserError, match=name):
+        getattr(ModelFolder.locate(tmp_path / "latent"), read)()
 
 
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, 1e39])
