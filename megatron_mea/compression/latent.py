@@ -26,8 +26,8 @@ from megatron_mea.compression.calibrate import (
     window_length,
 )
 from megatron_mea.compression.latent_fit import LayerFit
-from megatron_mea.compression.latent_model import LatentDims, LatentModel, latent_settings
-from megatron_mea.compression.latent_sizes import check_cache_shrinks, chosen_dims, even_dims
+from megatron_mea.compression.latent_model import LatentModel, latent_settings
+from megatron_mea.compression.latent_sizes import KEY_SHARES, check_cache_shrinks, chosen_sizes, even_sizes, split_dims
 from megatron_mea.compression.partial_fit import PartialFit
 from megatron_mea.compression.source_model import SourceModel, open_source_model, read_model
 from megatron_mea.compression.write_compressed import write_compressed
@@ -86,9 +86,9 @@ def compress_to_latent(
         }
         with resumable_folder(out) as part:
             if equal_sizes:
-                dims = even_dims(settings, ratio)
+                sizes = even_sizes(settings, ratio)
             else:
-                dims = chosen_dims(
+                sizes = chosen_sizes(
                     source_model=source_model,
                     ratio=ratio,
                     windows=calibration_data(_SIZING_TOKENS),
@@ -99,7 +99,7 @@ def compress_to_latent(
 
             latent_model = _fit_layers(
                 source_model=source_model,
-                dims=dims,
+                sizes=sizes,
                 reconstruction_steps=reconstruction_steps,
                 windows=windows,
                 folder=part / "layers",
@@ -113,7 +113,7 @@ def compress_to_latent(
 def _fit_layers(
     *,
     source_model: SourceModel,
-    dims: list[LatentDims],
+    sizes: list[int],
     reconstruction_steps: int,
     windows: Windows,
     folder: Path,
@@ -122,36 +122,41 @@ def _fit_layers(
     """Fits one layer after the other, each on the states that those before it give.
 
     Args:
-        dims: numbers of keys and values that each layer caches.
+        sizes: numbers that each layer caches; how many are keys is what loses least of its attention's outputs.
         reconstruction_steps: steps of Adam on every layer, after the closed forms.
         windows: calibration tokens.
         folder: keeps what is fitted, for the same call after an interruption.
         request: whatever else the result depends on.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    partial = PartialFit(folder=folder, request=request | {"dims": [list(layer) for layer in dims]})
+    model, device = source_model.model, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    partial = PartialFit(folder=folder, request=request | {"sizes": sizes})
     streams = partial.streams
     if not streams:
         embedded = embed_windows(source_model=source_model, windows=windows, device=device)
         states = [hidden_states.cpu() for _, hidden_states in embedded]
         streams = {"source": states, "own": list(states)}
 
-    with progress_bar(total=len(dims), desc="latent", unit="layer") as bar:
+    with progress_bar(total=len(sizes), desc="latent", unit="layer") as bar:
         bar.update(len(partial.layers))
-        for layer in range(len(partial.layers), len(dims)):
+        for layer in range(len(partial.layers), len(sizes)):
             fit = LayerFit(source_model=source_model, layer=layer, windows=windows, device=device)
             targets = fit.move(fit.source, streams["source"])
             fitted_on = {"states": streams["own"], "targets": targets}
-            latent = fit.fit(dims[layer], moments=fit.moments(streams["own"]), **fitted_on)
+            moments = fit.moments(streams["own"])
+            splits = {split_dims(model, sizes[layer], key_share=share) for share in KEY_SHARES}
+            latent = min(
+                (fit.fit(dims, moments=moments, **fitted_on) for dims in sorted(splits)), key=lambda fit: fit.error
+            )
             if reconstruction_steps:
                 latent = fit.reconstruct(latent, steps=reconstruction_steps, **fitted_on)
 
             fit.move(fit.build(latent), streams["own"])
-            partial.add(latent.tensors, streams, {"counts": latent.counts, "error": latent.error})
+            partial.add(latent.tensors, streams, {"counts": latent.counts, "dims": latent.dims, "error": latent.error})
             bar.update()
 
-    model = latent_settings(source_model.model, dims=dims, counts=[layer["counts"] for layer in partial.layers])
-    return LatentModel(source_model=source_model, model=model, partial=partial)
+    dims, counts = ([layer[key] for layer in partial.layers] for key in ("dims", "counts"))
+    settings = latent_settings(model, dims=dims, counts=counts)
+    return LatentModel(source_model=source_model, model=settings, partial=partial)
 
 
 def _summary(latent_model: LatentModel) -> str:

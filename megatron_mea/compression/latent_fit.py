@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,11 +31,13 @@ class LatentLayer:
     """What a layer becomes.
 
     Attributes:
+        dims: numbers of keys and of values.
         counts: pairs of each frequency.
         tensors: the changed parameters, by name.
         error: the part of the mean square of attention's outputs that is lost on the calibration tokens.
     """
 
+    dims: LatentDims
     counts: list[int]
     tensors: dict[str, torch.Tensor]
     error: float
@@ -70,9 +72,8 @@ class LayerFit:
     def build(self, latent: LatentLayer) -> MultiheadExplicitAttention:
         """Attention of the compressed layer."""
         num_layers = self.source_model.model.num_hidden_layers
-        widths = [len(latent.tensors[f"{self.name}.{side}_proj.weight"]) for side in "kv"]
         settings = latent_settings(
-            self.source_model.model, dims=[(widths[0], widths[1])] * num_layers, counts=[latent.counts] * num_layers
+            self.source_model.model, dims=[latent.dims] * num_layers, counts=[latent.counts] * num_layers
         )
         with torch.device("meta"):
             attention = MultiheadExplicitAttention(settings, self.layer)
@@ -116,7 +117,7 @@ class LayerFit:
         keys, values = self._factorise(moments, dims)
         counts = torch.bincount(keys.frequency, minlength=self.source_model.model.head_dim // 2).tolist()
         tensors = self._projections(keys, values)
-        latent = LatentLayer(counts=counts, tensors=tensors, error=1.0)
+        latent = LatentLayer(dims=dims, counts=counts, tensors=tensors, error=1.0)
         return self._refit(latent, self.build(latent), states=states, targets=targets)
 
     def reconstruct(
@@ -155,7 +156,7 @@ class LayerFit:
 
         attention.requires_grad_(requires_grad=False)
         tensors = latent.tensors | {name: parameter.detach().cpu() for name, parameter in parameters.items()}
-        steps_taken = LatentLayer(counts=latent.counts, tensors=tensors, error=1.0)
+        steps_taken = replace(latent, tensors=tensors)
         found = self._refit(steps_taken, attention, states=states, targets=targets)
         return found if found.error < latent.error else latent
 
@@ -239,4 +240,4 @@ class LayerFit:
         # |target - outputs W|^2, summed over the tokens.
         squares = energy - 2 * (found * product).sum() + (found * (gram @ found)).sum()
         tensors = latent.tensors | {f"{self.name}.o_proj.weight": found.mT.float().cpu().contiguous()}
-        return LatentLayer(counts=latent.counts, tensors=tensors, error=max(squares.item(), 0.0) / energy)
+        return replace(latent, tensors=tensors, error=max(squares.item(), 0.0) / energy)

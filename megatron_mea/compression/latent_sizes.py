@@ -25,8 +25,8 @@ from megatron_mea.data.windows import Windows
 from megatron_mea.errors import UserError
 from megatron_mea.progress import progress_bar
 
-KEY_SHARE = 0.6
-"""Part of a layer's numbers that its keys get: they were measured to need more than values (docs/compression.md)."""
+KEY_SHARES = (0.6, 0.5, 0.7)
+"""Parts of a layer's numbers that its keys may get; sizes are chosen with the first, as if it were best everywhere."""
 
 
 def check_cache_shrinks(model: Model, ratio: float, *, name: str) -> None:
@@ -38,23 +38,22 @@ def check_cache_shrinks(model: Model, ratio: float, *, name: str) -> None:
         raise UserError(where="--cache-ratio", got=ratio, expected=f"at most {smaller}: that is the cache of {name}")
 
 
-def split_dims(model: Model, total: int) -> LatentDims:
+def split_dims(model: Model, total: int, *, key_share: float = KEY_SHARES[0]) -> LatentDims:
     """Numbers of keys and of values of a layer that caches `total` numbers, of which keys get pairs."""
     composite = model.num_key_value_heads * model.head_dim
-    keys = min(2 * round(KEY_SHARE * total / 2), composite)
+    keys = min(2 * round(key_share * total / 2), composite)
     values = min(max(total - keys, 1), composite)
     # What one side cannot use the other gets.
     return min(max((total - values) // 2 * 2, 2), composite), values
 
 
-def even_dims(model: Model, ratio: float) -> list[LatentDims]:
-    """The same numbers for every layer: the ratio to all composite heads, to within one; at least a pair and one."""
-    composite = model.num_key_value_heads * model.head_dim
-    return [split_dims(model, max(round(2 * ratio * composite), 3))] * model.num_hidden_layers
+def even_sizes(model: Model, ratio: float) -> list[int]:
+    """The same size for all layers: the ratio to all composite heads, to within one number; at least a pair and one."""
+    return [max(round(2 * ratio * model.num_key_value_heads * model.head_dim), 3)] * model.num_hidden_layers
 
 
 @torch.no_grad()
-def chosen_dims(
+def chosen_sizes(
     *,
     source_model: SourceModel,
     ratio: float,
@@ -62,8 +61,8 @@ def chosen_dims(
     probes: Windows,
     folder: Path,
     request: dict[str, object],
-) -> list[LatentDims]:
-    """The numbers of every layer with the least sum of measured costs.
+) -> list[int]:
+    """The number of cached numbers of every layer with the least sum of measured costs.
 
     Args:
         windows: calibration tokens, on which layers are fitted.
@@ -74,7 +73,7 @@ def chosen_dims(
     totals = _fitted_totals(model, ratio)
     partial = PartialFit(folder=folder, request=request)
     if partial.result is not None:
-        return [(keys, values) for keys, values in partial.result["dims"]]
+        return partial.result["sizes"]
 
     states = partial.streams.get("source", [])
     if not states:
@@ -101,9 +100,9 @@ def chosen_dims(
         for divergence, note in zip(divergences, partial.layers, strict=True)
     ]
     budget = round(ratio * full) * model.num_hidden_layers
-    dims = [split_dims(model, totals[0] + more) for more in allocate(costs, budget - totals[0] * len(costs))]
-    partial.finish({"dims": dims, "divergences": divergences})
-    return dims
+    sizes = [totals[0] + more for more in allocate(costs, budget - totals[0] * len(costs))]
+    partial.finish({"sizes": sizes, "divergences": divergences})
+    return sizes
 
 
 def _fitted_totals(model: Model, ratio: float) -> list[int]:

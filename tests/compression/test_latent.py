@@ -17,7 +17,7 @@ from megatron_mea.attention.latent import expand_pairs
 from megatron_mea.compression.compress import compress
 from megatron_mea.compression.key_factors import factorise_keys, frequency_moments, select_keys
 from megatron_mea.compression.latent_fit import LayerFit
-from megatron_mea.compression.latent_sizes import allocate, even_dims
+from megatron_mea.compression.latent_sizes import allocate, even_sizes, split_dims
 from megatron_mea.compression.value_factors import factorise_values, output_weight
 from megatron_mea.config.schema import Model
 from megatron_mea.errors import UserError
@@ -141,7 +141,8 @@ def test_values_lose_what_is_predicted_and_no_other_numbers_lose_less():
 
 @pytest.mark.parametrize("ratio", [0.01, 0.25, 1 / 3, 0.5, 0.7, 0.9, 1.0])
 def test_the_ratio_is_met_to_within_one_number(ratio):
-    keys, values = even_dims(Model(num_key_value_heads=3, head_dim=64, num_attention_heads=9), ratio)[0]
+    model = Model(num_key_value_heads=3, head_dim=64, num_attention_heads=9)
+    keys, values = split_dims(model, even_sizes(model, ratio)[0])
     assert keys % 2 == 0
     assert 2 <= keys <= 192
     assert 1 <= values <= 192
