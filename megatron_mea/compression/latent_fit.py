@@ -114,7 +114,7 @@ class LayerFit:
             states: the stream before the layer.
             targets: what attention should put out for each of its batches.
         """
-        keys, values = self._factorise(moments, dims)
+        keys, values = self.factorise(moments, dims)
         counts = torch.bincount(keys.frequency, minlength=self.source_model.model.head_dim // 2).tolist()
         tensors = self._projections(keys, values)
         latent = LatentLayer(dims=dims, counts=counts, tensors=tensors, error=1.0)
@@ -169,7 +169,8 @@ class LayerFit:
             arguments = {"cos": cos.unsqueeze(1), "sin": sin.unsqueeze(1), "attend": attend}
             yield self._block.input_layernorm(hidden_states.to(self.device)), arguments
 
-    def _factorise(self, moments: Moments, dims: LatentDims) -> tuple[KeyFactors, ValueFactors]:
+    def factorise(self, moments: Moments, dims: LatentDims) -> tuple[KeyFactors, ValueFactors]:
+        """The closed forms alone."""
         model = self.source_model.model
         keys = factorise_keys(
             frequency_moments(moments.keys.cpu(), num_heads=model.num_key_value_heads),
@@ -195,15 +196,15 @@ class LayerFit:
             gains = self.source_model.read(f"{self.name}.k_norm.weight").double()
             key_rows = key_rows * gains.repeat(model.num_key_value_heads).unsqueeze(1)
 
-        rows = {
-            "k": select_keys(key_rows, keys),
-            "v": values.selection @ self.source_model.composite_projection(self.layer, "v"),
-        }
+        value_rows = self.source_model.composite_projection(self.layer, "v")
+        pairs, pair_sizes = _balance(select_keys(key_rows, keys).unflatten(0, (2, -1)), like=key_rows)
+        latent, latent_sizes = _balance((values.selection @ value_rows).unsqueeze(0), like=value_rows)
+        combination = torch.view_as_real(keys.combination.resolve_conj()) * pair_sizes[:, None, None]
         tensors = {
-            f"{self.name}.hlc_k.weight": torch.view_as_real(keys.combination.resolve_conj()).float(),
-            f"{self.name}.hlc_v.weight": values.combination.float(),
+            f"{self.name}.hlc_k.weight": combination.float(),
+            f"{self.name}.hlc_v.weight": (values.combination * latent_sizes[:, None]).float(),
         }
-        for side, projection in rows.items():
+        for side, projection in (("k", pairs.flatten(0, 1)), ("v", latent.squeeze(0))):
             tensors[f"{self.name}.{side}_proj.weight"] = projection[:, : model.hidden_size].float()
             if model.attention_bias:
                 tensors[f"{self.name}.{side}_proj.bias"] = projection[:, -1].float()
@@ -241,3 +242,21 @@ class LayerFit:
         squares = energy - 2 * (found * product).sum() + (found * (gram @ found)).sum()
         tensors = latent.tensors | {f"{self.name}.o_proj.weight": found.mT.float().cpu().contiguous()}
         return replace(latent, tensors=tensors, error=max(squares.item(), 0.0) / energy)
+
+
+def _balance(rows: torch.Tensor, *, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales numbers to the mean square that the source model's rows have, since training goes on from there.
+
+    Factors of a product may have any sizes. Steps of Adam are as large for all elements, so that a small factor of a
+    large one would be lost with the first of them.
+
+    Args:
+        rows: (rows of a number, numbers, D).
+        like: (any, D)
+
+    Returns:
+        The rows, and how much larger each number was, (numbers,), for the combination.
+    """
+    sizes = (rows.square().mean((0, 2)) / like.square().mean()).sqrt()
+    sizes = torch.where(sizes > 0, sizes, 1.0)
+    return rows / sizes[:, None], sizes

@@ -172,3 +172,17 @@ def test_the_output_projection_is_the_least_squares_solution(tiny: Tiny, tmp_pat
         ridge = (1e-3 * rows.square().sum(0).mean()).sqrt() * torch.eye(rows.shape[1], dtype=torch.float64)
         expected = torch.linalg.lstsq(torch.cat([rows, ridge]), torch.cat([targets, ridge @ original])).solution
         torch.testing.assert_close(attention.o_proj.weight.T.double(), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_training_goes_on_from_rows_as_large_as_before(tiny: Tiny, tmp_path):
+    """However large the weights of the closed forms are; otherwise the first steps of Adam destroy the combination."""
+    with layer_fit(tmp_path, tiny) as (fit, streams):
+        latent = fit.fit((16, 10), moments=fit.moments(streams["states"]), **streams)
+        for side in "kv":
+            rows = latent.tensors[f"{fit.name}.{side}_proj.weight"]
+            source = fit.source_model.read(f"{fit.name}.{side}_proj.weight").square().mean().item()
+            sizes = rows.square().mean(1) if side == "v" else rows.unflatten(0, (2, -1)).square().mean((0, 2))
+            assert sizes.tolist() == pytest.approx([source] * len(sizes), rel=1e-5)
+            assert 0.01 < latent.tensors[f"{fit.name}.hlc_{side}.weight"].square().mean().sqrt() < 10
