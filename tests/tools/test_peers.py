@@ -1,0 +1,237 @@
+"""The published ways of making a cache smaller that the benches compare with ours, on a tiny random layer."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+
+import pytest
+import torch
+from support.runs import ROOT
+from support.source_models import SIZES, save_source_model
+
+from megatron_mea.attention.causal import causal_attention
+from megatron_mea.attention.mea import MultiheadExplicitAttention
+from megatron_mea.config.load import parse_model
+from megatron_mea.exported.rotary_mea import apply_rotary, rotary_cos_sin
+
+sys.path.insert(0, str(ROOT / "tools/bench"))
+import latent as latent_bench
+from peers.care import adjusted_ranks, care_energies, care_layer, damped
+from peers.decoding import exported_step, peer_step, uncompressed_step
+from peers.layers import PeerAttention
+from peers.low_rank import factorise_outputs, output_energies
+from peers.palu import palu_layer, proportional_ranks
+from peers.transmla import rotate_keys, transmla_layer
+
+HEADS, DIM, SEQ = 4, 8, 24
+FULL = HEADS * DIM
+
+
+@pytest.fixture(scope="module")
+def layer():
+    """Attention with biases in float64, its inputs (batch, seq, hidden), arguments, and output."""
+    sizes = SIZES | {"head_dim": DIM, "attention_variant": "plain", "num_component_heads": HEADS}
+    model = parse_model(sizes | {"attention_bias": True})
+    generator = torch.Generator().manual_seed(0)
+    attention = MultiheadExplicitAttention(model, 0).double().requires_grad_(requires_grad=False)
+    for parameter in attention.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3)
+
+    scales = torch.linspace(0.1, 2, model.hidden_size, dtype=torch.float64)
+    inputs = torch.randn(3, SEQ, model.hidden_size, generator=generator, dtype=torch.float64) * scales
+    cos, sin = rotary_cos_sin(config=model, position_ids=torch.arange(SEQ)[None], dtype=torch.float64)
+    arguments = {"cos": cos[:, None], "sin": sin[:, None], "attend": causal_attention}
+    return model, attention, inputs, arguments, attention(inputs, **arguments)
+
+
+def projections(layer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Key and value projections with their biases as the last column, and the second moment of the inputs."""
+    _, attention, inputs, _, _ = layer
+    parameters = {parameter.spec.name.split("self_attn.")[1]: parameter for parameter in attention.parameters()}
+    key, value = (
+        torch.cat([parameters[f"{side}_proj.weight"], parameters[f"{side}_proj.bias"][:, None]], 1) for side in "kv"
+    )
+    rows = torch.nn.functional.pad(inputs, (0, 1), value=1.0).flatten(0, 1)
+    return key, value, rows.T @ rows / len(rows)
+
+
+def build(method: str, layer, cached: int):
+    """A peer's layer with about so many cached numbers."""
+    key, value, moment = projections(layer)
+    if method == "transmla":
+        return transmla_layer(key, value, moment, head_dim=DIM, cached=cached, rotary_dim=DIM, fold=2)
+    if method == "care":
+        return care_layer(key, value, moment, key_rank=cached // 2, value_rank=cached // 2)
+
+    groups = HEADS if method == "palu-heads" else 1
+    return palu_layer(key, value, moment, key_rank=cached // 2, value_rank=cached // 2, groups=groups)
+
+
+def error(layer, peer) -> float:
+    """Mean square of the difference to the output of the layer."""
+    _, attention, inputs, arguments, output = layer
+    return (PeerAttention(attention, peer)(inputs, **arguments) - output).square().mean().item()
+
+
+@pytest.mark.parametrize("method", ["palu", "palu-heads", "care"])
+def test_full_rank_reproduces_the_layer(layer, method):
+    peer = build(method, layer, cached=2 * FULL)
+    assert peer.cached == 2 * FULL
+    assert error(layer, peer) < 1e-20
+
+
+@pytest.mark.parametrize("fold", [1, 2, 4])
+def test_transmla_with_every_pair_rotated_reproduces_the_layer_unless_frequencies_are_folded(layer, fold):
+    key, value, moment = projections(layer)
+    peer = transmla_layer(key, value, moment, head_dim=DIM, cached=2 * FULL, rotary_dim=FULL, fold=fold)
+    assert peer.cached == 2 * FULL
+    assert (error(layer, peer) < 1e-20) == (fold == 1)
+
+
+def test_transmla_rotates_keys_as_rope_does(layer):
+    """Heads mixed by the rotation have the logits of heads as they are, before RoPE is taken from any of them."""
+    key, _, moment = projections(layer)
+    rotation, rotary, frequency = rotate_keys(key, moment, head_dim=DIM, rotary_dim=DIM, fold=2)
+    torch.testing.assert_close(rotation @ rotation.T, torch.eye(FULL, dtype=torch.float64))
+    assert sorted(frequency.tolist()) == list(range(DIM // 2))
+    assert len(set(rotary.tolist())) == DIM
+
+    # The first components have the most energy of all that can be had by rotating these features.
+    energies = (rotation @ key @ moment @ key.T @ rotation.T).diagonal()
+    kept, size = energies[rotary].sum().item(), 2 * HEADS * 2
+    groups = energies.view(-1, 2, size // 2).sum(1)
+    assert kept == pytest.approx(groups.topk(2).values.sum().item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("method", ["palu", "palu-heads", "care", "transmla"])
+def test_fewer_numbers_lose_more(layer, method):
+    errors = [error(layer, build(method, layer, cached=cached)) for cached in (64, 48, 32, 24, 16)]
+    assert errors == sorted(errors)
+    assert errors[0] < errors[-1]
+
+
+def test_no_other_factors_of_the_rank_lose_less(layer):
+    """What the closed form leaves out is the sum of the energies, and no step from it gains."""
+    key, _, moment = projections(layer)
+    generator = torch.Generator().manual_seed(1)
+
+    def lost(weight: torch.Tensor) -> float:
+        difference = key - weight
+        return (difference @ moment * difference).sum().item()
+
+    for rank in (3, 11, 20):
+        (selection,), (expansion,) = factorise_outputs(key, moment, rank=rank)
+        least = lost(expansion @ selection)
+        assert least == pytest.approx(output_energies(key, moment)[rank:].sum().item(), rel=1e-9)
+
+        # As the papers have it: the SVD of W L, and the inverse of L.
+        root = torch.linalg.cholesky(moment)
+        left, values, right = torch.linalg.svd(key @ root)
+        papers = (left[:, :rank] * values[:rank]) @ right[:rank] @ torch.linalg.inv(root)
+        torch.testing.assert_close(expansion @ selection, papers, rtol=1e-8, atol=1e-8)
+
+        for size in (1e-3, 1e-2, 1e-1):
+            noise = [torch.randn(part.shape, generator=generator).double() for part in (expansion, selection)]
+            assert lost((expansion + size * noise[0]) @ (selection + size * noise[1])) > least
+
+
+def test_transmla_keeps_the_principal_components_of_balanced_keys_and_values(layer):
+    key, value, moment = projections(layer)
+    rotation, rotary, _ = rotate_keys(key, moment, head_dim=DIM, rotary_dim=DIM, fold=1)
+    others = [row for row in range(FULL) if row not in set(rotary.tolist())]
+    rest = (rotation @ key)[others]
+    sizes = [(rows @ moment @ rows.T).diagonal().sqrt().mean() for rows in (rest, value)]
+    stacked = torch.cat([rest * sizes[1] / sizes[0], value])
+    energies = torch.linalg.eigvalsh(stacked @ moment @ stacked.T)
+
+    peer = transmla_layer(key, value, moment, head_dim=DIM, cached=DIM + 20, rotary_dim=DIM, fold=1)
+    latent_energy = (peer.selection @ moment * peer.selection).sum()
+    torch.testing.assert_close(latent_energy, energies[-20:].sum())
+
+
+def test_ranks_meet_their_budgets(layer):
+    key, value, moment = projections(layer)
+    energies = [care_energies(weight, moment) for weight in (key, value, 0.1 * key + value)]
+    torch.testing.assert_close(energies[0], output_energies(key, damped(moment)))
+    for budget in (12, 48, 61):
+        ranks = adjusted_ranks(energies, budget=budget)
+        assert sum(ranks) == budget
+        assert all(budget // 6 <= rank <= min(FULL, -(-2 * budget // 3)) for rank in ranks)
+
+    # A layer with a steeper spectrum needs fewer.
+    flat, steep = torch.ones(FULL), 0.5 ** torch.arange(FULL)
+    assert adjusted_ranks([steep, flat, flat], budget=30)[0] > 0
+
+    assert proportional_ranks([1.0, 2.0, 3.0], budget=12, largest=10) == [2, 4, 6]
+    assert proportional_ranks([0.0, 1.0, 100.0], budget=16, largest=10) == [1, 5, 10]
+    for budget, scores in itertools.product((4, 17, 40), ([1.0, 1.0, 1.0, 1.0], [5.0, 0.1, 3.0, 0.7])):
+        assert sum(proportional_ranks(scores, budget=budget, largest=10)) == budget
+
+
+@pytest.mark.parametrize("method", ["palu", "palu-heads", "transmla"])
+def test_a_step_of_decoding_computes_the_attention_that_is_measured(layer, method, monkeypatch):
+    """Caches filled by the layer's selections, and queries as attention takes them, give the last token's output."""
+    model, attention, inputs, arguments, _ = layer
+    peer = build(method, layer, cached=32)
+    rows = torch.nn.functional.pad(inputs[:1], (0, 1), value=1.0)
+    query = attention.q_proj(inputs[:1]).unflatten(2, (-1, DIM)).transpose(1, 2)
+    expected = peer.attend(query, rows, **arguments)[0, :, -1].float()
+
+    last = query[0, :, -1].unflatten(0, (HEADS, -1))
+    cos, sin = arguments["cos"][0, 0, -1], arguments["sin"][0, 0, -1]
+    if method == "transmla":
+        features = peer.frequency.repeat(2)
+        turned = torch.einsum("hrd,hgd->hgr", peer.rotary_queries, last)
+        angles = [angle[..., features] for angle in (arguments["cos"], arguments["sin"])]
+        key = apply_rotary((rows @ peer.rotary_selection.T).unsqueeze(1), *angles)
+        cache = torch.cat([rows.unsqueeze(1) @ peer.selection.T, key], -1)
+        tensors = [cache, cache[0, 0, -1], last, apply_rotary(turned, cos[features], sin[features])]
+    else:
+        caches = [rows @ selection.mT for selection in (peer.key_selection, peer.value_selection)]
+        pairs = torch.arange(DIM).view(2, -1).T.flatten()
+        tensors = [*caches, *(cache[:, -1] for cache in caches), apply_rotary(last, cos, sin)[..., pairs]]
+
+    given = iter(tensors)
+    monkeypatch.setattr("peers.decoding.random_numbers", lambda *shape: next(given).float().view(shape).clone())
+    output = peer_step(peer, model, length=SEQ)()
+    torch.testing.assert_close(output.flatten(0, -2), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_steps_of_the_uncompressed_model_and_of_exports_run():
+    sizes = SIZES | {"head_dim": DIM, "attention_variant": "mea_no_norm"}
+    heads = parse_model(sizes | {"num_component_heads": 2})
+    latent = parse_model(
+        sizes | {"num_component_heads": HEADS, "hlc_form": "latent", "key_latent_dim": 12, "value_latent_dim": 9}
+    )
+    for step in (
+        uncompressed_step(heads, length=8),
+        exported_step(heads, layer=1, length=8),
+        exported_step(latent, layer=1, length=8),
+    ):
+        assert step().shape == (1, 1, SIZES["num_attention_heads"], DIM)
+
+
+@pytest.mark.slow
+def test_latent_bench(tiny, tmp_path, monkeypatch, capsys):
+    """All methods once, a second call that measures nothing, the table and the figure."""
+    model = save_source_model(kind="llama", folder=tmp_path / "model", tokenizer=tiny.tokenizer)
+    out, figure = tmp_path / "rows.json", tmp_path / "loss.svg"
+    monkeypatch.setattr(latent_bench, "LENGTHS", (32,))
+    options = ["--calibration", str(tiny.train), "--validation", str(tiny.validation), "--tokens", "256"]
+    command = ["latent.py", str(model), "--out", str(out), *options, "--ratios", "0.5"]
+    monkeypatch.setattr(sys, "argv", command)
+    latent_bench.main()
+    rows = json.loads(out.read_text())
+    for method in latent_bench.METHODS:
+        row = rows[f"0.5 | {method}"]["value"]
+        assert row["cross_entropy"] > 0
+        assert row["bytes_a_token"] == pytest.approx(rows["uncompressed bytes"]["value"] / 2, rel=0.02)
+
+    latent_bench.main()
+    assert json.loads(out.read_text()) == rows
+    monkeypatch.setattr(sys, "argv", ["latent.py", "--out", str(out), "--figure", str(figure)])
+    latent_bench.main()
+    assert figure.read_bytes()
+    assert not list(tmp_path.glob("rows.*-*"))
