@@ -13,16 +13,24 @@ from support.source_models import SIZES, save_source_model
 
 from megatron_mea.attention.causal import causal_attention
 from megatron_mea.attention.mea import MultiheadExplicitAttention
+from megatron_mea.compression.calibrate import calibration_windows
+from megatron_mea.compression.source_model import open_source_model
 from megatron_mea.config.load import parse_model
+from megatron_mea.data.corpora import IGNORE_INDEX
 from megatron_mea.exported.rotary_mea import apply_rotary, rotary_cos_sin
+from megatron_mea.huggingface.model_folder import ModelFolder
+from megatron_mea.model.decoder import all_layers
+from megatron_mea.model.layerwise import load_layer
 
 sys.path.insert(0, str(ROOT / "tools/bench"))
 import latent as latent_bench
+from compress import cross_entropy
 from peers.care import adjusted_ranks, care_energies, care_layer, damped
 from peers.decoding import exported_step, peer_step, uncompressed_step
 from peers.layers import PeerAttention
 from peers.low_rank import factorise_outputs, output_energies
 from peers.palu import palu_layer, proportional_ranks
+from peers.study import fisher_information, peer_cross_entropy
 from peers.transmla import rotate_keys, transmla_layer
 
 HEADS, DIM, SEQ = 4, 8, 24
@@ -211,6 +219,37 @@ def test_steps_of_the_uncompressed_model_and_of_exports_run():
         exported_step(latent, layer=1, length=8),
     ):
         assert step().shape == (1, 1, SIZES["num_attention_heads"], DIM)
+
+
+@pytest.mark.slow
+def test_the_source_model_is_measured_a_layer_at_a_time(tiny, tmp_path):
+    """Fisher information is that of the whole model's gradients, and full ranks lose nothing."""
+    folder = save_source_model(kind="qwen2", folder=tmp_path / "model", tokenizer=tiny.tokenizer)
+    with open_source_model(ModelFolder.locate(folder), tmp_path / "out") as source_model:
+        windows = calibration_windows(source_model=source_model, path=str(tiny.train), where="", batch=1, tokens=256)
+        decoder = load_layer(
+            config=source_model.model, layer=all_layers(source_model.model), read=source_model.read, document_mask=True
+        )
+        projections = [
+            projection.weight.requires_grad_()
+            for block in decoder.blocks
+            for projection in (block.self_attn.key_projection, block.self_attn.value_projection)
+        ]
+        squares = torch.zeros(len(projections), *projections[0].shape)
+        for batch in windows:
+            arguments = [torch.from_numpy(part) for part in (batch.input_ids, batch.position_ids, batch.targets)]
+            loss = decoder(*arguments) / (arguments[2] != IGNORE_INDEX).sum()
+            squares += torch.stack(torch.autograd.grad(loss, projections)).square()
+
+        expected = (squares / len(windows)).sqrt().mean((1, 2))
+        found = fisher_information(source_model=source_model, windows=windows)
+        torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-4, atol=1e-9)
+
+        study = latent_bench.Study(source_model=source_model, calibration=str(tiny.train), results=None)
+        full = latent_bench.cached_numbers(source_model.model, 1.0)
+        layers = latent_bench.low_rank(study, full)
+        loss = peer_cross_entropy(source_model=source_model, layers=layers, windows=windows)
+        assert loss == pytest.approx(cross_entropy(source_model, windows), abs=1e-5)
 
 
 @pytest.mark.slow

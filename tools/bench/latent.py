@@ -116,8 +116,8 @@ def palu(study: Study, cached: int) -> list[PeerLayer]:
     return study.layers(palu_layer, key_rank=ranks[::2], value_rank=ranks[1::2])
 
 
-def palu_even(study: Study, cached: int) -> list[PeerLayer]:
-    """Palu with one group of all heads and even ranks."""
+def low_rank(study: Study, cached: int) -> list[PeerLayer]:
+    """Even ranks of all heads together: Palu without Fisher information, CARE with uniform ranks, SVD-LLM."""
     return study.layers(palu_layer, **even_ranks(study, cached))
 
 
@@ -139,11 +139,6 @@ def care(study: Study, cached: int) -> list[PeerLayer]:
         key_rank=adjusted_ranks(key_energies, budget=budgets["key_rank"]),
         value_rank=adjusted_ranks(value_energies, budget=budgets["value_rank"]),
     )
-
-
-def care_even(study: Study, cached: int) -> list[PeerLayer]:
-    """CARE with even ranks."""
-    return study.layers(care_layer, **even_ranks(study, cached))
 
 
 def transmla(study: Study, cached: int) -> list[PeerLayer]:
@@ -172,11 +167,10 @@ def transmla(study: Study, cached: int) -> list[PeerLayer]:
 
 
 PEERS: dict[str, Callable[[Study, int], list[PeerLayer]]] = {
+    "low-rank": low_rank,
     "palu": palu,
-    "palu-even": palu_even,
     "palu-heads": palu_heads,
     "care": care,
-    "care-even": care_even,
     "transmla": transmla,
 }
 METHODS = (*PEERS, *OURS)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from megatron_mea.attention.document_mask import attention_function
 from megatron_mea.compression.calibrate import embed_windows
 from megatron_mea.compression.source_model import SourceModel
-from megatron_mea.data.corpora import IGNORE_INDEX
+from megatron_mea.data.corpora import IGNORE_INDEX, Batch
 from megatron_mea.data.windows import Windows
 from megatron_mea.exported.rotary_mea import rotary_cos_sin
-from megatron_mea.model.decoder import HEAD, StageLayers, all_layers
+from megatron_mea.model.decoder import HEAD, Decoder, StageLayers
 from megatron_mea.model.layerwise import load_layer
 from megatron_mea.progress import progress_bar
 
@@ -23,7 +23,7 @@ from .layers import PeerAttention, PeerLayer, with_bias_column
 def input_moments(*, source_model: SourceModel, windows: Windows) -> list[torch.Tensor]:
     """E[x x^T], (D, D) in float64, of the inputs of each layer's projections; D has a 1 where there are biases."""
     model, moments = source_model.model, []
-    states = [(batch, hidden) for batch, hidden in _embedded(source_model, windows)]
+    states = list(_embedded(source_model, windows))
     for index in progress_bar(range(model.num_hidden_layers), desc="moments", unit="layer"):
         decoder = _load_block(source_model, index, windows)
         width = model.hidden_size + int(model.attention_bias)
@@ -43,36 +43,48 @@ def input_moments(*, source_model: SourceModel, windows: Windows) -> list[torch.
 def fisher_information(*, source_model: SourceModel, windows: Windows) -> list[float]:
     """Root of the mean square of the gradients of each batch's mean loss, averaged over the elements of a projection.
 
-    The whole model is in memory, and its activations for a batch.
+    In memory are one layer, and the hidden states of all tokens before each layer.
 
     Returns:
         of keys and of values, by layer: k, v, k, v, ...
     """
-    decoder = load_layer(
-        config=source_model.model,
-        layer=all_layers(source_model.model),
-        read=source_model.read,
-        document_mask=windows.document_mask,
-    )
-    weights = [
-        projection.weight.requires_grad_()
-        for block in decoder.blocks
-        for projection in (block.self_attn.key_projection, block.self_attn.value_projection)
-    ]
-    squares = [torch.zeros_like(weight) for weight in weights]
-    for batch in progress_bar(windows, desc="fisher", unit="batch"):
-        ids, positions, targets = map(torch.from_numpy, (batch.input_ids, batch.position_ids, batch.targets))
-        loss = decoder(ids, positions, targets) / (targets != IGNORE_INDEX).sum()
-        for square, gradient in zip(squares, torch.autograd.grad(loss, weights), strict=True):
-            square += gradient.square()
+    states = [[hidden.detach() for _, hidden in _embedded(source_model, windows)]]
+    positions = [torch.from_numpy(batch.position_ids) for batch in windows]
+    layers = range(source_model.model.num_hidden_layers)
+    for index in progress_bar(layers, desc="fisher, forward", unit="layer"):
+        decoder = _load_block(source_model, index, windows)
+        with torch.no_grad():
+            states.append([decoder.forward_hidden(*of) for of in zip(states[-1], positions, strict=True)])
 
-    return [(square / len(windows)).sqrt().mean().item() for square in squares]
+    head, gradients = load_layer(config=source_model.model, layer=HEAD, read=source_model.read), []
+    for hidden, position, batch in zip(states.pop(), positions, windows, strict=True):
+        targets = torch.from_numpy(batch.targets)
+        hidden.requires_grad_()
+        loss = head.loss(head.forward_hidden(hidden, position), targets) / (targets != IGNORE_INDEX).sum()
+        gradients.extend(torch.autograd.grad(loss, hidden))
+
+    information: list[float] = []
+    for index in progress_bar(reversed(layers), desc="fisher, backward", unit="layer", total=len(layers)):
+        decoder = _load_block(source_model, index, windows)
+        attention = decoder.blocks[0].self_attn
+        weights = [attention.key_projection.weight, attention.value_projection.weight]
+        squares = [torch.zeros_like(weight.requires_grad_()) for weight in weights]
+        for window, hidden in enumerate(states.pop()):
+            hidden.requires_grad_()
+            output = decoder.forward_hidden(hidden, positions[window])
+            gradients[window], *of_weights = torch.autograd.grad(output, [hidden, *weights], gradients[window])
+            for square, gradient in zip(squares, of_weights, strict=True):
+                square += gradient.square()
+
+        information = [(square / len(windows)).sqrt().mean().item() for square in squares] + information
+
+    return information
 
 
 @torch.no_grad()
 def peer_cross_entropy(*, source_model: SourceModel, layers: Sequence[PeerLayer], windows: Windows) -> float:
     """Mean cross-entropy (nats a token) with a peer's keys and values in all layers, of which one is in memory."""
-    states = [(batch, hidden) for batch, hidden in _embedded(source_model, windows)]
+    states = list(_embedded(source_model, windows))
     for index, layer in enumerate(progress_bar(layers, desc="loss", unit="layer")):
         (block,) = _load_block(source_model, index, windows).blocks
         block.self_attn = PeerAttention(block.self_attn, layer)
@@ -91,11 +103,11 @@ def peer_cross_entropy(*, source_model: SourceModel, layers: Sequence[PeerLayer]
     return total / count
 
 
-def _embedded(source_model: SourceModel, windows: Windows):
+def _embedded(source_model: SourceModel, windows: Windows) -> Iterator[tuple[Batch, torch.Tensor]]:
     return embed_windows(source_model=source_model, windows=windows, device=torch.device("cpu"))
 
 
-def _load_block(source_model: SourceModel, index: int, windows: Windows):
+def _load_block(source_model: SourceModel, index: int, windows: Windows) -> Decoder:
     return load_layer(
         config=source_model.model,
         layer=StageLayers(blocks=range(index, index + 1)),
