@@ -163,14 +163,15 @@ def test_ranks_meet_their_budgets(layer):
     key, value, moment = projections(layer)
     energies = [care_energies(weight, moment) for weight in (key, value, 0.1 * key + value)]
     torch.testing.assert_close(energies[0], output_energies(key, damped(moment)))
-    for budget in (12, 48, 61):
-        ranks = adjusted_ranks(energies, budget=budget)
+    for budget, spread in itertools.product((12, 48, 61), (1.0, 1.5, 2.0)):
+        ranks = adjusted_ranks(energies, budget=budget, spread=spread)
         assert sum(ranks) == budget
-        assert all(budget // 6 <= rank <= min(FULL, -(-2 * budget // 3)) for rank in ranks)
+        assert all(int(budget / 3 / spread) <= rank <= min(FULL, -(-budget * spread // 3)) for rank in ranks)
 
-    # A layer with a steeper spectrum needs fewer.
-    flat, steep = torch.ones(FULL), 0.5 ** torch.arange(FULL)
-    assert adjusted_ranks([steep, flat, flat], budget=30)[0] > 0
+    # By hand: 4 is two thirds of 4 + 1 + 1, and then 1 a half of what is left there; 3.5 is more than half of 6.5.
+    spectra = [torch.tensor([6.0, 4.0, 1.0, 1.0]), torch.tensor([6.0, 3.5, 2.0, 1.0])]
+    assert adjusted_ranks(spectra, budget=3, spread=2.0) == [2, 1]
+    assert adjusted_ranks(spectra, budget=4, spread=2.0) == [2, 2]
 
     assert proportional_ranks([1.0, 2.0, 3.0], budget=12, largest=10) == [2, 4, 6]
     assert proportional_ranks([0.0, 1.0, 100.0], budget=16, largest=10) == [1, 5, 10]

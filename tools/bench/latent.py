@@ -12,6 +12,7 @@ command resumes where it stopped. docs/compression.md has results, tools/bench/p
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,8 @@ LENGTHS = (1024, 4096, 16384)
 ROUNDS = 9
 TIMED_LAYERS = 6
 """Layers whose attention is timed one after the other: at even distances, in order of what they cache."""
+SPREADS = (1.0, 1.25, 1.5, 2.0)
+"""Bounds of CARE's ranks that are tried: of the even rank, divided and multiplied by these."""
 OURS = ("svd", "outputs", "aligned", "latent")
 """Methods of `compress`."""
 
@@ -90,6 +93,12 @@ class Study:
             "fisher", lambda: fisher_information(source_model=self.source_model, windows=self.windows(FISHER_TOKENS))
         )
 
+    def calibration_loss(self, layers: Sequence[PeerLayer], choice: str) -> float:
+        """The cross-entropy of a peer's layers on some of the calibration text, to choose its settings by."""
+        loss = peer_cross_entropy(source_model=self.source_model, layers=layers, windows=self.windows(AUTO_TOKENS))
+        note(f"{choice}: {loss:.3f} with {sum(layer.cached for layer in layers):,} numbers, on calibration text")
+        return loss
+
     def layers(self, build: Callable[..., PeerLayer], **by_layer: Sequence[int]) -> list[PeerLayer]:
         """A peer's layers, built of projections, moments, and arguments of which there is one for each layer."""
         return [
@@ -128,40 +137,42 @@ def palu_heads(study: Study, cached: int) -> list[PeerLayer]:
 
 
 def care(study: Study, cached: int) -> list[PeerLayer]:
-    """CARE with adjusted ranks."""
+    """CARE with the bounds of its adjusted ranks that lose least on calibration text."""
     key_energies, value_energies = (
         [care_energies(weights[side], moment) for weights, moment in zip(study.projections, study.moments, strict=True)]
         for side in range(2)
     )
-    budgets = {name: sum(ranks) for name, ranks in even_ranks(study, cached).items()}
-    return study.layers(
-        care_layer,
-        key_rank=adjusted_ranks(key_energies, budget=budgets["key_rank"]),
-        value_rank=adjusted_ranks(value_energies, budget=budgets["value_rank"]),
-    )
+    key_budget, value_budget = (sum(ranks) for ranks in even_ranks(study, cached).values())
+
+    def build(spread: float) -> list[PeerLayer]:
+        return study.layers(
+            care_layer,
+            key_rank=adjusted_ranks(key_energies, budget=key_budget, spread=spread),
+            value_rank=adjusted_ranks(value_energies, budget=value_budget, spread=spread),
+        )
+
+    losses = {spread: study.calibration_loss(build(spread), f"ranks within {spread:g}") for spread in SPREADS}
+    return build(min(losses, key=losses.__getitem__))
 
 
 def transmla(study: Study, cached: int) -> list[PeerLayer]:
     """TransMLA with the size of the shared key and the fold that lose least on calibration text."""
     dim, layers = study.model.head_dim, study.model.num_hidden_layers
-    windows = study.windows(AUTO_TOKENS)
 
     def build(rotary_dim: int, fold: int) -> list[PeerLayer]:
         arguments = {"head_dim": dim, "cached": cached, "rotary_dim": rotary_dim, "fold": fold}
         return study.layers(transmla_layer, **{name: [value] * layers for name, value in arguments.items()})
 
-    losses = {}
-    for rotary_dim, first_fold in ((dim, 1), (dim // 2, 2)):
-        fold = first_fold
+    losses: dict[tuple[int, int], float] = {}
+    for rotary_dim in (dim, dim // 2):
         # As the authors' code searches: the fold doubles while that loses less.
+        fold, least = dim // rotary_dim, math.inf
         while rotary_dim < cached and fold <= dim // 2:
-            loss = peer_cross_entropy(source_model=study.source_model, layers=build(rotary_dim, fold), windows=windows)
-            note(f"transmla, {cached} numbers: {loss:.3f} with a shared key of {rotary_dim}, {fold} frequencies folded")
-            is_better = loss < min((old for (size, _), old in losses.items() if size == rotary_dim), default=1e9)
+            loss = study.calibration_loss(build(rotary_dim, fold), f"a key of {rotary_dim}, folds of {fold}")
             losses[rotary_dim, fold] = loss
-            if not is_better:
+            if loss > least:
                 break
-            fold *= 2
+            fold, least = 2 * fold, loss
 
     return build(*min(losses, key=losses.__getitem__))
 
