@@ -16,7 +16,7 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ FISHER_TOKENS = 8192
 LENGTHS = (1024, 4096, 16384)
 """Tokens in the cache of the step of decoding that is timed."""
 ROUNDS = 9
+MIN_SECONDS = 0.02
+"""Of a round of the timing, for each of the two."""
 TIMED_LAYERS = 6
 """Layers whose attention is timed one after the other: at even distances, in order of what they cache."""
 SPREADS = (1.0, 1.25, 1.5, 2.0)
@@ -64,10 +66,10 @@ class Study:
     calibration: str
     results: Results
 
-    def windows(self, tokens: int, *, batch: int = 1) -> Windows:
-        """Windows of the calibration text."""
+    def windows(self, tokens: int) -> Windows:
+        """Windows of the calibration text, one a batch."""
         return calibration_windows(
-            source_model=self.source_model, path=self.calibration, where="--calibration", tokens=tokens, batch=batch
+            source_model=self.source_model, path=self.calibration, where="--calibration", tokens=tokens, batch=1
         )
 
     @property
@@ -94,7 +96,7 @@ class Study:
         )
 
     def calibration_loss(self, layers: Sequence[PeerLayer], choice: str) -> float:
-        """The cross-entropy of a peer's layers on some of the calibration text, to choose its settings by."""
+        """Nats a token with a peer's layers on `AUTO_TOKENS` of the calibration text, to choose its settings by."""
         loss = peer_cross_entropy(source_model=self.source_model, layers=layers, windows=self.windows(AUTO_TOKENS))
         note(f"{choice}: {loss:.3f} with {sum(layer.cached for layer in layers):,} numbers, on calibration text")
         return loss
@@ -250,21 +252,15 @@ def _row(
 def time_ratio(steps: Sequence[Step], base: Sequence[Step]) -> float:
     """CPU time of some steps to that of others: the median of the rounds, each long enough for the clock."""
 
-    def run(repeats: int, part: Sequence[Step]) -> None:
-        for _ in range(repeats):
-            for step in part:
-                step()
+    def mean_seconds(part: Sequence[Step], repeats: int) -> float:
+        return seconds(lambda: [step() for _ in range(repeats) for step in part], "cpu") / repeats
 
-    parts = {"steps": steps, "base": base}
-    for part in parts.values():
-        run(1, part)
-    repeats = {
-        name: 1 + int(0.02 / max(seconds(lambda p=part: run(1, p), "cpu"), 1e-5)) for name, part in parts.items()
-    }
-    works = {
-        name: lambda name=name: seconds(lambda: run(repeats[name], parts[name]), "cpu") / repeats[name]
-        for name in parts
-    }
+    works = {}
+    for name, part in (("steps", steps), ("base", base)):
+        mean_seconds(part, 1)
+        repeats = 1 + int(MIN_SECONDS / max(mean_seconds(part, 1), 1e-5))
+        works[name] = partial(mean_seconds, part, repeats)
+
     times = in_turn(works, ROUNDS)
     return median_ratio(times["steps"], times["base"])
 
@@ -351,7 +347,7 @@ def main() -> None:
 
     if arguments.figure is not None:
         draw_figure(results.rows, arguments.figure)
-    else:
+    if arguments.table or arguments.figure is None:
         print_results(results.rows)
 
 
