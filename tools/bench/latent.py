@@ -31,7 +31,8 @@ from peers.study import fisher_information, input_moments, peer_cross_entropy
 from peers.transmla import transmla_layer
 
 from megatron_mea.compression.calibrate import CALIBRATION_TOKENS, calibration_windows
-from megatron_mea.compression.compress import AUTO_TOKENS, compress
+from megatron_mea.compression.compress import compress
+from megatron_mea.compression.head_choice import CHOICE_TOKENS
 from megatron_mea.compression.source_model import SourceModel, open_source_model
 from megatron_mea.config.schema import Model
 from megatron_mea.data.windows import Windows
@@ -50,8 +51,15 @@ TIMED_LAYERS = 6
 """Layers whose attention is timed one after the other: at even distances, in order of what they cache."""
 SPREADS = (1.0, 1.25, 1.5, 2.0)
 """Bounds of CARE's ranks that are tried: of the even rank, divided and multiplied by these."""
-OURS = ("svd", "outputs", "aligned", "latent")
-"""Methods of `compress`."""
+OURS: dict[str, dict[str, Any]] = {
+    "svd": {"method": "svd"},
+    "outputs": {"method": "outputs"},
+    "aligned": {"method": "aligned"},
+    "latent-even": {"method": "latent", "layers": "full"},
+    "latent": {"method": "latent"},
+    "latent-reconstructed": {"method": "latent", "reconstruction_steps": 120},
+}
+"""Options of `compress` by method."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +104,8 @@ class Study:
         )
 
     def calibration_loss(self, layers: Sequence[PeerLayer], choice: str) -> float:
-        """Nats a token with a peer's layers on `AUTO_TOKENS` of the calibration text, to choose its settings by."""
-        loss = peer_cross_entropy(source_model=self.source_model, layers=layers, windows=self.windows(AUTO_TOKENS))
+        """Nats a token with a peer's layers on `CHOICE_TOKENS` of the calibration text, to choose its settings by."""
+        loss = peer_cross_entropy(source_model=self.source_model, layers=layers, windows=self.windows(CHOICE_TOKENS))
         note(f"{choice}: {loss:.3f} with {sum(layer.cached for layer in layers):,} numbers, on calibration text")
         return loss
 
@@ -208,7 +216,7 @@ def measure_ours(study: Study, *, method: str, ratio: float, validation: Windows
     out = study.results.file.with_suffix(f".{method}-{ratio:g}")
     calibration = None if method == "svd" else study.calibration
     if not out.exists():
-        note(compress(study.source_model.checkpoint, out, ratio=ratio, calibration=calibration, method=method))
+        note(compress(study.source_model.checkpoint, out, ratio=ratio, calibration=calibration, **OURS[method]))
 
     with open_source_model(ModelFolder.locate(out), out) as compressed:
         loss, model = cross_entropy(compressed, validation), compressed.model
@@ -309,7 +317,7 @@ def draw_figure(rows: dict[str, Any], file: Path) -> None:
         ]
         if points:
             is_rebuilt = any(row["rebuilds_keys"] for _, name, row in compared if name == method)
-            style = {"linestyle": "--" if is_rebuilt else "-", "linewidth": 2.5 if method == "latent" else 1.2}
+            style = {"linestyle": "--" if is_rebuilt else "-", "linewidth": 2.5 if method.startswith("latent") else 1.2}
             axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=method, **style)
 
     axes.set(xlabel="cache (% of the unchanged model's)", ylabel="rise of the cross-entropy (nats a token)")
