@@ -14,6 +14,13 @@ from collections.abc import Sequence
 import torch
 
 from megatron_mea.attention.hlc import KeyValueProjection
+from megatron_mea.exported.combination_mea import (
+    block_features,
+    block_pairs,
+    expand_pairs,
+    mean_square_without_gain,
+    pair_frequencies,
+)
 from megatron_mea.exported.rotary_mea import apply_rotary
 from megatron_mea.parallel.grid import NO_TP, TensorGroup
 from megatron_mea.parallel.layers import RMSNorm
@@ -148,7 +155,7 @@ class LatentValues(LatentProjection):
             global_shape=(num_latent, num_composites * head_dim),
             component="hlc",
             kind="matrix",
-            initialize=lambda shape, _: block_features(num_latent, num_composites=num_composites, head_dim=head_dim),
+            initialize=lambda shape, _: block_features(num_latent, num_composites, head_dim),
             tp=tp,
             shard_dim=1 if self.shards_composites else None,
         )
@@ -166,62 +173,5 @@ class FoldedGainNorm(RMSNorm):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        sum_dtype = torch.promote_types(x.dtype, torch.float32)
-        y = x.to(sum_dtype)
-        mean_square = (y / self.gain().to(sum_dtype)).square().mean(-1, keepdim=True)
-        return (y * torch.rsqrt(mean_square + self.eps)).to(x.dtype)
-
-
-def pair_frequencies(counts: Sequence[int]) -> torch.Tensor:
-    """The index of every pair's frequency (pairs,), ascending, from the number of pairs of each frequency."""
-    return torch.repeat_interleave(torch.arange(len(counts), device="cpu"), torch.tensor(counts, device="cpu"))
-
-
-def expand_pairs(combination: torch.Tensor, frequency: torch.Tensor, *, head_dim: int) -> torch.Tensor:
-    """The complex combination as a real matrix, by which rows of pairs (n, n + pairs) are multiplied.
-
-    Args:
-        combination: (pairs, h, 2), real and imaginary parts.
-        frequency: (pairs,)
-
-    Returns:
-        (2 pairs, h d), whose features are pairs (f, f + d/2) of each head.
-    """
-    real, imaginary = combination.unbind(-1)
-    # shape: (2, 2, pairs, h), by part of the pair and part of the feature
-    parts = torch.stack([torch.stack([real, imaginary]), torch.stack([-imaginary, real])])
-    is_own = torch.nn.functional.one_hot(frequency, head_dim // 2).to(parts.dtype)
-    # shape: (2, 2, pairs, h), (pairs, d/2) -> (2, pairs, h, 2, d/2)
-    matrix = torch.einsum("abnh,nf->anhbf", parts, is_own)
-    return matrix.reshape(2 * len(frequency), -1)
-
-
-def block_pairs(counts: Sequence[int], num_composites: int) -> torch.Tensor:
-    """The first combination of pairs (pairs, h, 2): at a frequency of r pairs, composite j is pair floor(j r / h).
-
-    That is the identity where each frequency has h pairs, and grouped queries where each has h'.
-    """
-    combination = torch.zeros(sum(counts), num_composites, 2)
-    composites = torch.arange(num_composites)
-    first = 0
-    for count in counts:
-        if count:
-            combination[first + composites * count // num_composites, composites, 0] = 1.0
-        first += count
-
-    return combination
-
-
-def block_features(num_latent: int, *, num_composites: int, head_dim: int) -> torch.Tensor:
-    """The first combination of values (n, h d): number c d + i is feature i of block c, as with component heads.
-
-    A feature of r numbers gives composite j its number floor(j r / h); without one it starts at zero.
-    """
-    combination = torch.zeros(num_latent, num_composites, head_dim)
-    features = torch.arange(head_dim)
-    counts = (num_latent - features + head_dim - 1) // head_dim
-    for composite in range(num_composites):
-        latent = composite * counts // num_composites * head_dim + features
-        combination[latent[counts > 0], composite, features[counts > 0]] = 1.0
-
-    return combination.flatten(1)
+        mean_square = mean_square_without_gain(x, self.gain()).unsqueeze(-1)
+        return (x.to(mean_square.dtype) * torch.rsqrt(mean_square + self.eps)).to(x.dtype)

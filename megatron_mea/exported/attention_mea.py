@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .combination_mea import MEAHeadCombination
 from .configuration_mea import MEAConfig
 from .rotary_mea import apply_rotary, at_least_float32
 
@@ -119,26 +120,40 @@ def packed_attention_forward(module, query, key, value, attention_mask, scaling,
 
 
 def absorbing_is_cheaper(
-    *, tokens: int, context: int, heads: int, composites: int, components: int, dim: int, on_cpu: bool
+    *,
+    tokens: int,
+    context: int,
+    heads: int,
+    composites: int,
+    dim: int,
+    cached_widths: tuple[int, int],
+    composing_products: int,
+    on_cpu: bool,
 ) -> bool:
-    """Whether attention of new tokens is cheaper on the cached component heads than on heads composed from the cache.
+    """Whether attention of new tokens is cheaper on what is cached than on heads composed from it.
 
-    Costs are counted for keys or values of one cached token, in products of a head's width. Absorbed: each row of
-    queries attends to h' heads instead of one. Composed: the combination itself, h h' products, and moving h' + h
-    heads, each of which takes as long as `products_per_move` products, as measured in docs/decoding.md (for a GPU:
-    estimated from the ratio of its arithmetic to its bandwidth). Both are proportional to `context`, but on a CPU
-    absorbing costs some more small operations, which only a long context pays for.
+    Costs are counted for keys and values of one cached token, in products of two numbers. Absorbed: each row of queries
+    attends to a head as wide as the cache instead of d. Composed: the combination itself, and moving both what is
+    cached and h heads, each number of which takes as long as `products_per_move` products, as measured in
+    docs/decoding.md (for a GPU: estimated from the ratio of its arithmetic to its bandwidth). Both are proportional to
+    `context`, but on a CPU absorbing costs some more small operations, which only a long context pays for.
 
     Args:
         tokens: number of new tokens of a sequence.
         context: number of cached tokens of the batch.
-        heads, composites, components: H, h and h'.
-        dim: features of a head.
+        heads, composites, dim: H, h and d.
+        cached_widths: numbers of a token's cached keys and values.
+        composing_products: of the combinations of one token's keys and values.
     """
     products_per_move, min_saved = (28, 1.5e6) if on_cpu else (150, 0)
-    composing = composites * components + products_per_move * (composites + components)
-    saved = composing - tokens * heads * (components - 1)
-    return saved > 0 and 2 * saved * dim * context >= min_saved
+    composing = composing_products + products_per_move * (sum(cached_widths) + 2 * composites * dim)
+    saved = composing - tokens * heads * (sum(cached_widths) - 2 * dim)
+    return saved > 0 and saved * context >= min_saved
+
+
+def pad_features(*heads: torch.Tensor, width: int) -> list[torch.Tensor]:
+    """The heads with zeros behind their features up to one `width`, which some kernels and caches want."""
+    return [head if head.shape[-1] == width else F.pad(head, (0, width - head.shape[-1])) for head in heads]
 
 
 class MEARMSNorm(nn.RMSNorm):
@@ -162,29 +177,6 @@ class MEAKeyNorm(nn.Module):
         """(batch, h', seq, d), (batch, h, seq, d) -> components (batch, h', seq, d), scalars (batch, h, seq)"""
         mean_square = composites.to(at_least_float32(composites.dtype)).pow(2).mean(-1)
         return components * self.weight, torch.rsqrt(mean_square + self.eps)
-
-
-class MEAHeadCombination(nn.Module):
-    """Head-level linear combination (eq. 10): `weight` (h', h), composite j = sum_c weight[c, j] component_c.
-
-    Talking heads combine their logits and weights (batch, H, q, all) in the same way (eq. 7 and 9).
-    """
-
-    def __init__(self, num_component_heads: int, num_key_value_heads: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_component_heads, num_key_value_heads))
-
-    def forward(self, components: torch.Tensor | None) -> torch.Tensor:
-        """(batch, h', seq, d) -> (batch, h, seq, d); without components, the columns of `weight`: (h, h').
-
-        Other modules get the weight through this call, since offloading loads it only during the module's forward.
-        """
-        if components is None:
-            return self.weight.t().clone()
-
-        batch, num_components, seq, dim = components.shape
-        # shape: (h, h') @ (batch, h', seq d) -> (batch, h, seq d)
-        return (self.weight.t() @ components.reshape(batch, num_components, seq * dim)).view(batch, -1, seq, dim)
 
 
 class MEAAttention(nn.Module):
@@ -234,7 +226,7 @@ class MEAAttention(nn.Module):
             self.logits_mix, self.weights_mix = (MEAHeadCombination(self.num_heads, self.num_heads) for _ in range(2))
 
     def _add_key_value_projections(self):
-        """Projections to component heads, and their combinations."""
+        """Projections to component heads, their combinations, and sizes for `absorbing_is_cheaper`."""
         config, dim = self.config, self.head_dim
 
         def projection() -> nn.Linear:
@@ -243,6 +235,8 @@ class MEAAttention(nn.Module):
         def combination() -> MEAHeadCombination:
             return MEAHeadCombination(self.num_component_heads, self.num_kv_heads)
 
+        self.cached_widths = (self.num_component_heads * dim,) * 2
+        self.composing_products = 2 * self.num_component_heads * self.num_kv_heads * dim
         self.k_proj, self.v_proj = projection(), projection()
         self.hlc_k = combination() if config.mixes_keys else None
         self.hlc_v = combination() if config.mixes_values else None
@@ -270,6 +264,8 @@ class MEAAttention(nn.Module):
         is_absorbed = is_decoding and self._should_absorb(query, key, key_scale, implementation=implementation)
         if is_absorbed:
             query, key, value, value_columns = self._absorb(query, key, value)
+            if implementation.startswith("flash_attention"):
+                query, key, value = pad_features(query, key, value, width=max(self.cached_widths))
         else:
             if implementation == "sdpa" and attention_mask is None and seq > 1:
                 # A static cache is longer than the prompt, which is all that it holds.
@@ -297,7 +293,7 @@ class MEAAttention(nn.Module):
         output, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
         # shape: (batch, seq, heads, d), or (batch, seq, heads d) from vLLM's attention
         if is_absorbed:
-            output = self._combine_output(output, value_columns)
+            output = self._combine_output(output[..., : self.cached_widths[1]], value_columns)
         if self.head_norm is not None:
             output = self.head_norm(output.reshape(batch, seq, -1, self.output_dim))
         if self.differential:
@@ -382,20 +378,21 @@ class MEAAttention(nn.Module):
         if self.hlc_k is None and self.hlc_v is None:
             return False
 
-        components, dim, tokens, context = self.num_component_heads, self.head_dim, query.shape[2], key.shape[2]
+        tokens, context = query.shape[2], len(query) * key.shape[2]
         if implementation not in ("sdpa", "eager"):
             # These kernels read grouped keys without repeating them, but take neither wide heads nor scaled scores.
             reads_grouped_keys = implementation == "flex_attention" or implementation.startswith("flash_attention")
-            if not reads_grouped_keys or components * dim > MAX_KERNEL_HEAD_DIM or key_scale is not None:
+            if not reads_grouped_keys or max(self.cached_widths) > MAX_KERNEL_HEAD_DIM or key_scale is not None:
                 return False
 
         return tokens <= MAX_DECODING_TOKENS and absorbing_is_cheaper(
             tokens=tokens,
-            context=len(query) * context,
+            context=context,
             heads=self.num_heads,
             composites=self.num_kv_heads,
-            components=components,
-            dim=dim,
+            dim=self.head_dim,
+            cached_widths=self.cached_widths,
+            composing_products=self.composing_products,
             on_cpu=query.device.type == "cpu",
         )
 
@@ -422,4 +419,4 @@ class MEAAttention(nn.Module):
         else:
             columns = combination(None).to(like.dtype)
 
-        return columns.repeat_interleave(self.num_key_value_groups, dim=0).unsqueeze(2)
+        return columns.repeat_interleave(self.num_heads // self.num_kv_heads, dim=0).unsqueeze(2)

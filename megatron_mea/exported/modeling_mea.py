@@ -14,10 +14,18 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_mea import CACHE, LAMBDAS, MEAAttention, MEAHeadCombination, MEARMSNorm, accept_either_cache_name
+from .attention_mea import CACHE, LAMBDAS, MEAAttention, MEARMSNorm, accept_either_cache_name
+from .combination_mea import (
+    MEAHeadCombination,
+    MEALatentKeys,
+    MEALatentValues,
+    block_features,
+    block_pairs,
+    pair_frequencies,
+)
 from .configuration_mea import MEAConfig
 from .experts_mea import MEAExperts, MEARouter, MEASparseMLP
-from .latent_mea import MEALatentAttention, MEALatentKeys, MEALatentValues
+from .latent_mea import MEALatentAttention
 from .rotary_mea import rotary_cos_sin
 
 # The experts of experts_mea.py are decorated with @use_experts_implementation: transformers looks for that text in the
@@ -93,10 +101,11 @@ class MEAPreTrainedModel(PreTrainedModel):
             block = torch.arange(composites) * components // composites
             init.copy_(module.weight, (torch.arange(components)[:, None] == block).float())
 
-        if isinstance(module, MEALatentValues):
-            init.normal_(module.weight, std=len(module.weight) ** -0.5)
         if isinstance(module, MEALatentKeys):
-            init.copy_(module.frequency, module.frequencies())
+            init.copy_(module.weight, block_pairs(module.pair_counts, module.num_kv_heads))
+            init.copy_(module.frequency, pair_frequencies(module.pair_counts).float())
+        if isinstance(module, MEALatentValues):
+            init.copy_(module.weight, block_features(len(module.weight), module.num_kv_heads, module.head_dim))
 
         if isinstance(module, (MEAExperts, MEARouter)):
             for parameter in module.parameters(recurse=False):

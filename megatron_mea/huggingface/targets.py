@@ -29,6 +29,7 @@ from megatron_mea.config.variants import TRANSFORMERS
 from megatron_mea.errors import UserError
 from megatron_mea.exported import (
     attention_mea,
+    combination_mea,
     configuration_mea,
     experts_mea,
     latent_mea,
@@ -144,7 +145,7 @@ def _transformers_target(model: Model, fields: dict[str, Any]) -> ExportTarget:
         "AutoModelForCausalLM": "modeling_mea.MEAForCausalLM",
         "AutoModelForSequenceClassification": "modeling_mea.MEAForSequenceClassification",
     }
-    modules = (configuration_mea, rotary_mea, attention_mea, experts_mea, latent_mea, modeling_mea)
+    modules = (configuration_mea, rotary_mea, combination_mea, attention_mea, experts_mea, latent_mea, modeling_mea)
     return ExportTarget(
         config=to_hf_config(model, **fields),
         model_class=MEAForCausalLM,
@@ -272,7 +273,8 @@ def _vllm_target(model: Model, fields: dict[str, Any]) -> ExportTarget:
         "For vLLM (`vllm serve this/folder --trust-remote-code --model-impl transformers`).",
         f"Its cache holds {gain:.3g} times the tokens that it would hold of composite heads. Kernels: {kernels}.",
     )
-    modules = (configuration_mea, rotary_mea, attention_mea, experts_mea, latent_mea, modeling_mea, modeling_mea_vllm)
+    modules = (configuration_mea, rotary_mea, combination_mea, attention_mea, experts_mea, latent_mea, modeling_mea)
+    modules += (modeling_mea_vllm,)
     return ExportTarget(
         config=config,
         model_class=MEAServedForCausalLM,

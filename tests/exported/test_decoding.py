@@ -11,7 +11,7 @@ from support.models import SMALL, name_of
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
 from megatron_mea.exported import attention_mea, modeling_mea
-from megatron_mea.exported.attention_mea import CACHE, absorbing_is_cheaper
+from megatron_mea.exported.attention_mea import CACHE
 
 MIXED = {"attention_variant": "mea", "num_component_heads": [1, 2, 3]}
 LATENT = {"hlc_form": "latent", "key_latent_dim": [12, 6, 14], "value_latent_dim": [4, 24, 11]}
@@ -300,14 +300,16 @@ def test_quantised_caches():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("form", [MIXED, {"attention_variant": "mea", **LATENT}], ids=["head", "latent"])
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_flash_attention_gets_one_wide_head(monkeypatch, qk_norm):
-    """FlashAttention does not run on a CPU; a stand-in records the shapes that it would get."""
-    _, _, hf = exported(MIXED | {"qk_norm": qk_norm})
+def test_flash_attention_gets_one_wide_head(monkeypatch, form, qk_norm):
+    """FlashAttention does not run on a CPU; a stand-in records the shapes that it would get, of one width."""
+    _, _, hf = exported(form | {"qk_norm": qk_norm})
     ids, shapes = left_padded(37)[0], []
     expected = hf(ids, use_cache=False).logits
 
     def flash(module, query, key, value, attention_mask, dropout, scaling, **kwargs):
+        assert query.shape[-1] == key.shape[-1] == value.shape[-1]
         shapes.append((tuple(query.shape), tuple(key.shape)))
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         visible = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(key.shape[2] - query.shape[2])
@@ -325,10 +327,12 @@ def test_flash_attention_gets_one_wide_head(monkeypatch, qk_norm):
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
     width = SMALL["head_dim"]
+    # Of the last layer, whose 14 latent numbers of keys are more than the 11 of values, and than their mean.
+    cached = 14 if form.get("hlc_form") else 3 * width
     composed = ((3, 8, 1, width), (3, 4, 23, width))
-    assert shapes[-1] == (composed if qk_norm else ((3, 8, 1, 3 * width), (3, 1, 23, 3 * width)))
+    assert shapes[-1] == (composed if qk_norm else ((3, 8, 1, cached), (3, 1, 23, cached)))
 
-    monkeypatch.setattr(attention_mea, "MAX_KERNEL_HEAD_DIM", 2 * width)
+    monkeypatch.setattr(attention_mea, "MAX_KERNEL_HEAD_DIM", cached - 1)
     chunked_logits(hf=hf, cache=DynamicCache(config=hf.config), ids=ids, chunks=(12, *[1] * 11))
     assert shapes[-1] == composed
 
@@ -342,27 +346,6 @@ def test_variants_that_vllm_attention_cannot_compute_are_refused(variant, monkey
 
     with pytest.raises(ValueError, match="attn_implementation is 'vllm'"):
         hf(torch.ones(1, 4, dtype=torch.long))
-
-
-def test_absorbing_is_chosen_by_shapes():
-    """One token absorbs at every usual shape, a prompt never, and a GPU, where products are cheap, more tokens."""
-    for heads, composites, components in product((8, 16, 32), (4, 8), (1, 2, 4)):
-        sizes = {"context": 4096, "heads": heads, "composites": composites, "components": components, "dim": 64}
-        assert absorbing_is_cheaper(tokens=1, **sizes, on_cpu=True)
-
-        for tokens in range(2, 100):
-            if absorbing_is_cheaper(tokens=tokens, **sizes, on_cpu=True):
-                assert absorbing_is_cheaper(tokens=tokens - 1, **sizes, on_cpu=True)
-                assert absorbing_is_cheaper(tokens=tokens, **sizes, on_cpu=False)
-
-    sizes = {"context": 4096, "heads": 32, "composites": 8, "components": 4, "dim": 64}
-    assert not absorbing_is_cheaper(tokens=4, **sizes, on_cpu=True)
-    assert absorbing_is_cheaper(tokens=4, **sizes, on_cpu=False)
-    assert not absorbing_is_cheaper(
-        tokens=512, context=4096, heads=32, composites=8, components=4, dim=64, on_cpu=False
-    )
-    assert not absorbing_is_cheaper(tokens=1, context=16, heads=32, composites=8, components=4, dim=64, on_cpu=True)
-    assert absorbing_is_cheaper(tokens=1, context=16, heads=32, composites=8, components=4, dim=64, on_cpu=False)
 
 
 @torch.no_grad()
