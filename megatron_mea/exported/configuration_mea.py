@@ -99,8 +99,7 @@ class MEAConfig(PreTrainedConfig):
                 f"num_key_value_heads = {self.num_key_value_heads})"
             )
 
-        if self.hlc_form == "latent":
-            self._check_latent()
+        self._check_latent(heads)
 
         group = self.variant.heads_per_output
         if self.num_attention_heads % group or self.num_key_value_heads % group:
@@ -120,27 +119,50 @@ class MEAConfig(PreTrainedConfig):
         self.num_component_heads = heads
         super().__post_init__(**kwargs)
 
-    def _check_latent(self):
+    def _check_latent(self, component_heads: list[int]):
         """Checks and completes the sizes of latent keys and values: a number for each layer."""
+        if self.hlc_form == "head":
+            for name in ("key_latent_dim", "value_latent_dim", "key_frequencies"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} is set (expected where hlc_form is head: None)")
+            return
+
         if not (self.mixes_keys and self.mixes_values):
             raise ValueError(f"hlc_form is latent (expected for {self.attention_variant}: head)")
+        if set(component_heads) != {self.num_key_value_heads}:
+            raise ValueError(
+                f"num_component_heads has {min(component_heads)} (expected where hlc_form is latent: None, or "
+                f"num_key_value_heads = {self.num_key_value_heads})"
+            )
 
+        width = self.num_key_value_heads * self.head_dim
         for name in ("key_latent_dim", "value_latent_dim"):
-            dims = getattr(self, name) or self.num_key_value_heads * self.head_dim
+            dims = width if getattr(self, name) is None else getattr(self, name)
             dims = list(dims) if isinstance(dims, (list, tuple)) else [dims] * self.num_hidden_layers
             if len(dims) != self.num_hidden_layers:
                 raise ValueError(
                     f"{name} has {len(dims)} entries (expected: one number, or one for each of the "
                     f"{self.num_hidden_layers} layers)"
                 )
+            if outside := [dim for dim in dims if not 1 <= dim <= width]:
+                raise ValueError(f"{name} has {outside[0]} (expected: 1 to num_key_value_heads x head_dim = {width})")
+
             setattr(self, name, dims)
+
+        if self.key_frequencies is not None and len(self.key_frequencies) != self.num_hidden_layers:
+            raise ValueError(
+                f"key_frequencies has {len(self.key_frequencies)} entries (expected: one list for each of the "
+                f"{self.num_hidden_layers} layers)"
+            )
 
         for layer_idx, dim in enumerate(self.key_latent_dim):
             counts = self.pair_counts(layer_idx)
-            if len(counts) != self.head_dim // 2 or 2 * sum(counts) != dim:
+            most = self.num_key_value_heads
+            in_range = all(0 <= count <= most for count in counts)
+            if len(counts) != self.head_dim // 2 or 2 * sum(counts) != dim or not in_range:
                 raise ValueError(
-                    f"key_frequencies of layer {layer_idx} are {len(counts)} numbers with the sum {sum(counts)} "
-                    f"(expected: head_dim / 2 = {self.head_dim // 2} with the sum key_latent_dim / 2 = {dim / 2:g})"
+                    f"key_frequencies of layer {layer_idx} are {counts} (expected: head_dim / 2 = {self.head_dim // 2} "
+                    f"numbers from 0 to num_key_value_heads = {most}, with the sum key_latent_dim / 2 = {dim / 2:g})"
                 )
 
     def pair_counts(self, layer_idx: int) -> list[int]:
