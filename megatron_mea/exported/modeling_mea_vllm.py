@@ -1,17 +1,19 @@
 """The MEA decoder for engines that size their cache by the configuration. Travels with `export --target vllm`.
 
 vLLM's Transformers backend takes the number of key/value heads and their width from `num_key_value_heads` and
-`head_dim`. Here these describe the cache of a layer: one head of width h' d, all rotated component heads concatenated.
-Attention absorbs the combination into queries and outputs (arXiv 2601.19611, eq. 13), for every token and not only in
-decoding. Layers with h' = h save nothing that way, and cache their h composite heads.
+`head_dim`. Here these describe the cache of a layer: one head of all rotated component heads concatenated, h' d wide,
+or of latent numbers, keys and values padded to one width. Attention absorbs the combination into queries and outputs
+(arXiv 2601.19611, eq. 13), for every token and not only in decoding. Layers that save nothing that way cache their h
+composite heads.
 """
 
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention_mea import MEAAttention, MEAHeadCombination, accept_either_cache_name, eager_attention_forward
+from .attention_mea import MEAAttention, accept_either_cache_name, eager_attention_forward, pad_features
 from .configuration_mea import MEAConfig
 from .experts_mea import register_expert_conversion
+from .latent_mea import MEALatentAttention
 from .modeling_mea import MEADecoderLayer, MEAForCausalLM, MEAModel
 from .rotary_mea import apply_rotary, rotary_cos_sin
 
@@ -34,6 +36,9 @@ class MEAServedConfig(MEAConfig):
         trained_sizes = {"num_key_value_heads": self.num_composite_heads, "head_dim": self.component_head_dim}
         return MEAConfig.from_dict(fields | trained_sizes)
 
+    def _check_latent(self, component_heads: list[int]):
+        """Nothing: they are checked where they fit the heads, in `trained`."""
+
 
 register_expert_conversion(MEAServedConfig.model_type)
 
@@ -47,14 +52,33 @@ _SERVING_FIELDS = (
 )
 
 
+# Kernels take heads whose width is a multiple of that.
+WIDTH_MULTIPLE = 8
+
+
+def cache_shape(config: MEAConfig, layer_idx: int) -> tuple[int, int]:
+    """(heads, width) of a layer's cache, of a configuration as trained: one shared head where that is smaller."""
+    composites, dim = config.num_key_value_heads, config.head_dim
+    if config.hlc_form == "latent":
+        width = max(config.key_latent_dim[layer_idx], config.value_latent_dim[layer_idx])
+        width += -width % WIDTH_MULTIPLE
+    else:
+        width = config.num_component_heads[layer_idx] * dim
+
+    return (1, width) if width < composites * dim else (composites, dim)
+
+
 class MEAServedAttention(MEAAttention):
-    """Attention on one wide cached head, or on composite heads where a layer has h' = h."""
+    """Attention on one wide cached head, or on composite heads in a layer where that saves nothing."""
 
     def __init__(self, config: MEAServedConfig, layer_idx: int):
-        super().__init__(config.trained(), layer_idx)
+        trained_config = config.trained()
+        super().__init__(trained_config, layer_idx)
         # The engine sets its attention function in this configuration.
         self.config = config
-        self.absorbed = self.num_component_heads < self.num_kv_heads
+        shape = cache_shape(trained_config, layer_idx)
+        self.cache_width = shape[1]
+        self.absorbed = shape != (self.num_kv_heads, self.head_dim)
         if self.absorbed:
             self.num_key_value_groups = self.num_heads
 
@@ -64,15 +88,13 @@ class MEAServedAttention(MEAAttention):
         cos, sin = (angle[:, None] for angle in position_embeddings)
         # shape: (batch, seq, heads d) -> (batch, heads, seq, d)
         query = self.q_proj(hidden_states).view(batch, seq, -1, self.head_dim).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(batch, seq, -1, self.head_dim).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(batch, seq, -1, self.head_dim).transpose(1, 2)
-        query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
+        key, value = self._split_components(self.k_proj(hidden_states), self.v_proj(hidden_states))
+        query, key = apply_rotary(query, cos, sin), self._rotate_components(key, cos, sin)
 
         if self.absorbed:
-            # shape: (batch, H, seq, 1, d) * (H, 1, h', 1) -> (batch, H, seq, h' d)
-            query = (query.unsqueeze(3) * self._columns_per_query_head(self.hlc_k)[:, None, :, None]).flatten(3)
-            # shape: (batch, h', seq, d) -> (batch, 1, seq, h' d)
-            key, value = (heads.transpose(1, 2).flatten(2).unsqueeze(1) for heads in (key, value))
+            # shape: (batch, H, seq, width), (batch, 1, seq, width) twice
+            query, key, value, value_columns = self._absorb(query, key, value)
+            query, key, value = pad_features(query, key, value, width=self.cache_width)
         else:
             key = key if self.hlc_k is None else self.hlc_k(key)
             value = value if self.hlc_v is None else self.hlc_v(value)
@@ -102,24 +124,21 @@ class MEAServedAttention(MEAAttention):
 
         output = output.reshape(batch, seq, self.num_heads, -1)
         if self.absorbed:
-            # shape: (batch, seq, H, h', d) * (H, h', 1), summed over h' -> (batch, seq, H, d)
-            columns = self._columns_per_query_head(self.hlc_v).unsqueeze(-1)
-            output = (output.unflatten(3, (self.num_component_heads, self.head_dim)) * columns).sum(3)
-
+            output = self._combine_output(output[..., : self.cached_widths[1]], value_columns)
         if self.head_norm is not None:
             output = self.head_norm(output)
 
         return self.o_proj(output.reshape(batch, seq, -1)), weights
 
-    def _columns_per_query_head(self, combination: MEAHeadCombination) -> torch.Tensor:
-        """Columns of the combination, that of its composite head for each query head: (H, h')."""
-        return combination.weight.t().repeat_interleave(self.num_heads // self.num_kv_heads, dim=0)
+
+class MEAServedLatentAttention(MEAServedAttention, MEALatentAttention):
+    """Attention on one head of latent numbers (`hlc_form: latent`)."""
 
 
 class MEAServedDecoderLayer(MEADecoderLayer):
     """Transformer block with attention on the cache of a serving engine."""
 
-    attention_classes = {"head": MEAServedAttention}  # noqa: RUF012
+    attention_classes = {"head": MEAServedAttention, "latent": MEAServedLatentAttention}  # noqa: RUF012
 
 
 class MEAServedModel(MEAModel):

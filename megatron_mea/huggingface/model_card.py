@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import PurePath
 
+from megatron_mea.config.schema import Model
 from megatron_mea.huggingface.model_folder import CheckpointFolder
 from megatron_mea.huggingface.targets import ExportTarget
 
@@ -12,7 +13,6 @@ def model_card(*, source: CheckpointFolder, target: ExportTarget, dtype: str) ->
     """The README.md: what the model is, what it was trained on and for how long, and how to load it."""
     model, meta = source.settings(), source.metadata
     loss = "not measured" if meta.validation_loss is None else f"{meta.validation_loss:.4f} nats a token"
-    components = ", ".join(map(str, sorted(set(model.component_heads))))
     total_weight = sum(corpus_meta["weight"] for corpus_meta in meta.data) or 1
     data = ", ".join(
         f"{PurePath(corpus.path).name} ({corpus_meta['tokens']:,} tokens, "
@@ -34,8 +34,8 @@ tags: [multi-head-explicit-attention]
 | | |
 | --- | --- |
 | variant | `{model.attention_variant}` ([arXiv 2601.19611](https://arxiv.org/abs/2601.19611)) |
-| heads | {model.num_attention_heads} query, {model.num_key_value_heads} composite and \
-{components} component key/value heads of {model.head_dim} |
+| heads | {model.num_attention_heads} query and {model.num_key_value_heads} composite key/value heads of \
+{model.head_dim}, from {_cached(model)} |
 | layers | {model.num_hidden_layers}, of width {model.hidden_size} |
 | vocabulary | {model.vocab_size:,} |
 | context | {model.max_position_embeddings:,} tokens{windows} |
@@ -56,3 +56,15 @@ inputs = tokenizer("In the beginning", return_tensors="pt", return_token_type_id
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
 ```
 """
+
+
+def _cached(model: Model) -> str:
+    """What keys and values are combined from: component heads, or latent numbers, in the sizes that layers have."""
+    if model.hlc_form == "latent":
+        keys, values = (
+            f"{min(dims)} to {max(dims)}" if min(dims) < max(dims) else dims[0]
+            for dims in (model.key_latent_dims, model.value_latent_dims)
+        )
+        return f"{keys} latent numbers of keys and {values} of values"
+
+    return f"{', '.join(map(str, sorted(set(model.component_heads))))} component heads"

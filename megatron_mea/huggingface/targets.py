@@ -25,7 +25,7 @@ from transformers import (
 
 from megatron_mea.attention.hlc import fold_weight
 from megatron_mea.config.schema import EXPERT_KEYS, Model
-from megatron_mea.config.variants import TRANSFORMERS
+from megatron_mea.config.variants import STOCK, TRANSFORMERS, VLLM
 from megatron_mea.errors import UserError
 from megatron_mea.exported import (
     attention_mea,
@@ -37,12 +37,18 @@ from megatron_mea.exported import (
     modeling_mea_vllm,
     rotary_mea,
 )
+from megatron_mea.exported.configuration_mea import MEAConfig
 from megatron_mea.exported.modeling_mea import MEAForCausalLM
-from megatron_mea.exported.modeling_mea_vllm import MEAServedConfig, MEAServedForCausalLM
+from megatron_mea.exported.modeling_mea_vllm import MEAServedConfig, MEAServedForCausalLM, cache_shape
 from megatron_mea.huggingface.expert_tensors import ExpertMatrix, expert_matrices
 from megatron_mea.huggingface.hf_config import constant_tensors, to_hf_config
 from megatron_mea.model.decoder import parameter_shapes
 
+_MODULES = (
+    *(configuration_mea, rotary_mea, combination_mea),
+    *(attention_mea, latent_mea, experts_mea, modeling_mea),
+)
+"""Files of every export with our own classes; each imports those before it alone."""
 _CPU_WIDTHS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Head widths of vLLM's attention on CPUs."""
 
@@ -100,8 +106,8 @@ def make_export_target(name: str, model: Model, **fields: Any) -> ExportTarget:
             expected=f"{', or '.join(variant.export_targets)}: {reason}",
         )
 
-    if model.hlc_form == "latent" and name != TRANSFORMERS:
-        raise UserError(where="--target", got=f"{name}, with hlc_form: latent", expected=TRANSFORMERS)
+    if model.hlc_form == "latent" and name == STOCK:
+        raise UserError(where="--target", got="stock, with hlc_form: latent", expected=f"{TRANSFORMERS}, or {VLLM}")
 
     target = {"transformers": _transformers_target, "stock": _stock_target, "vllm": _vllm_target}[name](model, fields)
     target.config.architectures = [target.model_class.__name__]
@@ -145,12 +151,11 @@ def _transformers_target(model: Model, fields: dict[str, Any]) -> ExportTarget:
         "AutoModelForCausalLM": "modeling_mea.MEAForCausalLM",
         "AutoModelForSequenceClassification": "modeling_mea.MEAForSequenceClassification",
     }
-    modules = (configuration_mea, rotary_mea, combination_mea, attention_mea, experts_mea, latent_mea, modeling_mea)
     return ExportTarget(
         config=to_hf_config(model, **fields),
         model_class=MEAForCausalLM,
         tensors=_trained_tensors(model) | _constant_recipes(model),
-        modules=modules,
+        modules=_MODULES,
         classes=classes,
     )
 
@@ -236,10 +241,15 @@ def _stock_classes(model: Model) -> tuple[type[PreTrainedConfig], type[PreTraine
 def _vllm_target(model: Model, fields: dict[str, Any]) -> ExportTarget:
     """The weights as trained, with a configuration whose key/value heads are those of the cache."""
     composites, dim = model.num_key_value_heads, model.head_dim
-    got = f"vllm, for the variant {model.attention_variant}"
-    if min(model.component_heads) == composites:
-        alternative = "transformers" if model.has_head_norm else "stock"
-        reason = f"as many component as composite heads ({composites}) leave nothing to save, and vLLM loads that"
+    trained_config, is_latent = to_hf_config(model, **fields), model.hlc_form == "latent"
+    shapes = [cache_shape(trained_config, layer) for layer in range(model.num_hidden_layers)]
+    if set(shapes) == {(composites, dim)}:
+        alternative = "transformers" if model.has_head_norm or is_latent else "stock"
+        cached = "as many latent numbers as composite features" if is_latent else "as many component as composite heads"
+        reason = (
+            f"{cached} ({composites * dim if is_latent else composites}) leave nothing to save, and vLLM loads that"
+        )
+        got = f"vllm, for the variant {model.attention_variant}"
         raise UserError(where="--target", got=got, expected=f"{alternative}: {reason}")
 
     if model.qk_norm:
@@ -250,8 +260,6 @@ def _vllm_target(model: Model, fields: dict[str, Any]) -> ExportTarget:
             "composite key by a number of its own, for which vLLM's attention on one shared head has no place",
         )
 
-    # (heads, width) of each layer's cache. With h' = h, composite heads take no more room and are narrower.
-    shapes = [(1, count * dim) if count < composites else (composites, dim) for count in model.component_heads]
     if refused := sorted({width for _, width in shapes if not _vllm_kernels(width)}):
         raise UserError(
             where="--target",
@@ -260,40 +268,49 @@ def _vllm_target(model: Model, fields: dict[str, Any]) -> ExportTarget:
             "(Triton)",
         )
 
-    config = _vllm_config(model=model, shapes=shapes, fields=fields)
+    config = _vllm_config(trained_config, shapes)
     classes = {
         "AutoConfig": "modeling_mea_vllm.MEAServedConfig",
         "AutoModel": "modeling_mea_vllm.MEAServedModel",
         "AutoModelForCausalLM": "modeling_mea_vllm.MEAServedForCausalLM",
     }
-    gain = composites * model.num_hidden_layers / sum(model.component_heads)
+    cached, composed = 2 * sum(heads * width for heads, width in shapes), 2 * composites * dim * len(shapes)
     widths = sorted({width for _, width in shapes})
     kernels = "; ".join(f"width {width}: {', '.join(_vllm_kernels(width))}" for width in widths)
-    notes = (
+    notes = [
         "For vLLM (`vllm serve this/folder --trust-remote-code --model-impl transformers`).",
-        f"Its cache holds {gain:.3g} times the tokens that it would hold of composite heads. Kernels: {kernels}.",
-    )
-    modules = (configuration_mea, rotary_mea, combination_mea, attention_mea, experts_mea, latent_mea, modeling_mea)
-    modules += (modeling_mea_vllm,)
+        f"Its cache holds {composed / cached:.3g} times the tokens that it would hold of composite heads. "
+        f"Kernels: {kernels}.",
+    ]
+    if is_latent:
+        latent = sum(model.key_latent_dims + model.value_latent_dims)
+        notes.append(
+            f"A token takes {cached:,} numbers of it, for {latent:,} latent ones and {composed:,} of composite heads: "
+            "vLLM's keys and values are of one width, to which the narrower are padded."
+        )
+
     return ExportTarget(
         config=config,
         model_class=MEAServedForCausalLM,
-        tensors=_trained_tensors(model),
-        modules=modules,
+        tensors=_trained_tensors(model) | _constant_recipes(model),
+        modules=(*_MODULES, modeling_mea_vllm),
         classes=classes,
-        notes=notes,
+        notes=tuple(notes),
     )
 
 
-def _vllm_config(*, model: Model, shapes: list[tuple[int, int]], fields: dict[str, Any]) -> MEAServedConfig:
+def _vllm_config(trained_config: MEAConfig, shapes: list[tuple[int, int]]) -> MEAServedConfig:
     """The configuration for vLLM, with the (heads, width) of each layer's cache."""
-    trained = to_hf_config(model, **fields).to_dict()
+    trained = trained_config.to_dict()
     del trained["model_type"]
 
     # The shape of most layers goes to the top level, the others to `per_layer_config`.
     common_shape = max(sorted(set(shapes)), key=shapes.count)
     cache_fields = dict(zip(("num_key_value_heads", "head_dim"), common_shape, strict=True))
-    composite_fields = {"num_composite_heads": model.num_key_value_heads, "component_head_dim": model.head_dim}
+    composite_fields = {
+        "num_composite_heads": trained_config.num_key_value_heads,
+        "component_head_dim": trained_config.head_dim,
+    }
     per_layer = {
         str(layer): dict(zip(cache_fields, shape, strict=True))
         for layer, shape in enumerate(shapes)

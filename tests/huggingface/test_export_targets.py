@@ -112,6 +112,7 @@ def test_stock_architectures(architecture):
 
 
 WIDE = {"head_dim": 16}
+LATENT = {"hlc_form": "latent", "key_latent_dim": [12, 24, 60], "value_latent_dim": [17, 5, 64]}
 
 
 @torch.no_grad()
@@ -123,6 +124,9 @@ WIDE = {"head_dim": 16}
         {"num_component_heads": [1, 2, 3], "attention_variant": "mea", "tie_word_embeddings": True},
         {"num_component_heads": [4, 1, 1], "attention_variant": "mea", "head_norm_affine": False},
         {"num_component_heads": 2, "rope_scaling": {"rope_type": "dynamic", "factor": 2}},
+        # The narrower of keys and values is padded, up to a multiple of 8; the last layer saves nothing.
+        {**LATENT, "attention_variant": "mea", "attention_bias": True},
+        {**LATENT, "attention_variant": "mea_no_norm", "rope_scaling": {"rope_type": "dynamic", "factor": 2}},
     ],
     ids=name_of,
 )
@@ -140,11 +144,17 @@ def test_vllm_equals_mea_in_float64(case):
     assert torch.equal(output.sequences, tokens)
 
     cache = getattr(output, "cache", None) or output.past_key_values
-    for layer, count, expected_shape in zip(
-        cache.layers, mea.config.num_component_heads, per_layer(served.config), strict=True
-    ):
-        assert layer.keys.shape[1::2] == layer.values.shape[1::2] == expected_shape
-        assert expected_shape == ((1, count * 16) if count < 4 else (4, 16))
+    shapes = [(1, count * 16) if count < 4 else (4, 16) for count in mea.config.num_component_heads]
+    shapes = [(1, 24), (1, 24), (4, 16)] if "hlc_form" in case else shapes
+    for layer, shape, configured in zip(cache.layers, shapes, per_layer(served.config), strict=True):
+        assert layer.keys.shape[1::2] == layer.values.shape[1::2] == configured == shape
+
+
+def test_the_note_for_vllm_tells_what_the_cache_holds():
+    notes = make_export_target("vllm", small_model(**LATENT | WIDE)).notes
+    assert "holds 1.71 times the tokens" in notes[1]
+    assert "width 16: FlashAttention; width 24: FlashAttention" in notes[1]
+    assert "A token takes 224 numbers of it, for 182 latent ones and 384 of composite heads" in notes[2]
 
 
 def per_layer(config) -> list[tuple[int, int]]:
@@ -170,6 +180,14 @@ def per_layer(config) -> list[tuple[int, int]]:
         ("vllm", {"attention_variant": "mea"}, "leave nothing to save"),
         ("vllm", {"num_component_heads": 2, "qk_norm": True, **WIDE}, "scales every composite key"),
         ("vllm", {"num_component_heads": 1, "head_dim": 12}, "multiples of 8 up to 256"),
+        (
+            "vllm",
+            {"hlc_form": "latent"},
+            "transformers: as many latent numbers as composite features (24) leave nothing",
+        ),
+        ("vllm", {**LATENT, "qk_norm": True, **WIDE}, "scales every composite key"),
+        ("vllm", {**LATENT, "value_latent_dim": [8, 8, 48], "head_dim": 12, "key_latent_dim": 8}, "of heads 12 wide"),
+        ("stock", {**LATENT, "attention_variant": "mea_no_norm", **WIDE}, "transformers, or vllm"),
     ],
 )
 def test_refusals(kind, case, reason):
@@ -229,12 +247,21 @@ def test_a_refused_target_writes_nothing(trained, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_export_for_vllm_comes_back(tmp_path):
+@pytest.mark.parametrize(
+    ("settings", "heads"),
+    [
+        ({"num_component_heads": [1, 2, 4], "head_dim": 32}, "of 32, from 1, 2, 4 component heads"),
+        (WIDE | LATENT, "of 16, from 12 to 60 latent numbers of keys and 5 to 64 of values"),
+    ],
+    ids=["head", "latent"],
+)
+def test_the_export_for_vllm_comes_back(tmp_path, settings, heads):
     """Its config.json tells of the cache what others tell of the model; the weights are the same."""
-    source = save_export(folder=tmp_path / "own", num_component_heads=[1, 2, 4], head_dim=32)
+    source = save_export(folder=tmp_path / "own", **settings)
     first, second = tmp_path / "first", tmp_path / "second"
     assert main(["import", str(source), str(first)]) == 0
     assert main(["export", str(first), str(tmp_path / "served"), "--target", "vllm"]) == 0
+    assert f"| 8 query and 4 composite key/value heads {heads} |" in (tmp_path / "served/README.md").read_text()
     assert main(["import", str(tmp_path / "served"), str(second)]) == 0
     assert CheckpointMetadata.read(first).config["model"] == CheckpointMetadata.read(second).config["model"]
 
