@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .combination_mea import MEAHeadCombination
+from .combination_mea import MEAHeadCombination, absorbing_is_cheaper
 from .configuration_mea import MEAConfig
 from .rotary_mea import apply_rotary, at_least_float32
 
@@ -117,38 +117,6 @@ def packed_attention_forward(module, query, key, value, attention_mask, scaling,
         query.reshape(batch, num_kv_heads, -1, dim), key, value, attn_mask=attention_mask, scale=scaling
     )
     return output.view(batch, heads, seq, -1).transpose(1, 2), None
-
-
-def absorbing_is_cheaper(
-    *,
-    tokens: int,
-    context: int,
-    heads: int,
-    composites: int,
-    dim: int,
-    cached_widths: tuple[int, int],
-    composing_products: int,
-    on_cpu: bool,
-) -> bool:
-    """Whether attention of new tokens is cheaper on what is cached than on heads composed from it.
-
-    Costs are counted for keys and values of one cached token, in products of two numbers. Absorbed: each row of queries
-    attends to a head as wide as the cache instead of d. Composed: the combination itself, and moving both what is
-    cached and h heads, each number of which takes as long as `products_per_move` products, as measured in
-    docs/decoding.md (for a GPU: estimated from the ratio of its arithmetic to its bandwidth). Both are proportional to
-    `context`, but on a CPU absorbing costs some more small operations, which only a long context pays for.
-
-    Args:
-        tokens: number of new tokens of a sequence.
-        context: number of cached tokens of the batch.
-        heads, composites, dim: H, h and d.
-        cached_widths: numbers of a token's cached keys and values.
-        composing_products: of the combinations of one token's keys and values.
-    """
-    products_per_move, min_saved = (28, 1.5e6) if on_cpu else (150, 0)
-    composing = composing_products + products_per_move * (sum(cached_widths) + 2 * composites * dim)
-    saved = composing - tokens * heads * (sum(cached_widths) - 2 * dim)
-    return saved > 0 and saved * context >= min_saved
 
 
 def pad_features(*heads: torch.Tensor, width: int) -> list[torch.Tensor]:

@@ -94,6 +94,38 @@ class MEALatentValues(nn.Module):
         return torch.einsum("bqjgn,njd->bqjgd", grouped, weight).flatten(2, 3)
 
 
+def absorbing_is_cheaper(
+    *,
+    tokens: int,
+    context: int,
+    heads: int,
+    composites: int,
+    dim: int,
+    cached_widths: tuple[int, int],
+    composing_products: int,
+    on_cpu: bool,
+) -> bool:
+    """Whether attention of new tokens is cheaper on what is cached than on heads composed from it.
+
+    Costs are counted for keys and values of one cached token, in products of two numbers. Absorbed: each row of queries
+    attends to a head as wide as the cache instead of d. Composed: the combination itself, and moving both what is
+    cached and h heads, each number of which takes as long as `products_per_move` products, as measured in
+    docs/decoding.md (for a GPU: estimated from the ratio of its arithmetic to its bandwidth). Both are proportional to
+    `context`, but on a CPU absorbing costs some more small operations, which only a long context pays for.
+
+    Args:
+        tokens: number of new tokens of a sequence.
+        context: number of cached tokens of the batch.
+        heads, composites, dim: H, h and d.
+        cached_widths: numbers of a token's cached keys and values.
+        composing_products: of the combinations of one token's keys and values.
+    """
+    products_per_move, min_saved = (28, 1.5e6) if on_cpu else (150, 0)
+    composing = composing_products + products_per_move * (sum(cached_widths) + 2 * composites * dim)
+    saved = composing - tokens * heads * (sum(cached_widths) - 2 * dim)
+    return saved > 0 and saved * context >= min_saved
+
+
 def mean_square_without_gain(keys: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
     """The mean square (...,) of the keys (..., d) that became `keys` by multiplication with `gain` (d,)."""
     sum_dtype = at_least_float32(keys.dtype)

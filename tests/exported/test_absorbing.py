@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from megatron_mea.exported.attention_mea import MEAAttention, absorbing_is_cheaper
+from megatron_mea.exported.attention_mea import MEAAttention
+from megatron_mea.exported.combination_mea import absorbing_is_cheaper
 from megatron_mea.exported.configuration_mea import MEAConfig
 from megatron_mea.exported.latent_mea import MEALatentAttention
 
