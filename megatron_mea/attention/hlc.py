@@ -195,7 +195,7 @@ class KeyValueProjection(Linear, ABC):
     def combine(self, components: torch.Tensor) -> torch.Tensor:
         """Components as `forward` returns them -> (batch, this rank's composite heads, seq, d)
 
-        Outside of this module's forward: ZeRO 3 never partitions a parameter as small as a combination
+        Outside of this module's forward, so with ZeRO 3 for combinations that it never partitions alone
         (`PERSISTENCE_THRESHOLD`).
         """
         return self._combine(components.transpose(1, 2))

@@ -15,11 +15,11 @@ from megatron_mea.attention.hlc import FoldedProjection, HeadProjection, KeyValu
 from megatron_mea.attention.latent import FoldedGainNorm, LatentKeys, LatentValues
 from megatron_mea.config.schema import Model, Side
 from megatron_mea.exported.rotary_mea import apply_rotary
+from megatron_mea.parallel import zero
 from megatron_mea.parallel.activation_checkpoint import maybe_checkpoint
 from megatron_mea.parallel.collectives import enter_tp_region, exit_tp_region, gather_from_cp_region
 from megatron_mea.parallel.grid import NO_CP, NO_TP, ContextGroup, TensorGroup
 from megatron_mea.parallel.layers import Linear, RMSNorm
-from megatron_mea.parallel.zero import PERSISTENCE_THRESHOLD
 
 
 def combination_products(config: Model, layer: int, *, side: Side) -> int:
@@ -37,15 +37,18 @@ def combination_numel(config: Model, layer: int, *, side: Side) -> int:
     return numel if side == "k" else numel * config.head_dim
 
 
-def components_are_gathered(config: Model, layer: int, *, side: Side, tp_size: int, cp_size: int) -> bool:
+def components_are_gathered(
+    config: Model, layer: int, *, side: Side, tp_size: int, cp_size: int, fold_outside: bool
+) -> bool:
     """Whether a context group gathers components of keys or values, which each rank combines afterwards.
 
-    That is outside of their projection's forward, so a combination that ZeRO 3 partitions rules it out.
+    That is outside of their projection's forward, so without `fold_outside` (ZeRO 3) a combination that is large enough
+    to be partitioned rules it out.
     """
-    is_large = config.hlc_form == "latent" and combination_numel(config, layer, side=side) > PERSISTENCE_THRESHOLD
+    is_full = fold_outside or combination_numel(config, layer, side=side) <= zero.PERSISTENCE_THRESHOLD
     return (
         cp_size > 1
-        and not is_large
+        and is_full
         and core_attention_class(config).transform_kv is CoreAttention.transform_kv
         and components_are_fewer(
             num_components=config.component_width(layer, side) / config.head_dim,
@@ -70,6 +73,7 @@ class MultiheadExplicitAttention(nn.Module):
     Args:
         layer: counted from 0 over the full model.
         recompute: save only projected queries, keys and values for backward, and recompute the rest.
+        fold_outside: whether combinations can be used outside of their projection's forward, as in `Decoder`.
     """
 
     def __init__(
@@ -80,6 +84,7 @@ class MultiheadExplicitAttention(nn.Module):
         tp: TensorGroup = NO_TP,
         cp: ContextGroup = NO_CP,
         recompute: bool = False,
+        fold_outside: bool = True,
     ) -> None:
         super().__init__()
         self.recompute = recompute
@@ -108,7 +113,7 @@ class MultiheadExplicitAttention(nn.Module):
         )
         for side, projection in (("k", self.key_projection), ("v", self.value_projection)):
             projection.gathers_components = projection.hlc is not None and components_are_gathered(
-                config, layer, side=side, tp_size=tp.size, cp_size=cp.size
+                config, layer, side=side, tp_size=tp.size, cp_size=cp.size, fold_outside=fold_outside
             )
 
         output_std = std / math.sqrt(2 * config.num_hidden_layers)

@@ -12,7 +12,7 @@ import torch
 
 from megatron_mea.checkpoint.tensors import Fragment, row_chunks
 from megatron_mea.config.schema import EXPERT_KEYS, Model
-from megatron_mea.config.variants import VARIANTS
+from megatron_mea.config.variants import LATENT_KEYS, VARIANTS
 from megatron_mea.errors import Problem, UserError
 from megatron_mea.huggingface.model_folder import INIT_FROM, ModelFolder, StoredTensors
 from megatron_mea.huggingface.safetensors_reader import check_tensors
@@ -21,16 +21,10 @@ from megatron_mea.model.decoder import parameter_shapes
 _LAYER_KEYS = ("mlp_only_layers", "decoder_sparse_step")
 """Settings that say which layers have experts, each of them or both together."""
 _MUST_MATCH = (
+    "num_hidden_layers",
     *("attention_variant", "num_attention_heads", "num_key_value_heads", "num_component_heads", "head_dim"),
-    *(
-        "hlc_mixes",
-        "hlc_form",
-        "key_frequencies",
-        "qk_norm",
-        "attention_bias",
-        "tie_word_embeddings",
-        "head_norm_affine",
-    ),
+    *("hlc_mixes", "hlc_form", "key_latent_dim", "value_latent_dim", "key_frequencies"),
+    *("qk_norm", "attention_bias", "tie_word_embeddings", "head_norm_affine"),
     *(key for variant in VARIANTS.values() for key in variant.own_keys),
     *("num_experts", *(key for key in EXPERT_KEYS if key not in _LAYER_KEYS)),
 )
@@ -64,23 +58,26 @@ def open_weights(path: Path, model: Model, *, rank: int = 0, world_size: int = 1
     source = ModelFolder.locate(path, INIT_FROM)
     stored, stored_model = source.tensors(rank=rank, world_size=world_size), source.settings()
     settings, stored_settings = _effective_settings(model), _effective_settings(stored_model)
-    differing = [key for key in settings if key in stored_settings and stored_settings[key] != settings[key]]
-    problems = [
-        Problem(where=f"model.{key}", got=settings[key], expected=f"{stored_settings[key]}, as in {INIT_FROM} = {path}")
-        for key in differing
-        if key in _MUST_MATCH
-    ]
+    differing = list(_differing_keys(settings, stored_settings))
+    problems = []
+    for key in (key for key in differing if key in _MUST_MATCH):
+        got, expected = _first_difference(settings[key], stored_settings[key])
+        problems.append(Problem(where=f"model.{key}", got=got, expected=f"{expected}, as in {INIT_FROM} = {path}"))
+
     problems += _routed_layers_problems(model=model, stored_model=stored_model, path=path)
+    if problems:
+        # Names and shapes follow from these settings, and would only repeat them.
+        raise UserError.from_problems(problems)
+
     # A smaller vocabulary would drop tokens, and is refused by the shapes.
     vocab_size = min(model.vocab_size, stored_model.vocab_size)
-    problems += check_tensors(
+    if problems := check_tensors(
         path=path,
         where=INIT_FROM,
         shapes=stored.shapes,
         expected=parameter_shapes(model.model_copy(update={"vocab_size": vocab_size})),
         expected_by="the section `model`",
-    )
-    if problems:
+    ):
         raise UserError.from_problems(problems)
 
     warnings = [*source.warnings] + [
@@ -96,6 +93,27 @@ def open_weights(path: Path, model: Model, *, rank: int = 0, world_size: int = 1
         stored = replace(stored, fill=partial(_fill_with_added_rows, stored))
 
     return WeightSource(warnings, stored)
+
+
+def _differing_keys(settings: dict[str, Any], stored: dict[str, Any]) -> Iterator[str]:
+    """The settings that both have and that differ, without those that differ because another one does."""
+    differing = [key for key in settings if key in stored and stored[key] != settings[key]]
+    for key in differing:
+        is_one_a_layer = key in ("num_component_heads", *LATENT_KEYS)
+        follows = (is_one_a_layer and "num_hidden_layers" in differing) or (
+            key == "key_frequencies" and "key_latent_dim" in differing
+        )
+        if not follows:
+            yield key
+
+
+def _first_difference(value: Any, stored: Any) -> tuple[Any, Any]:
+    """The values; of a list for each layer those of the first layer that differs, since all may fill a screen."""
+    if not (isinstance(value, list) and isinstance(value[0], list)):
+        return value, stored
+
+    layer = next(layer for layer, counts in enumerate(value) if counts != stored[layer])
+    return f"{value[layer]} in layer {layer}", stored[layer]
 
 
 def _routed_layers_problems(*, model: Model, stored_model: Model, path: Path) -> Iterator[Problem]:
@@ -144,12 +162,17 @@ def _mean_row(stored: StoredTensors, name: str) -> torch.Tensor:
 def _effective_settings(model: Model) -> dict[str, Any]:
     """The settings in `_MUST_MATCH` and `_WARN_IF_CHANGED` that affect this model, normalised for comparison."""
     fields = model.model_dump(mode="json")
-    fields |= {"num_component_heads": model.component_heads, "rope_parameters": model.rope_parameters}
-    fields["key_frequencies"] = model.pair_counts
+    fields |= {
+        "num_component_heads": model.component_heads,
+        "key_latent_dim": model.key_latent_dims,
+        "value_latent_dim": model.value_latent_dims,
+        "key_frequencies": model.pair_counts,
+        "rope_parameters": model.rope_parameters,
+    }
     effective = {
+        **dict.fromkeys(LATENT_KEYS, model.hlc_form == "latent"),
         **dict.fromkeys(model.variant.ignored_keys, False),
         "num_component_heads": model.has_hlc,
-        "key_frequencies": model.hlc_form == "latent",
         "max_position_embeddings": model.rope_parameters["rope_type"] == "dynamic",
     }
     return {key: fields[key] for key in (*_MUST_MATCH, *_WARN_IF_CHANGED) if effective.get(key, True)}

@@ -115,6 +115,7 @@ class TransformerBlock(nn.Module):
         tp: TensorGroup = NO_TP,
         cp: ContextGroup = NO_CP,
         recompute: bool = False,
+        fold_outside: bool = True,
         router_losses: RouterLosses | None = None,
     ) -> None:
         super().__init__()
@@ -129,7 +130,9 @@ class TransformerBlock(nn.Module):
             )
 
         self.input_layernorm = norm("input_layernorm")
-        self.self_attn = MultiheadExplicitAttention(config=config, layer=layer, tp=tp, cp=cp, recompute=recompute)
+        self.self_attn = MultiheadExplicitAttention(
+            config=config, layer=layer, tp=tp, cp=cp, recompute=recompute, fold_outside=fold_outside
+        )
         self.post_attention_layernorm = norm("post_attention_layernorm")
         self.mlp: MLP | MoE
         if config.is_routed(layer):
@@ -204,7 +207,8 @@ class Decoder(nn.Module):
             `selective` attention, its norms and the SwiGLU product, but no matrix product of a weight.
         compile_blocks: whether training runs the blocks through torch.compile.
         fold_outside: whether a block's key and value projections are folded outside of the activation checkpoint and
-            the compiled code. Impossible with ZeRO 3, where full parameters exist only during their module's forward.
+            the compiled code, and a context group may gather components of any size. Impossible with ZeRO 3, where full
+            parameters exist only during their module's forward.
         router_losses: of the routers in training; None where nothing is trained.
     """
 
@@ -235,7 +239,13 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleDict(
             {
                 str(index): TransformerBlock(
-                    config=config, layer=index, tp=tp, cp=cp, recompute=selective, router_losses=router_losses
+                    config=config,
+                    layer=index,
+                    tp=tp,
+                    cp=cp,
+                    recompute=selective,
+                    fold_outside=fold_outside,
+                    router_losses=router_losses,
                 )
                 for index in stage.blocks
             }

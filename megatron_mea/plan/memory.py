@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_mea.attention.core import FLOAT32
+from megatron_mea.config.schema import Model
 from megatron_mea.optimizers import MASTER_BYTES
 from megatron_mea.parallel.zero import PERSISTENCE_THRESHOLD, REUSE_DISTANCE, bucket_elements
 from megatron_mea.plan.activations import (
@@ -19,6 +20,18 @@ from megatron_mea.plan.activations import (
     step_folds,
 )
 from megatron_mea.plan.workload import StageShard, Workload
+
+_BF16_BYTES = 2
+
+
+def cache_bytes_per_token(model: Model) -> int:
+    """Bytes of a token's keys and values in all layers of the exported model's cache, in bfloat16.
+
+    With `qk_norm` a float32 number for each composite head is beside the keys.
+    """
+    scalars = FLOAT32 * model.num_key_value_heads if model.qk_norm else 0
+    widths = [model.component_width(layer, side) for layer in range(model.num_hidden_layers) for side in ("k", "v")]
+    return _BF16_BYTES * sum(widths) + scalars * model.num_hidden_layers
 
 
 @dataclass(frozen=True, kw_only=True)

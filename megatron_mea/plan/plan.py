@@ -9,13 +9,13 @@ from typing import Any
 
 from megatron_mea.config.layout import TEACHER_KEY, check_layout, check_teacher
 from megatron_mea.config.parallel_dims import ParallelDims
-from megatron_mea.config.schema import Config
+from megatron_mea.config.schema import Config, Model
 from megatron_mea.huggingface.model_folder import ModelFolder
 from megatron_mea.parallel.parameter import Component
 from megatron_mea.plan.balance import AttentionBalance
 from megatron_mea.plan.communication import Traffic, communication_per_step
 from megatron_mea.plan.flops import Flops, flops_per_token, stage_flops
-from megatron_mea.plan.memory import Memory, stage_memory
+from megatron_mea.plan.memory import Memory, cache_bytes_per_token, stage_memory
 from megatron_mea.plan.workload import Device, LocalParameter, Workload
 
 MEMORY_COLUMNS = {
@@ -62,6 +62,8 @@ class Plan:
         checkpoint_bytes: of a checkpoint on the disk.
         checkpoint_copy_bytes: of host memory in which a rank keeps its part of a checkpoint while it is written, and
             for the next.
+        cache_bytes: of a token in the cache of the exported model, in bfloat16, and `composite_cache_bytes` those of
+            composite heads.
         stage_flops: FLOPs a token on each stage, its tensor and context ranks together.
         worst_case_memory: that of a rank on whose experts as many choices fall as can.
     """
@@ -76,6 +78,8 @@ class Plan:
     worst_case_memory: tuple[Memory, ...]
     checkpoint_bytes: int
     checkpoint_copy_bytes: int
+    cache_bytes: int
+    composite_cache_bytes: int
     flops: Flops
     stage_flops: tuple[float, ...]
     communication: tuple[Traffic, ...]
@@ -102,10 +106,16 @@ def make_plan(config: Config, *, world_size: int | None = None, device: Device =
         worst_case_memory=tuple(stage_memory(worst_case, stage) for stage in workload.stages),
         checkpoint_bytes=sum(p.global_numel * p.state_bytes for p in _unique_parameters(workload)),
         checkpoint_copy_bytes=max(stage.state_bytes for stage in workload.stages) // dims.dp_cp,
+        cache_bytes=cache_bytes_per_token(config.model),
+        composite_cache_bytes=cache_bytes_per_token(_with_composite_cache(config.model)),
         flops=flops_per_token(workload),
         stage_flops=stage_flops(workload),
         communication=tuple(communication_per_step(workload)),
     )
+
+
+def _with_composite_cache(model: Model) -> Model:
+    return model.model_copy(update={"num_component_heads": None, "hlc_form": "head"})
 
 
 def _teacher_workload(*, config: Config, dims: ParallelDims, device: Device) -> Workload | None:
@@ -161,6 +171,7 @@ def as_json(plan: Plan, balance: AttentionBalance | None = None) -> dict[str, An
         "memory_per_rank_worst_case_bytes": [_memory_as_json(stage) for stage in plan.worst_case_memory],
         "checkpoint_bytes": plan.checkpoint_bytes,
         "checkpoint_copy_per_rank_bytes": plan.checkpoint_copy_bytes,
+        "cache_bytes_per_token": plan.cache_bytes,
         "flops_per_token": asdict(plan.flops) | {"total": plan.flops.total},
         "flops_total": plan.flops.total * plan.steps * plan.tokens_per_step,
         "communication_per_step": [asdict(row) for row in plan.communication],
@@ -224,6 +235,10 @@ def _text_lines(plan: Plan, balance: AttentionBalance | None) -> Iterator[str]:
     )
     yield ""
 
+    yield (
+        f"cache of the exported model: {plan.cache_bytes:,} bytes a token in bfloat16, "
+        f"{plan.cache_bytes / plan.composite_cache_bytes:.1%} of that of all key/value heads"
+    )
     yield (
         f"FLOPs a token: {flops.total:.4g} (forward {flops.forward:.4g}, backward {flops.backward:.4g}, "
         f"recomputation {flops.recomputation:.4g}{f', teacher {flops.teacher:.4g}' if flops.teacher else ''}); "

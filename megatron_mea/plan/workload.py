@@ -201,8 +201,12 @@ class Workload:
         component_width, num_composites = model.component_width(layer, side), model.num_key_value_heads
         combines = model.mixes_keys if side == "k" else model.mixes_values
 
+        # A teacher's parameters are not partitioned.
+        fold_outside = self.dims.folds_outside or not self.trains
         form: Form = "plain"
-        if combines and components_are_gathered(model, layer, side=side, tp_size=tensor, cp_size=self.dims.cp):
+        if combines and components_are_gathered(
+            model, layer, side=side, tp_size=tensor, cp_size=self.dims.cp, fold_outside=fold_outside
+        ):
             form = "components"
         elif combines:
             form = "folded" if self.folds_once_per_step or self._folding_is_cheaper(layer, side) else "combined"

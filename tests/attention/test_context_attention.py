@@ -6,10 +6,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.models import SMALL
 
 from megatron_mea.attention.causal import causal_attention
 from megatron_mea.attention.document_mask import _flex_attention, attention_function, visible_tokens_mask
+from megatron_mea.config.layout import check_layout
+from megatron_mea.config.load import parse_config
+from megatron_mea.model.decoder import Decoder
 from megatron_mea.parallel.grid import ContextGroup
+from megatron_mea.plan.workload import Workload
 
 
 def random_heads(queries: int, keys: int, *, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
@@ -137,3 +142,32 @@ def test_the_chunks_of_all_ranks_are_the_sequence(size, chunk):
     assert len({int((own + 1).sum()) for own in tokens}) == 1
     for cp, own in zip(groups, tokens, strict=True):
         assert torch.equal(cp.shard(torch.arange(seq).unsqueeze(0), dim=1), own.unsqueeze(0))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_latent_numbers_are_gathered_where_no_parameter_is_partitioned(stage):
+    """An `hlc_v` of 410 x 1,024 is larger than what ZeRO 3 leaves full; `hlc_k` and combinations of heads are not."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_key_value_heads": 8, "head_dim": 128}
+    latent = {"hlc_form": "latent", "key_latent_dim": 410, "value_latent_dim": 410}
+    for changes, large in ((latent, True), ({"num_component_heads": 4}, False)):
+        config = parse_config(
+            {
+                "model": SMALL | sizes | {"attention_variant": "mea"} | changes,
+                "parallel": {"context_parallel_size": 2, "zero_stage": stage},
+                "data": {"tokenizer": "none", "train": [], "seq_length": 32},
+                "run": {"dir": "none"},
+            },
+            needs_data=False,
+        )
+        dims = check_layout(config, 2)
+        with torch.device("meta"):
+            decoder = Decoder(config.model, cp=ContextGroup(size=2), fold_outside=dims.folds_outside)
+
+        attention = decoder.blocks[0].self_attn
+        gathers = [attention.key_projection.gathers_components, attention.value_projection.gathers_components]
+        assert gathers == [True, not (large and stage == 3)]
+        # plan counts what is gathered, also of a teacher, which is not partitioned.
+        for trains in (True, False):
+            workload = Workload(config=config, dims=dims, trains=trains)
+            expected = [True, True] if not trains else gathers
+            assert [workload.kv_projection(0, side).form == "components" for side in ("k", "v")] == expected

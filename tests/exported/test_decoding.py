@@ -7,11 +7,12 @@ from itertools import product
 import pytest
 import torch
 from support.hf_models import exported, left_padded
-from support.models import SMALL, name_of
+from support.models import SMALL, name_of, small_model
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
 from megatron_mea.exported import attention_mea, modeling_mea
 from megatron_mea.exported.attention_mea import CACHE
+from megatron_mea.plan.memory import cache_bytes_per_token
 
 MIXED = {"attention_variant": "mea", "num_component_heads": [1, 2, 3]}
 LATENT = {"hlc_form": "latent", "key_latent_dim": [12, 6, 14], "value_latent_dim": [4, 24, 11]}
@@ -69,6 +70,17 @@ def chunked_logits(*, hf, cache, ids, mask=None, positions=None, chunks=CHUNKS, 
 
 def caches(hf) -> list:
     return [DynamicCache(config=hf.config), StaticCache(config=hf.config, max_cache_len=40)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_plan_counts_the_bytes_of_a_token_in_the_cache(case):
+    _, _, hf = exported(case)
+    hf.to(torch.bfloat16)
+    cache = DynamicCache(config=hf.config)
+    hf(torch.zeros(1, 5, dtype=torch.long), cache=cache, use_cache=True)
+    stored = sum(side.nbytes for layer in cache.layers for side in (layer.keys, layer.values))
+    assert stored == 5 * cache_bytes_per_token(small_model(**case))
 
 
 @torch.no_grad()

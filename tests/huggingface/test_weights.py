@@ -95,6 +95,29 @@ def test_another_width_of_gates_is_refused(tmp_path):
     assert ("model.gate_width", "feature") in problems(source, model(attention_variant="gated"))
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"hlc_form": "head"}, [("model.hlc_form", "head")]),
+        ({"key_latent_dim": 4}, [("model.key_latent_dim", "[4, 4]")]),
+        ({"value_latent_dim": [6, 5]}, [("model.value_latent_dim", "[6, 5]")]),
+        (
+            {"key_latent_dim": 4, "value_latent_dim": 5},
+            [("model.key_latent_dim", "[4, 4]"), ("model.value_latent_dim", "[5, 5]")],
+        ),
+        ({"key_frequencies": [[1, 2], [2, 1]]}, [("model.key_frequencies", "[2, 1] in layer 1")]),
+        ({"num_hidden_layers": 3}, [("model.num_hidden_layers", "3")]),
+    ],
+    ids=str,
+)
+def test_other_latent_numbers_are_named_by_their_key_alone(changes, expected, tmp_path):
+    """A line for each setting, and none for the tensors of every layer."""
+    latent = {"hlc_form": "latent", "key_latent_dim": 6, "value_latent_dim": 7}
+    source = save_export(folder=tmp_path / "export", **latent)
+    assert open_weights(source, model(**latent)).warnings == []
+    assert problems(source, model(**latent | changes)) == expected
+
+
 def test_a_description_that_leaves_out_its_variant_has_the_default(tmp_path):
     source = save_export(folder=tmp_path / "export", attention_variant="mea", head_norm_affine=False)
     assert open_weights(source, model(head_norm_affine=False)).warnings == []

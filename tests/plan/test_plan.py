@@ -471,6 +471,7 @@ def test_json_and_text_name_the_numbers(capsys):
     assert plan["layout"] == {"tensor": 2, "pipeline": 1, "context": 1, "data": 2}
     assert plan["parameters"]["total"] == 1_217_792
     assert plan["pipeline_bubble"] == 0
+    assert plan["cache_bytes_per_token"] == 4 * 2 * 2 * 16 * 2
 
     (stage,) = plan["memory_per_rank_bytes"]
     at_rest = stage["weights"] + stage["gradients"] + stage["master_and_moments"]
@@ -479,7 +480,8 @@ def test_json_and_text_name_the_numbers(capsys):
     assert main(["plan", QUICKSTART]) == 0
 
     text = capsys.readouterr().out
-    for words in ("1,217,792", "1,024,000 tokens", "FLOPs a token", "memory of a rank", "communication", "bubble"):
+    names = ("FLOPs a token", "memory of a rank", "communication", "bubble", "cache of the exported model: 512 bytes")
+    for words in ("1,217,792", "1,024,000 tokens", *names):
         assert words in text
 
 
