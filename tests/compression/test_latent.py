@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.models import small_model
 from support.source_models import save_source_model
 from support.tiny import Tiny
 from test_compress import logits
@@ -21,7 +22,9 @@ from megatron_mea.compression.latent_sizes import allocate, even_sizes, split_di
 from megatron_mea.compression.value_factors import factorise_values, output_weight
 from megatron_mea.config.schema import Model
 from megatron_mea.errors import UserError
+from megatron_mea.exported.modeling_mea import MEAForCausalLM
 from megatron_mea.exported.rotary_mea import apply_rotary
+from megatron_mea.huggingface.hf_config import to_hf_config
 from megatron_mea.huggingface.model_folder import ModelFolder
 
 HEADS, DIM, TOKENS = 3, 8, 500
@@ -240,3 +243,49 @@ def test_options_that_do_not_fit_are_refused(options, where, tiny: Tiny, tmp_pat
             **{"calibration": str(tiny.validation), "method": "latent"} | options,
         )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@torch.no_grad()
+def test_all_numbers_give_the_logits_to_rounding_in_float64(qk_norm):
+    """Whatever moments and weights the factors follow from."""
+    settings = {"attention_variant": "mea_no_norm", "num_component_heads": 3, "num_key_value_heads": 3}
+    settings |= {"num_attention_heads": 6, "head_dim": 8, "hidden_size": 24, "qk_norm": qk_norm}
+    model = small_model(**settings)
+    original = MEAForCausalLM(to_hf_config(model)).double()
+    latent_model = MEAForCausalLM(to_hf_config(small_model(**settings, hlc_form="latent"))).double()
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        name: torch.randn(tensor.shape, generator=generator, dtype=torch.float64) * 0.3 + ("norm" in name)
+        for name, tensor in original.state_dict().items()
+    }
+    for name in weights:
+        if "hlc" in name:
+            weights[name] = torch.eye(3, dtype=torch.float64)
+
+    latent = {name: tensor for name, tensor in weights.items() if "hlc" not in name}
+    for layer in range(model.num_hidden_layers):
+        prefix = f"model.layers.{layer}.self_attn"
+        moment = random_heads(layer).T @ random_heads(layer)
+        key_rows = weights[f"{prefix}.k_proj.weight"]
+        if qk_norm:
+            key_rows = key_rows * weights[f"{prefix}.k_norm.weight"].repeat(3).unsqueeze(1)
+        keys = factorise_keys(
+            frequency_moments(moment, num_heads=3),
+            weights=torch.rand(4, 3, generator=generator, dtype=torch.float64) + 0.1,
+            num_pairs=12,
+        )
+        o_proj = weights[f"{prefix}.o_proj.weight"]
+        values = factorise_values(moment, weight=output_weight(o_proj, num_heads=3, head_dim=8), num_latent=24)
+        latent |= {
+            f"{prefix}.k_proj.weight": select_keys(key_rows, keys),
+            f"{prefix}.hlc_k.weight": torch.view_as_real(keys.combination.resolve_conj()),
+            f"{prefix}.hlc_k.frequency": keys.frequency.double(),
+            f"{prefix}.v_proj.weight": values.selection @ weights[f"{prefix}.v_proj.weight"],
+            f"{prefix}.hlc_v.weight": values.combination,
+        }
+
+    original.load_state_dict(weights)
+    latent_model.load_state_dict(latent)
+    ids = torch.randint(model.vocab_size, (2, 9), generator=generator)
+    torch.testing.assert_close(latent_model(ids).logits, original(ids).logits, rtol=1e-9, atol=1e-9)
