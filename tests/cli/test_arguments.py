@@ -33,7 +33,7 @@ DEFAULTS = {  # verb: its options where none is given
     "export": {"model": None, "out": None, "dtype": "fp32", "target": "transformers"},
     "import": {"source": None, "out": None, "variant": None},
     "compress": {"model": None, "out": None, "component_heads": None, "cache_ratio": None, "layers": None}
-    | {"calibration": None, "method": None, "align": False},
+    | {"calibration": None, "method": None, "align": False, "reconstruction_steps": None},
     "sensitivity": {"model": None, "component_heads": None, "data": None, "out": None, "align": False},
     "evaluate": {"model": None, "data": None, "window": None, "tasks": None, "out": None},
     "generate": {"model": None, "prompt": None, "max_new_tokens": 64, "temperature": 0.0},

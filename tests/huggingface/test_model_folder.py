@@ -37,7 +37,9 @@ MAY_USE = {
     "build_causal_lm": (LOADER, DOOR),
     # A tokenizer has a gate of its own; the parity check reads the export that was just written.
     "from_pretrained": (LOADER, "data/tokenizer.py", PARITY),
-    "safe_open": (READER, PARITY),
+    # What an interrupted `compress` has fitted is read where it was written.
+    "safe_open": (READER, PARITY, "compression/partial_fit.py"),
+    "load_file": ("compression/partial_fit.py",),
     "config.json": (KEYS, "data/tokenizer.py"),
     # A run's own checkpoints, which it resumes from.
     "find_corruption": (DOOR, "checkpoint/", "training/"),
@@ -50,7 +52,6 @@ MAY_USE = {
     "tensor_shapes": ("checkpoint/",),
     "read_tensors": (DOOR, "checkpoint/"),
     "CheckpointReader": ("checkpoint/",),
-    "load_file": (),
     "torch.load": (),
 }
 """What opens a MODEL or a part of one, and the modules that may: the door, and what lies behind it."""
