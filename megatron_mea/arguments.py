@@ -343,23 +343,24 @@ def build_parser() -> tuple[Parser, Mapping[str, Parser]]:
     sub.add_argument("out", metavar="OUT", help="of the same kind as MODEL; does not exist or is empty")
     heads_help = "component heads of the layers: one number, or one for every layer with commas between"
     sub.add_argument("--component-heads", metavar="N", help=heads_help)
-    ratio_help = "or the size of the cache to that of all composite heads; each layer's number of heads is chosen"
+    ratio_help = "or the size of the cache to that of all composite heads; how much of it each layer gets is chosen"
     ratio = float_where(lambda ratio: 0 < ratio <= 1, "above 0, and at most 1: all composite heads")
     sub.add_argument("--cache-ratio", type=ratio, excludes="--component-heads", metavar="R", help=ratio_help)
     layers_help = (
-        "full, half or deep as in the paper, auto (all, with --cache-ratio), or from 1 on as 5-12,20 or 5-12:2,20:1"
+        "full, half or deep as in the paper, auto (all, with --cache-ratio), or from 1 on as 5-12,20 or 5-12:2,20:1; "
+        "with --method latent auto, or full for equal sizes"
     )
     sub.add_argument("--layers", metavar="LAYERS", help=layers_help)
     calibration_help = "prepared data: lose least of what heads put out there, rather than of the weights"
     sub.add_argument("--calibration", metavar="PREFIX", help=calibration_help)
     method_help = (
         "svd (the paper's, of weights), outputs (with --calibration), aligned (turns heads towards one another first; "
-        "q_proj and o_proj change too), or latent (combines by frequency, and loses least; with --cache-ratio and "
-        "--calibration)"
+        "q_proj and o_proj change too), or latent (combines heads within each RoPE frequency; with "
+        "--cache-ratio and --calibration)"
     )
     sub.add_argument("--method", type=one_of(*METHODS), help=method_help)
     sub.add_argument("--align", action="store_true", excludes="--method", help="the same as --method aligned")
-    steps_help = "with --method latent: steps of Adam on each layer's attention, which take minutes (120; default 0)"
+    steps_help = "with --method latent: steps of Adam on each layer's attention, such as 120 (default: none)"
     sub.add_argument("--reconstruction-steps", type=int_range(1), metavar="N", help=steps_help)
 
     sub = add_verb(

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from megatron_mea.errors import RunError, UserError
-from megatron_mea.printing import show
+from megatron_mea.printing import note, show
 
 _LOCK = ".lock"
 _FILES = "files"
@@ -154,7 +154,8 @@ def resumable_folder(path: Path) -> Iterator[Path]:
     is_own = (folder / _LOCK).is_file()
     if folder.exists() and not is_own and (not folder.is_dir() or any(folder.iterdir())):
         expected = f"no such file or folder: what is done of {path} would be kept there"
-        raise UserError(where=str(folder), got="something else of that name", expected=expected)
+        hint = "move it away, or name another output"
+        raise UserError(where=str(folder), got="something else of that name", expected=expected, hint=hint)
 
     make_folder(folder)
     with (folder / _LOCK).open("ab") as lock:
@@ -162,7 +163,11 @@ def resumable_folder(path: Path) -> Iterator[Path]:
             expected = f"one process at a time that writes {path}"
             raise UserError(where=str(folder), got="in use by another process", expected=expected)
 
-        yield folder
+        try:
+            yield folder
+        except BaseException:
+            note(f"{folder} keeps what is done: the same command goes on from there")
+            raise
 
     # The lock is closed: NFS keeps a file that is open, and its folder with it.
     shutil.rmtree(folder)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from megatron_mea.errors import UserError
 
 METHODS = ("svd", "outputs", "aligned", "latent")
-"""Ways of compressing, in the order in which they lose less."""
+"""Ways of compressing."""
 FULL, AUTO = "full", "auto"
 PRESETS = (FULL, "half", "deep")
 _LAYER_RANGE = re.compile(r"(\d+)(?:-(\d+))?(?::(\d+))?")

@@ -8,7 +8,6 @@ import torch
 
 from megatron_mea.compression.compressed_model import Moments
 from megatron_mea.compression.source_model import SIDES, SourceModel
-from megatron_mea.config.schema import Model
 from megatron_mea.data.corpora import Batch
 from megatron_mea.data.windows import Windows, open_windows
 from megatron_mea.model.decoder import EMBEDDING, Decoder, StageLayers
@@ -42,11 +41,10 @@ def calibration_windows(
     )
 
 
-def warn_of_few_tokens(windows: Windows, path: str, *, model: Model) -> None:
-    """Warns where there are fewer calibration tokens than outputs of a layer's composite heads."""
-    outputs = model.num_key_value_heads * model.head_dim
+def warn_of_few_tokens(windows: Windows, path: str, *, outputs: int) -> None:
+    """Warns where there are fewer calibration tokens than outputs of a layer's heads."""
     if windows.tokens < outputs:
-        shortage = f"{path} has {windows.tokens} tokens for the {outputs} outputs of a layer's key heads"
+        shortage = f"{path} has {windows.tokens} tokens for the {outputs} outputs of a layer's heads"
         note(f"warning: {shortage}: what it does not show is lost")
 
 

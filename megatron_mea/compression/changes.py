@@ -1,4 +1,4 @@
-"""What it costs to compress single layers of a model: passes over its layers, of which one is in memory."""
+"""Measures the costs of compressing single layers: passes over a model's layers, of which one is in memory."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def compress(
     if calibration is not None:
         open_readers([calibration], CALIBRATION)
     elif aligned:
-        reason = f"--align without {CALIBRATION} weighs all inputs alike, and has made a pretrained model worse"
+        reason = f"aligning without {CALIBRATION} weighs all inputs alike, and has made a pretrained model worse"
         note(f"warning: {reason} (docs/compression.md)")
 
     with reserve_output(out, folder=True), disk_errors(out), open_source_model(model, out) as source_model:
@@ -94,7 +94,8 @@ def compress(
             windows = calibration_windows(
                 source_model=source_model, path=calibration, where=CALIBRATION, tokens=CALIBRATION_TOKENS
             )
-            warn_of_few_tokens(windows, calibration, model=source_model.model)
+            outputs = source_model.model.num_key_value_heads * source_model.model.head_dim
+            warn_of_few_tokens(windows, calibration, outputs=outputs)
 
         require_space(out, 4 * sum(map(math.prod, source_model.stored.shapes.values())) + OVERHEAD_BYTES)
         moments = None

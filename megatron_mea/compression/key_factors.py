@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 _MIN_WEIGHT = 1e-9
-"""Of the mean weight: a head that no query looks at still has a direction to keep."""
+"""Part of the mean weight: a head that no query looks at still has a direction to keep."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,8 @@ def factorise_keys(moments: torch.Tensor, *, weights: torch.Tensor, num_pairs: i
         weights: w, (d/2, h): what an error of head j at frequency f costs.
         num_pairs: at most h d/2.
     """
-    roots = weights.double().clamp(min=_MIN_WEIGHT * weights.double().mean().item()).sqrt()
+    weights = weights.double() if weights.any() else torch.ones_like(weights, dtype=torch.float64)
+    roots = weights.clamp(min=_MIN_WEIGHT * weights.mean().item()).sqrt()
     weighted = roots[:, :, None] * moments * roots[:, None, :]
     energies, vectors = torch.linalg.eigh(weighted)
 

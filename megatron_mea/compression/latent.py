@@ -12,6 +12,7 @@ folder beside OUT, from which the same command goes on.
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from megatron_mea.compression.calibrate import (
 )
 from megatron_mea.compression.latent_fit import LayerFit
 from megatron_mea.compression.latent_model import LatentModel, latent_settings
-from megatron_mea.compression.latent_sizes import KEY_SHARES, check_cache_shrinks, chosen_sizes, even_sizes, split_dims
+from megatron_mea.compression.latent_sizes import KEY_SHARES, check_ratio, chosen_sizes, even_sizes, split_dims
 from megatron_mea.compression.partial_fit import PartialFit
 from megatron_mea.compression.source_model import SourceModel, open_source_model, read_model
 from megatron_mea.compression.write_compressed import write_compressed
@@ -55,25 +56,24 @@ def compress_to_latent(
         reconstruction_steps: steps of Adam on every layer, after the closed forms.
     """
     settings = read_model(model)
-    check_cache_shrinks(settings, ratio, name=str(model.path))
+    check_ratio(settings, ratio, name=str(model.path))
     open_readers([calibration], CALIBRATION)
     with (
         reserve_output(out, folder=True),
         disk_errors(out),
         open_source_model(model, out) as source_model,
     ):
+        window = window_length(source_model)
 
-        def calibration_data(tokens: int) -> Windows:
+        def calibration_data(tokens: int, batch: int) -> Windows:
             return calibration_windows(
-                source_model=source_model,
-                path=calibration,
-                where=CALIBRATION,
-                tokens=tokens,
-                batch=max(1, _BATCH_TOKENS // window_length(source_model)),
+                source_model=source_model, path=calibration, where=CALIBRATION, tokens=tokens, batch=batch
             )
 
-        windows = calibration_data(CALIBRATION_TOKENS)
-        warn_of_few_tokens(windows, calibration, model=settings)
+        batch = max(1, _BATCH_TOKENS // window)
+        windows = calibration_data(CALIBRATION_TOKENS, batch)
+        # `o_proj` has as many unknowns a row.
+        warn_of_few_tokens(windows, calibration, outputs=settings.num_attention_heads * settings.head_dim)
         hidden_bytes = 8 * windows.tokens * settings.hidden_size
         parameter_bytes = 4 * sum(map(math.prod, source_model.stored.shapes.values()))
         require_space(out, 2 * parameter_bytes + 3 * hidden_bytes + OVERHEAD_BYTES)
@@ -81,6 +81,7 @@ def compress_to_latent(
             "weights": source_model.fingerprint,
             "tokens_digest": corpus_digest(windows.readers[0], borders=windows.document_mask),
             "tokens": windows.tokens,
+            "window": window,
             "ratio": ratio,
             "versions": versions(),
         }
@@ -91,8 +92,8 @@ def compress_to_latent(
                 sizes = chosen_sizes(
                     source_model=source_model,
                     ratio=ratio,
-                    windows=calibration_data(_SIZING_TOKENS),
-                    probes=calibration_data(_PROBE_TOKENS),
+                    windows=calibration_data(_SIZING_TOKENS, batch),
+                    open_probes=partial(calibration_data, _PROBE_TOKENS),
                     folder=part / "sizes",
                     request=request,
                 )
@@ -129,16 +130,16 @@ def _fit_layers(
         request: whatever else the result depends on.
     """
     model, device = source_model.model, torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    partial = PartialFit(folder=folder, request=request | {"sizes": sizes})
-    streams = partial.streams
+    fitted = PartialFit(folder=folder, request=request | {"sizes": sizes})
+    streams = fitted.streams
     if not streams:
         embedded = embed_windows(source_model=source_model, windows=windows, device=device)
         states = [hidden_states.cpu() for _, hidden_states in embedded]
         streams = {"source": states, "own": list(states)}
 
     with progress_bar(total=len(sizes), desc="latent", unit="layer") as bar:
-        bar.update(len(partial.layers))
-        for layer in range(len(partial.layers), len(sizes)):
+        bar.update(len(fitted.layers))
+        for layer in range(len(fitted.layers), len(sizes)):
             fit = LayerFit(source_model=source_model, layer=layer, windows=windows, device=device)
             targets = fit.move(fit.source, streams["source"])
             fitted_on = {"states": streams["own"], "targets": targets}
@@ -151,12 +152,12 @@ def _fit_layers(
                 latent = fit.reconstruct(latent, steps=reconstruction_steps, **fitted_on)
 
             fit.move(fit.build(latent), streams["own"])
-            partial.add(latent.tensors, streams, {"counts": latent.counts, "dims": latent.dims, "error": latent.error})
+            fitted.add(latent.tensors, streams, {"counts": latent.counts, "dims": latent.dims, "error": latent.error})
             bar.update()
 
-    dims, counts = ([layer[key] for layer in partial.layers] for key in ("dims", "counts"))
+    dims, counts = ([layer[key] for layer in fitted.layers] for key in ("dims", "counts"))
     settings = latent_settings(model, dims=dims, counts=counts)
-    return LatentModel(source_model=source_model, model=settings, partial=partial)
+    return LatentModel(source_model=source_model, model=settings, partial=fitted)
 
 
 def _summary(latent_model: LatentModel) -> str:
@@ -168,7 +169,7 @@ def _summary(latent_model: LatentModel) -> str:
     lines = [
         latent_model.description,
         f"keys + values of each layer: {sizes}",
-        f"lost of the mean square of attention's outputs: {sum(errors) / len(errors):.2%}, "
+        f"lost of the mean square of attention's outputs on the calibration tokens: {sum(errors) / len(errors):.2%}, "
         f"{max(errors):.2%} in the worst layer",
     ]
     if model.qk_norm:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,14 +20,15 @@ from megatron_mea.model.decoder import StageLayers, TransformerBlock
 from megatron_mea.model.layerwise import load_layer, load_parameters
 
 _RIDGE = 1e-3
-"""Of the mean square of a feature: how much `o_proj` stays what it was, since calibration tokens are few."""
+"""Part of the mean square of a feature by which `o_proj` stays what it was, since calibration tokens are few."""
+_MIN_RIDGE = 1e-30
 _LEARNING_RATE = 6e-3
-"""Of a reconstruction: the part of a tensor's root mean square by which a step of Adam changes its elements."""
+"""A step of reconstruction: the part of a tensor's root mean square by which a step of Adam changes its elements."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatentLayer:
-    """What a layer becomes.
+    """A compressed layer.
 
     Attributes:
         dims: numbers of keys and of values.
@@ -99,7 +99,8 @@ class LayerFit:
     def moments(self, states: list[torch.Tensor]) -> Moments:
         """The second moments on a stream, of which the closed forms are made."""
         moments = Moments(self.source_model.model, self.device)
-        for hidden_states, arguments in self._attention_inputs(states):
+        for index, before_norm in enumerate(states):
+            hidden_states, arguments = self._attention_input(index, before_norm)
             moments.add(self.source, hidden_states, **arguments)
 
         return moments
@@ -112,7 +113,7 @@ class LayerFit:
         Args:
             moments: on `states`.
             states: the stream before the layer.
-            targets: what attention should put out for each of its batches.
+            targets: the outputs (batch, seq, hidden) that attention should have, of each batch.
         """
         keys, values = self.factorise(moments, dims)
         counts = torch.bincount(keys.frequency, minlength=self.source_model.model.head_dim // 2).tolist()
@@ -128,6 +129,9 @@ class LayerFit:
         Returns:
             What it was given where that has the smaller error.
         """
+        if latent.error == 0:
+            return latent
+
         attention = self.build(latent)
         parameters = {
             parameter.spec.name: parameter
@@ -142,13 +146,13 @@ class LayerFit:
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, [group["lr"] for group in groups], total_steps=steps, pct_start=0.15, cycle_momentum=False
         )
-        inputs = list(self._attention_inputs(states))
         scale = sum(target.double().square().sum().item() for target in targets) / len(targets)
         with torch.enable_grad():
             attention.requires_grad_()
             for step in range(steps):
-                hidden_states, arguments = inputs[step % len(inputs)]
-                error = attention(hidden_states, **arguments) - targets[step % len(inputs)].to(self.device)
+                index = step % len(states)
+                hidden_states, arguments = self._attention_input(index, states[index])
+                error = attention(hidden_states, **arguments) - targets[index].to(self.device)
                 optimizer.zero_grad()
                 (error.square().sum() / scale).backward()
                 optimizer.step()
@@ -157,17 +161,16 @@ class LayerFit:
         attention.requires_grad_(requires_grad=False)
         tensors = latent.tensors | {name: parameter.detach().cpu() for name, parameter in parameters.items()}
         steps_taken = replace(latent, tensors=tensors)
-        found = self._refit(steps_taken, attention, states=states, targets=targets)
-        return found if found.error < latent.error else latent
+        reconstructed = self._refit(steps_taken, attention, states=states, targets=targets)
+        return reconstructed if reconstructed.error < latent.error else latent
 
-    def _attention_inputs(self, states: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
-        """Yields the normalised hidden states of every batch, and the other arguments of an attention layer."""
-        for hidden_states, batch in zip(states, self.windows, strict=True):
-            positions = torch.from_numpy(batch.position_ids).to(self.device)
-            cos, sin = rotary_cos_sin(config=self.source_model.model, position_ids=positions, dtype=torch.float32)
-            attend = attention_function(positions, document_mask=self.windows.document_mask)
-            arguments = {"cos": cos.unsqueeze(1), "sin": sin.unsqueeze(1), "attend": attend}
-            yield self._block.input_layernorm(hidden_states.to(self.device)), arguments
+    def _attention_input(self, index: int, hidden_states: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+        """The normalised hidden states of a batch, and the other arguments of an attention layer."""
+        positions = torch.from_numpy(self.windows[index].position_ids).to(self.device)
+        cos, sin = rotary_cos_sin(config=self.source_model.model, position_ids=positions, dtype=torch.float32)
+        attend = attention_function(positions, document_mask=self.windows.document_mask)
+        arguments = {"cos": cos.unsqueeze(1), "sin": sin.unsqueeze(1), "attend": attend}
+        return self._block.input_layernorm(hidden_states.to(self.device)), arguments
 
     def factorise(self, moments: Moments, dims: LatentDims) -> tuple[KeyFactors, ValueFactors]:
         """The closed forms alone."""
@@ -219,7 +222,7 @@ class LayerFit:
         states: list[torch.Tensor],
         targets: list[torch.Tensor],
     ) -> LatentLayer:
-        """`o_proj` (hidden, H d) by least squares from what its heads put out, with a ridge towards what it is."""
+        """`o_proj` (hidden, H d) by least squares from the outputs of its heads, with a ridge towards what it is."""
         o_proj = attention.o_proj.weight.double()
         hidden_size, width = o_proj.shape
         gram = torch.zeros(width, width, dtype=torch.float64, device=self.device)
@@ -227,7 +230,8 @@ class LayerFit:
         energy = 0.0
         heads: list[torch.Tensor] = []
         handle = attention.o_proj.register_forward_pre_hook(lambda _, call: heads.append(call[0]))
-        for target, (hidden_states, arguments) in zip(targets, self._attention_inputs(states), strict=True):
+        for index, target in enumerate(targets):
+            hidden_states, arguments = self._attention_input(index, states[index])
             attention(hidden_states, **arguments)
             # shape: (batch, seq, ..) -> (tokens, ..). Sums over one batch in float32, over batches in float64.
             outputs, wanted = heads.pop().flatten(0, 1), target.to(self.device).flatten(0, 1)
@@ -236,12 +240,14 @@ class LayerFit:
             energy += wanted.double().square().sum().item()
 
         handle.remove()
-        ridge = _RIDGE * gram.diagonal().mean() * torch.eye(width, dtype=torch.float64, device=self.device)
-        found = torch.linalg.solve(gram + ridge, product + ridge @ o_proj.mT)
+        # Above 0 where the heads put out nothing, so that `o_proj` stays.
+        size = max(_RIDGE * gram.diagonal().mean().item(), _MIN_RIDGE)
+        ridge = size * torch.eye(width, dtype=torch.float64, device=self.device)
+        solution = torch.linalg.solve(gram + ridge, product + ridge @ o_proj.mT)
         # |target - outputs W|^2, summed over the tokens.
-        squares = energy - 2 * (found * product).sum() + (found * (gram @ found)).sum()
-        tensors = latent.tensors | {f"{self.name}.o_proj.weight": found.mT.float().cpu().contiguous()}
-        return replace(latent, tensors=tensors, error=max(squares.item(), 0.0) / energy)
+        squares = energy - 2 * (solution * product).sum() + (solution * (gram @ solution)).sum()
+        tensors = latent.tensors | {f"{self.name}.o_proj.weight": solution.mT.float().cpu().contiguous()}
+        return replace(latent, tensors=tensors, error=max(squares.item(), 0.0) / energy if energy else 0.0)
 
 
 def _balance(rows: torch.Tensor, *, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

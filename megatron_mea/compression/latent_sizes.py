@@ -8,7 +8,7 @@ Then the sizes are those with the least sum of costs.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,14 +28,23 @@ from megatron_mea.progress import progress_bar
 KEY_SHARES = (0.6, 0.5, 0.7)
 """Parts of a layer's numbers that its keys may get; sizes are chosen with the first, as if it were best everywhere."""
 
+_MIN_SIZE = 3
+"""A pair of keys and one number of values."""
 
-def check_cache_shrinks(model: Model, ratio: float, *, name: str) -> None:
-    """Raises UserError where the model caches fewer numbers than the ratio allows."""
+
+def check_ratio(model: Model, ratio: float, *, name: str) -> None:
+    """Raises UserError where the model caches fewer numbers than the ratio allows, or every layer needs more."""
     full = 2 * model.num_key_value_heads * model.head_dim * model.num_hidden_layers
     cached = 2 * sum(model.component_heads) * model.head_dim
     if ratio * full > cached:
         smaller = math.floor(10_000 * cached / full) / 10_000
         raise UserError(where="--cache-ratio", got=ratio, expected=f"at most {smaller}: that is the cache of {name}")
+
+    least = _MIN_SIZE * model.num_hidden_layers / full
+    if ratio < least:
+        larger = math.ceil(10_000 * least) / 10_000
+        expected = f"at least {larger}: a layer caches a pair of keys and one number of values"
+        raise UserError(where="--cache-ratio", got=ratio, expected=expected)
 
 
 def split_dims(model: Model, total: int, *, key_share: float = KEY_SHARES[0]) -> LatentDims:
@@ -48,8 +57,8 @@ def split_dims(model: Model, total: int, *, key_share: float = KEY_SHARES[0]) ->
 
 
 def even_sizes(model: Model, ratio: float) -> list[int]:
-    """The same size for all layers: the ratio to all composite heads, to within one number; at least a pair and one."""
-    return [max(round(2 * ratio * model.num_key_value_heads * model.head_dim), 3)] * model.num_hidden_layers
+    """The same size for all layers: the ratio to all composite heads, to within one number."""
+    return [max(round(2 * ratio * model.num_key_value_heads * model.head_dim), _MIN_SIZE)] * model.num_hidden_layers
 
 
 @torch.no_grad()
@@ -58,7 +67,7 @@ def chosen_sizes(
     source_model: SourceModel,
     ratio: float,
     windows: Windows,
-    probes: Windows,
+    open_probes: Callable[[int], Windows],
     folder: Path,
     request: dict[str, object],
 ) -> list[int]:
@@ -66,7 +75,7 @@ def chosen_sizes(
 
     Args:
         windows: calibration tokens, on which layers are fitted.
-        probes: those on which the cost of each layer's smallest size is measured.
+        open_probes: the windows, so many a batch, on which the cost of each layer's smallest size is measured.
         folder: keeps what is measured, for the same call after an interruption.
     """
     model, device = source_model.model, torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -93,7 +102,7 @@ def chosen_sizes(
             partial.add(fitted[0].tensors, {"source": states}, {"counts": fitted[0].counts, "errors": errors})
             bar.update()
 
-    divergences = _divergences(source_model=source_model, windows=probes, partial=partial, size=totals[0])
+    divergences = _divergences(source_model=source_model, open_probes=open_probes, partial=partial, size=totals[0])
     full = 2 * model.num_key_value_heads * model.head_dim
     costs = [
         _cost_curve(divergence, errors=note["errors"], totals=totals, full=full)
@@ -108,10 +117,12 @@ def chosen_sizes(
 def _fitted_totals(model: Model, ratio: float) -> list[int]:
     """Numbers that a layer is fitted with, ascending; none gets less than the first."""
     full = 2 * model.num_key_value_heads * model.head_dim
-    return sorted({max(round(part * full), 3) for part in (ratio / 2, 0.75 * ratio, ratio, (1 + ratio) / 2)})
+    return sorted({max(round(part * full), _MIN_SIZE) for part in (ratio / 2, 0.75 * ratio, ratio, (1 + ratio) / 2)})
 
 
-def _divergences(*, source_model: SourceModel, windows: Windows, partial: PartialFit, size: int) -> list[float]:
+def _divergences(
+    *, source_model: SourceModel, open_probes: Callable[[int], Windows], partial: PartialFit, size: int
+) -> list[float]:
     """Sum of KL(source model || source model with this layer at its smallest size), by layer."""
     model = source_model.model
     changes = [(layer, size) for layer in range(model.num_hidden_layers)]
@@ -122,7 +133,8 @@ def _divergences(*, source_model: SourceModel, windows: Windows, partial: Partia
     )
     smallest = LatentModel(source_model=source_model, model=settings, partial=partial)
     totals = [0.0] * len(changes)
-    _, groups = plan_passes(source_model, changes)
+    batch_size, groups = plan_passes(source_model, changes)
+    windows = open_probes(batch_size)
     with progress_bar(total=len(windows) * len(groups) * (len(changes) + 1), desc="sizes: costs", unit="layer") as bar:
         for batch in windows:
             for group in groups:

@@ -58,15 +58,15 @@ class Moments:
         queries_per_key = model.num_attention_heads // model.num_key_value_heads
         # A query head at a time: what all of them attend to is h times as large as attention's output.
         for index in range(model.num_attention_heads):
-            own = index // queries_per_key
+            group = index // queries_per_key
             # shape: (batch, h, seq, d), the value heads as this query head attends to them
             attended = attend(
                 query[:, index : index + 1].expand_as(value).contiguous(),
-                key[:, own : own + 1].expand_as(value).contiguous(),
+                key[:, group : group + 1].expand_as(value).contiguous(),
                 value,
             )
             if model.has_head_norm:
-                own_square = attended[:, own : own + 1].square().mean(-1, keepdim=True)
+                own_square = attended[:, group : group + 1].square().mean(-1, keepdim=True)
                 attended = attended / (own_square + model.head_norm_eps).sqrt()
 
             self.values += _second_moment(attended) / model.num_attention_heads

@@ -1,4 +1,4 @@
-"""What an interrupted `compress --method latent` has fitted, in a folder from which the same command goes on."""
+"""Keeps the layers that an interrupted `compress --method latent` has fitted, for the same command to go on from."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 _MIN_EIGENVALUE = 1e-12
-"""Of the largest one: below it a weight counts as zero, and has no inverse root."""
+"""Part of the largest one: below it a weight counts as zero, and has no inverse root."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,8 @@ def factorise_values(moment: torch.Tensor, *, weight: torch.Tensor, num_latent: 
         weight: G, (h d, h d), positive.
         num_latent: at most h d.
     """
-    values, vectors = torch.linalg.eigh(weight.double())
+    weight = weight.double() if weight.any() else torch.eye(len(weight), dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(weight)
     roots = values.clamp(min=_MIN_EIGENVALUE * values.max().item()).sqrt()
     root, inverse = ((vectors * scale) @ vectors.mT for scale in (roots, 1 / roots))
     energies, directions = torch.linalg.eigh(root @ moment.double() @ root)

@@ -80,7 +80,9 @@ def _variant_settings(label: str) -> list[str]:
     settings = [f"model.attention_variant={variant}", f"model.hlc_form={'latent' if is_latent else 'head'}"]
     if is_latent or (variant in VARIANTS and not VARIANTS[variant].combines_kv):
         settings.append("model.num_component_heads=null")
-    if not is_latent:
+    if is_latent:
+        settings += ["model.hlc_init=block", "model.hlc_mixes=both"]
+    else:
         settings += [f"model.{key}=null" for key in LATENT_KEYS]
 
     return settings

@@ -3,29 +3,40 @@
 from __future__ import annotations
 
 import itertools
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from support.models import small_model
 from support.source_models import save_source_model
 from support.tiny import Tiny
 from test_compress import logits
+from transformers import AutoModelForCausalLM
 
 from megatron_mea.attention.latent import expand_pairs
+from megatron_mea.compression.calibrate import calibration_windows
+from megatron_mea.compression.changes import divergences_of_changes
 from megatron_mea.compression.compress import compress
+from megatron_mea.compression.compressed_model import Factoriser, with_one_layer_changed
 from megatron_mea.compression.key_factors import factorise_keys, frequency_moments, select_keys
 from megatron_mea.compression.latent_fit import LayerFit
-from megatron_mea.compression.latent_sizes import allocate, even_sizes, split_dims
+from megatron_mea.compression.latent_sizes import _cost_curve, allocate, even_sizes, split_dims
+from megatron_mea.compression.source_model import open_source_model
 from megatron_mea.compression.value_factors import factorise_values, output_weight
 from megatron_mea.config.schema import Model
+from megatron_mea.data.corpora import IGNORE_INDEX
 from megatron_mea.errors import UserError
 from megatron_mea.exported.modeling_mea import MEAForCausalLM
 from megatron_mea.exported.rotary_mea import apply_rotary
 from megatron_mea.huggingface.hf_config import to_hf_config
+from megatron_mea.huggingface.importing import import_model
 from megatron_mea.huggingface.model_folder import ModelFolder
+from megatron_mea.model.decoder import Decoder
 
 HEADS, DIM, TOKENS = 3, 8, 500
 
@@ -178,6 +189,12 @@ def test_no_other_sizes_cost_less(data):
     assert cost(chosen) == pytest.approx(min(map(cost, ways)))
 
 
+def test_a_cache_that_would_grow_is_refused(tiny: Tiny, tmp_path):
+    original = save_source_model("mea", tmp_path / "in")
+    with pytest.raises(UserError, match=r"at most 0\.9166: that is the cache of"):
+        compressed_model(original, tmp_path / "out", tiny, ratio=0.95)
+
+
 def test_a_curve_that_falls_late_is_worth_its_whole_way():
     """By single steps the second layer would get nothing."""
     assert allocate([np.array([3.0, 2.0, 1.0, 0.0]), np.array([9.0, 9.0, 9.0, 0.0])], 3) == [0, 3]
@@ -225,6 +242,122 @@ def test_an_interrupted_call_is_resumed(tiny: Tiny, tmp_path, monkeypatch):
     assert fitted == [0, 1, 2, 0, 1, 2]
 
 
+def compressed_model(original: Path, out: Path, tiny: Tiny, **options) -> tuple[str, Model]:
+    """The summary and the settings of a compressed folder."""
+    arguments = {"ratio": 0.5, "calibration": str(tiny.train), "method": "latent"} | options
+    summary = compress(ModelFolder.locate(original), out, **arguments)
+    return summary, ModelFolder.locate(out).settings()
+
+
+def lost_by_model(original: Path, out: Path, tiny: Tiny) -> float:
+    """KL(original || compressed) of the predictions on validation text, nats a token, from torch's own functions."""
+    ids = torch.from_numpy(np.fromfile(tiny.validation.with_suffix(".bin"), dtype=np.uint16)[:1024].astype(np.int64))
+    both = [AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True) for folder in (original, out)]
+    with torch.no_grad():
+        before, after = (model(ids.view(-1, 32)).logits.log_softmax(-1) for model in both)
+    return torch.nn.functional.kl_div(after, before, log_target=True, reduction="sum").item() / ids.numel()
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory) -> Path:
+    """A model whose second layer has heads that are all alike, so that it needs a quarter of its cache."""
+    folder = save_source_model("llama", tmp_path_factory.mktemp("uneven") / "in")
+    weights = load_file(folder / "model.safetensors")
+    for side in "kv":
+        name = f"model.layers.1.self_attn.{side}_proj.weight"
+        weights[name] = weights[name][:8].repeat(4, 1)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.slow
+def test_sizes_are_chosen_where_they_cost_least(uneven, tiny: Tiny, tmp_path):
+    """A layer that loses nothing gives its numbers to the others; steps of Adam lose less of the outputs still."""
+    summary, chosen = compressed_model(uneven, tmp_path / "chosen", tiny)
+    even_summary, even = compressed_model(uneven, tmp_path / "even", tiny, layers="full")
+    stepped_summary, _ = compressed_model(uneven, tmp_path / "stepped", tiny, reconstruction_steps=30)
+
+    sizes = [sum(dims) for dims in zip(chosen.key_latent_dims, chosen.value_latent_dims, strict=True)]
+    # None has less than half of the ratio.
+    assert 16 <= sizes[1] == min(sizes) < 20
+    assert max(sizes) > 40
+    assert abs(sum(sizes) - 3 * 32) <= 3
+    assert set(even.key_latent_dims) <= {16, 18, 20, 22}
+    assert [sum(dims) for dims in zip(even.key_latent_dims, even.value_latent_dims, strict=True)] == [32, 32, 32]
+    assert lost_by_model(uneven, tmp_path / "chosen", tiny) < 0.9 * lost_by_model(uneven, tmp_path / "even", tiny)
+    lost, even_lost, stepped_lost = (
+        float(re.search(r"calibration tokens: ([\d.]+)%", text)[1]) for text in (summary, even_summary, stepped_summary)
+    )
+    assert stepped_lost < 0.95 * lost < lost < even_lost
+
+
+@pytest.mark.slow
+def test_divergences_are_those_of_the_whole_models(uneven, tiny: Tiny, tmp_path):
+    """Of a batch, a layer at a time, against full logits of both models."""
+    with open_source_model(ModelFolder.locate(uneven), tmp_path / "x") as source_model:
+        factoriser = Factoriser(source_model=source_model, moments=None, aligned=False)
+        windows = calibration_windows(source_model=source_model, path=str(tiny.train), where="x", batch=4, tokens=256)
+        change_layer, changes, batch = with_one_layer_changed(factoriser), [(0, 1), (2, 3)], windows[0]
+        found = divergences_of_changes(
+            source_model=source_model,
+            change_layer=change_layer,
+            changes=changes,
+            batch=batch,
+            document_mask=windows.document_mask,
+        )
+        counted = torch.from_numpy(batch.targets) != IGNORE_INDEX
+
+        def log_probabilities(model) -> torch.Tensor:
+            decoder = Decoder(config=model.model, document_mask=windows.document_mask)
+            decoder.requires_grad_(requires_grad=False)
+            for parameter in decoder.parameters():
+                parameter.copy_(model.read(parameter.spec.name))
+            positions = torch.from_numpy(batch.position_ids)
+            hidden = decoder.forward_hidden(torch.from_numpy(batch.input_ids), positions)
+            return decoder.logits(hidden).double().log_softmax(-1)
+
+        before = log_probabilities(source_model)
+        for change in changes:
+            after = log_probabilities(change_layer(change))
+            expected = (before.exp() * (before - after)).sum(-1)[counted].sum().item()
+            assert found[change] == pytest.approx(expected, rel=1e-4)
+
+
+def test_costs_go_through_the_fitted_sizes_and_fall_to_nothing():
+    curve = _cost_curve(6.0, errors=[0.3, 0.1, 0.05], totals=[4, 6, 10], full=14)
+    assert curve.shape == (11,)
+    assert curve[[0, 2, 6, 10]].tolist() == pytest.approx([6.0, 2.0, 1.0, 0.0])
+    assert (np.diff(curve) < 0).all()
+    assert curve[1] == pytest.approx(6.0 * (1 / 3) ** 0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["q_proj", "v_proj", "o_proj"])
+def test_a_layer_that_puts_out_nothing_is_compressed(module, tiny: Tiny, tmp_path):
+    """As blocks that are added to a model are before they are trained."""
+    folder = save_source_model("llama", tmp_path / "in")
+    weights = load_file(folder / "model.safetensors")
+    weights[f"model.layers.1.self_attn.{module}.weight"].zero_()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    compressed_model(folder, tmp_path / "out", tiny, ratio=0.75, reconstruction_steps=2)
+    assert torch.isfinite(logits(tmp_path / "out")).all()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_gives_a_checkpoint(tiny: Tiny, tmp_path):
+    """Whose settings and tensors are those of the folder that the same model gives as a folder."""
+    folder = save_source_model("mea", tmp_path / "in", tokenizer=tiny.tokenizer)
+    import_model(source=ModelFolder.locate(folder), out=tmp_path / "imported", variant=None)
+    options = {"ratio": 0.5, "calibration": str(tiny.train), "method": "latent"}
+    compress(ModelFolder.locate(tmp_path / "imported"), tmp_path / "checkpoint", **options)
+    compress(ModelFolder.locate(folder), tmp_path / "folder", **options)
+    checkpoint, exported = (ModelFolder.locate(tmp_path / name) for name in ("checkpoint", "folder"))
+    assert checkpoint.settings() == exported.settings()
+    for name, tensor in load_file(tmp_path / "folder/model.safetensors").items():
+        if "frequency" not in name:
+            assert torch.equal(checkpoint.tensors().read_tensor(name), tensor), name
+
+
 @pytest.mark.parametrize(
     ("options", "where"),
     [
@@ -232,6 +365,8 @@ def test_an_interrupted_call_is_resumed(tiny: Tiny, tmp_path, monkeypatch):
         ({"heads": "2"}, "--component-heads"),
         ({"ratio": 0.5, "layers": "2"}, "--layers"),
         ({"ratio": 0.5, "calibration": None}, "--calibration"),
+        ({"ratio": 0.001}, "at least 0.0469: a layer caches a pair of keys"),
+        ({"ratio": 0.5, "method": "aligned", "reconstruction_steps": 3}, "--reconstruction-steps"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, where, tiny: Tiny, tmp_path):
