@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from megatron_mea.compression.compressed_model import Moments
+from megatron_mea.compression.compressed_model import HeadMoments
 from megatron_mea.compression.source_model import SIDES, SourceModel
 from megatron_mea.data.corpora import Batch
 from megatron_mea.data.windows import Windows, open_windows
@@ -54,7 +54,7 @@ def window_length(source_model: SourceModel) -> int:
 
 
 @torch.no_grad()
-def head_moments(*, source_model: SourceModel, windows: Windows, layers: set[int]) -> Moments:
+def head_moments(*, source_model: SourceModel, windows: Windows, layers: set[int]) -> HeadMoments:
     """E[y y^T], (h d, h d) in float64, of the composite heads' outputs y, by layer (counted from 0) and side."""
     moments = {}
     last = max(layers)

@@ -15,7 +15,7 @@ from megatron_mea.config.schema import Model
 from megatron_mea.config.variants import combining_variant
 from megatron_mea.errors import UserError
 
-Moments = Mapping[tuple[int, str], torch.Tensor]
+HeadMoments = Mapping[tuple[int, str], torch.Tensor]
 """S = E[y y^T], (h d, h d), of the composite heads' outputs y, by layer (counted from 0) and side."""
 
 _MAX_CACHED_BYTES = 1 << 31
@@ -32,7 +32,7 @@ class Factoriser:
             norm with a gain for each feature follows.
     """
 
-    def __init__(self, *, source_model: SourceModel, moments: Moments | None, aligned: bool) -> None:
+    def __init__(self, *, source_model: SourceModel, moments: HeadMoments | None, aligned: bool) -> None:
         self.source_model, self.moments, self.aligned = source_model, moments, aligned
         self._cache: dict[tuple[int, str, int], VirtualHeads] = {}
         self._lost: dict[tuple[int, str, int], float] = {}
