@@ -202,7 +202,8 @@ def _component_problems(config: Config) -> Iterator[Problem]:
     for key, reason in model.variant.ignored_keys.items():
         default = type(model).model_fields[key].default
         if getattr(model, key) != default:
-            yield Problem(where=f"model.{key}", got=getattr(model, key), expected=f"{default}: {reason}")
+            allowed = "null" if default is None else default
+            yield Problem(where=f"model.{key}", got=getattr(model, key), expected=f"{allowed}: {reason}")
 
     if model.has_head_norm and not model.head_norm_affine and model.head_norm_init != 1:
         yield Problem(

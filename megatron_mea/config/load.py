@@ -184,7 +184,7 @@ def _resolve(config: Config) -> Config:
 
     model = config.model
     by_layer = {"num_component_heads": model.component_heads}
-    if model.hlc_form == "latent":
+    if model.has_hlc and model.hlc_form == "latent":
         by_layer |= {"key_latent_dim": model.key_latent_dims, "value_latent_dim": model.value_latent_dims}
 
     model = model.model_copy(

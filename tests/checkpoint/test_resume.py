@@ -181,8 +181,8 @@ class TestInitFrom:
                 ["model.attention_variant=mea_no_norm"],
                 "model.attention_variant\n  got:      mea_no_norm\n  expected: mea, as in",
             ),
-            (["model.qk_norm=true"], "without model.layers.0.self_attn.q_norm.weight"),
-            (["model.num_hidden_layers=1"], "model.layers.1.mlp.up_proj.weight in"),
+            (["model.qk_norm=true"], "model.qk_norm\n  got:      True\n  expected: False, as in"),
+            (["model.num_hidden_layers=1"], "model.num_hidden_layers\n  got:      1\n  expected: 2, as in"),
             (
                 ["model.num_attention_heads=4", "model.head_dim=4"],
                 "model.head_dim\n  got:      4\n  expected: 8, as in",

@@ -72,7 +72,7 @@ def test_the_model_is_the_original_with_its_heads_replaced(kind, align, tmp_path
     assert main([*command, *["--align"] * align]) == 0
     output, warnings = capsys.readouterr()
 
-    assert ("warning: --align without --calibration weighs" in warnings) == align
+    assert ("warning: aligning without --calibration weighs" in warnings) == align
     assert output.startswith(f"wrote {out}: ")
     assert f"; in the layers 1: {HEADS}, 2: 2, 3: 1" in output
 
