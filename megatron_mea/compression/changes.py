@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -43,8 +44,59 @@ def plan_passes(source_model: SourceModel, changes: Sequence[Change]) -> tuple[i
     return batch_size, [changes[start : start + max_changes] for start in range(0, max(len(changes), 1), max_changes)]
 
 
+@dataclass(frozen=True, kw_only=True)
+class ChangedStates:
+    """The last hidden states of a batch with one layer changed, for every change, and those of the unchanged model.
+
+    Attributes:
+        head: the layer that gives logits.
+        hidden: (batch, seq, hidden), behind the final norm, by change; by None of the unchanged model.
+        targets: (batch, seq)
+    """
+
+    head: Decoder
+    hidden: dict[Change | None, torch.Tensor]
+    targets: torch.Tensor
+
+    @torch.no_grad()
+    def losses(self) -> dict[Change | None, float]:
+        """The summed cross-entropy (nats) by change, and by None of the unchanged model."""
+        losses: dict[Change | None, float] = dict.fromkeys(self.hidden, 0.0)
+        for rows in self._chunks():
+            for change, hidden_states in self.hidden.items():
+                losses[change] += self.head.loss(hidden_states[rows], self.targets[rows]).item()
+
+        return losses
+
+    @torch.no_grad()
+    def divergences(self) -> dict[Change, float]:
+        """The summed KL(unchanged || changed) of the predictions (nats) by change.
+
+        It needs far fewer tokens than the difference of two cross-entropies, which has the noise of the text in it and
+        is below it for a single layer.
+        """
+        divergences = dict.fromkeys((change for change in self.hidden if change is not None), 0.0)
+        for rows in self._chunks():
+            unchanged, targets = self._logits(self.hidden[None][rows]), self.targets[rows].flatten()
+            for change in divergences:
+                changed = self._logits(self.hidden[change][rows])
+                total = kl_divergence_sum(changed, unchanged, targets, temperature=1.0, tp=NO_TP)
+                divergences[change] += total.item()
+
+        return divergences
+
+    def _chunks(self) -> Iterator[slice]:
+        """Windows of which the logits are in memory at once."""
+        count = max(_MAX_LOGITS // (self.head.config.vocab_size * self.targets.shape[1]), 1)
+        return (slice(start, start + count) for start in range(0, len(self.targets), count))
+
+    def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        # shape: (batch, seq, vocabulary) -> (tokens, vocabulary)
+        return self.head.logits(hidden_states).float().flatten(0, 1)
+
+
 @torch.no_grad()
-def losses_of_changes(
+def forward_changes(
     *,
     source_model: LayeredModel,
     change_layer: ChangeLayer | None = None,
@@ -52,93 +104,14 @@ def losses_of_changes(
     batch: Batch,
     document_mask: bool,
     progress: object = None,
-) -> dict[Change | None, float]:
-    """The summed cross-entropy (nats) of a batch by change, and by None for the unchanged model.
-
-    Args:
-        progress: a progress bar, which is moved by one with every layer.
-    """
-    head, hidden = _forward_changes(
-        source_model=source_model,
-        change_layer=change_layer,
-        changes=changes,
-        batch=batch,
-        document_mask=document_mask,
-        progress=progress,
-    )
-    targets = torch.from_numpy(batch.targets).to(hidden[None].device)
-    rows = _rows_at_once(head, targets)
-    return {
-        change: sum(
-            head.loss(head.forward_hidden(chunk, targets), chunk_targets).item()
-            for chunk, chunk_targets in zip(hidden_states.split(rows), targets.split(rows), strict=True)
-        )
-        for change, hidden_states in hidden.items()
-    }
-
-
-@torch.no_grad()
-def divergences_of_changes(
-    *,
-    source_model: LayeredModel,
-    change_layer: ChangeLayer,
-    changes: Sequence[Change],
-    batch: Batch,
-    document_mask: bool,
-    progress: object = None,
-) -> dict[Change, float]:
-    """Sum over the tokens of a batch of KL(unchanged || changed) of the predictions (nats), by change.
-
-    It needs far fewer tokens than the difference of two cross-entropies, which has the noise of the text in it and is
-    below it for a single layer.
-
-    Args:
-        progress: a progress bar, which is moved by one with every layer.
-    """
-    head, hidden = _forward_changes(
-        source_model=source_model,
-        change_layer=change_layer,
-        changes=changes,
-        batch=batch,
-        document_mask=document_mask,
-        progress=progress,
-    )
-    targets = torch.from_numpy(batch.targets).to(hidden[None].device)
-
-    def logits(hidden_states: torch.Tensor) -> Iterator[torch.Tensor]:
-        for chunk in hidden_states.split(_rows_at_once(head, targets)):
-            yield head.logits(head.forward_hidden(chunk, targets)).float().flatten(0, 1)
-
-    totals = dict.fromkeys(changes, 0.0)
-    for index, (unchanged, chunk) in enumerate(
-        zip(logits(hidden.pop(None)), targets.split(_rows_at_once(head, targets)), strict=True)
-    ):
-        for change, hidden_states in hidden.items():
-            rows = hidden_states.split(_rows_at_once(head, targets))[index]
-            changed = head.logits(head.forward_hidden(rows, targets)).float().flatten(0, 1)
-            totals[change] += kl_divergence_sum(changed, unchanged, chunk.flatten(), temperature=1.0, tp=NO_TP).item()
-
-    return totals
-
-
-def _rows_at_once(head: Decoder, targets: torch.Tensor) -> int:
-    """Windows of which the logits are in memory at once."""
-    return max(_MAX_LOGITS // (head.config.vocab_size * targets.shape[1]), 1)
-
-
-def _forward_changes(
-    *,
-    source_model: LayeredModel,
-    change_layer: ChangeLayer | None,
-    changes: Sequence[Change],
-    batch: Batch,
-    document_mask: bool,
-    progress: object,
-) -> tuple[Decoder, dict[Change | None, torch.Tensor]]:
-    """The model's head, and the hidden states (batch, seq, hidden) before it, by change and unchanged.
+) -> ChangedStates:
+    """Runs a batch through the model, and through the model with each of the changes.
 
     One pass over the layers, of which one is in memory: the hidden states before a changed layer are those of the
     unchanged model, and behind it every change has its own.
+
+    Args:
+        progress: a progress bar, which is moved by one with every layer.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     positions = torch.from_numpy(batch.position_ids).to(device)
@@ -164,4 +137,8 @@ def _forward_changes(
         if progress is not None:
             progress.update()
 
-    return load(source_model, head_layer), hidden
+    head = load(source_model, head_layer)
+    for change, hidden_states in hidden.items():
+        hidden[change] = head.forward_hidden(hidden_states, positions)
+
+    return ChangedStates(head=head, hidden=hidden, targets=torch.from_numpy(batch.targets).to(device))

@@ -6,7 +6,7 @@ import math
 
 from megatron_mea.compression.budget import allocate_heads
 from megatron_mea.compression.calibrate import CALIBRATION, calibration_windows
-from megatron_mea.compression.changes import losses_of_changes, plan_passes
+from megatron_mea.compression.changes import forward_changes, plan_passes
 from megatron_mea.compression.compressed_model import Factoriser, with_one_layer_changed
 from megatron_mea.compression.source_model import SourceModel
 from megatron_mea.config.schema import Model
@@ -63,14 +63,14 @@ def measure_costs(
         for batch in windows:
             count += int((batch.targets != IGNORE_INDEX).sum())
             for group in groups:
-                losses = losses_of_changes(
+                losses = forward_changes(
                     source_model=source_model,
                     change_layer=with_one_layer_changed(factoriser),
                     changes=group,
                     batch=batch,
                     document_mask=windows.document_mask,
                     progress=bar,
-                )
+                ).losses()
                 for layer, heads in group:
                     costs[layer][heads] += losses[layer, heads] - losses[None]
 

@@ -146,7 +146,8 @@ def _fit_layers(
             moments = fit.moments(streams["own"])
             splits = {split_dims(model, sizes[layer], key_share=share) for share in KEY_SHARES}
             latent = min(
-                (fit.fit(dims, moments=moments, **fitted_on) for dims in sorted(splits)), key=lambda fit: fit.error
+                (fit.fit(dims, moments=moments, **fitted_on) for dims in sorted(splits)),
+                key=lambda candidate: candidate.error,
             )
             if reconstruction_steps:
                 latent = fit.reconstruct(latent, steps=reconstruction_steps, **fitted_on)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from megatron_mea.compression.calibrate import embed_windows
-from megatron_mea.compression.changes import divergences_of_changes, plan_passes
+from megatron_mea.compression.changes import forward_changes, plan_passes
 from megatron_mea.compression.latent_fit import LayerFit
 from megatron_mea.compression.latent_model import LatentDims, LatentModel, latent_settings
 from megatron_mea.compression.partial_fit import PartialFit
@@ -138,14 +138,14 @@ def _divergences(
     with progress_bar(total=len(windows) * len(groups) * (len(changes) + 1), desc="sizes: costs", unit="layer") as bar:
         for batch in windows:
             for group in groups:
-                costs = divergences_of_changes(
+                costs = forward_changes(
                     source_model=source_model,
                     change_layer=lambda _: smallest,
                     changes=group,
                     batch=batch,
                     document_mask=windows.document_mask,
                     progress=bar,
-                )
+                ).divergences()
                 for (layer, _), cost in costs.items():
                     totals[layer] += cost
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mea.compression.calibrate import calibration_windows, window_length
-from megatron_mea.compression.changes import Change, ChangeLayer, losses_of_changes, plan_passes
+from megatron_mea.compression.changes import Change, ChangeLayer, forward_changes, plan_passes
 from megatron_mea.compression.compressed_model import Factoriser, compressible_layers, with_one_layer_changed
 from megatron_mea.compression.source_model import SourceModel, open_source_model, read_model
 from megatron_mea.data.corpora import IGNORE_INDEX, corpus_digest
@@ -95,14 +95,14 @@ def _measure_layers(
         for index in range(measured["done"], len(windows)):
             batch, losses = windows[index], {}
             for changes in groups:
-                losses |= losses_of_changes(
+                losses |= forward_changes(
                     source_model=source_model,
                     change_layer=change_layer,
                     changes=changes,
                     batch=batch,
                     document_mask=windows.document_mask,
                     progress=bar,
-                )
+                ).losses()
 
             for change, loss in losses.items():
                 key = "none" if change is None else str(change[0])

@@ -222,7 +222,7 @@ def constant_tensors(model: Model) -> dict[str, torch.Tensor]:
     if model.hlc_form == "head":
         return {}
 
-    from megatron_mea.attention.latent import pair_frequencies
+    from megatron_mea.exported.combination_mea import pair_frequencies
 
     return {
         f"model.layers.{layer}.self_attn.hlc_k.frequency": pair_frequencies(counts).float()

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_mea.attention.latent import expand_pairs
 from megatron_mea.compression.calibrate import calibration_windows
-from megatron_mea.compression.changes import divergences_of_changes
+from megatron_mea.compression.changes import forward_changes
 from megatron_mea.compression.compress import compress
 from megatron_mea.compression.compressed_model import Factoriser, with_one_layer_changed
 from megatron_mea.compression.key_factors import factorise_keys, frequency_moments, select_keys
@@ -298,13 +298,13 @@ def test_divergences_are_those_of_the_whole_models(uneven, tiny: Tiny, tmp_path)
         factoriser = Factoriser(source_model=source_model, moments=None, aligned=False)
         windows = calibration_windows(source_model=source_model, path=str(tiny.train), where="x", batch=4, tokens=256)
         change_layer, changes, batch = with_one_layer_changed(factoriser), [(0, 1), (2, 3)], windows[0]
-        found = divergences_of_changes(
+        found = forward_changes(
             source_model=source_model,
             change_layer=change_layer,
             changes=changes,
             batch=batch,
             document_mask=windows.document_mask,
-        )
+        ).divergences()
         counted = torch.from_numpy(batch.targets) != IGNORE_INDEX
 
         def log_probabilities(model) -> torch.Tensor:

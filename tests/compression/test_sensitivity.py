@@ -57,15 +57,15 @@ def test_every_layer_alone(original, tiny, tmp_path, capsys):
 def test_it_goes_on_where_it_was_stopped(original, tiny, tmp_path, monkeypatch, capsys):
     command = ["sensitivity", str(original), "--component-heads", "1", "--data", str(tiny.validation)]
     assert main([*command, "--out", str(tmp_path / "whole.json")]) == 0
-    losses_of_changes, calls = module.losses_of_changes, []
+    forward_changes, calls = module.forward_changes, []
 
     def counted(**arguments):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return losses_of_changes(**arguments)
+        return forward_changes(**arguments)
 
-    monkeypatch.setattr(module, "losses_of_changes", counted)
+    monkeypatch.setattr(module, "forward_changes", counted)
     out = tmp_path / "found.json"
     with pytest.raises(KeyboardInterrupt):
         main([*command, "--out", str(out)])

@@ -20,7 +20,7 @@ from common import BenchParser, facts, print_header, print_row
 
 from megatron_mea.compression.budget import allocate_heads
 from megatron_mea.compression.calibrate import CALIBRATION_TOKENS, calibration_windows, head_moments
-from megatron_mea.compression.changes import losses_of_changes
+from megatron_mea.compression.changes import forward_changes
 from megatron_mea.compression.compressed_model import CompressedModel, Factoriser
 from megatron_mea.compression.head_choice import measure_costs
 from megatron_mea.compression.source_model import SourceModel, open_source_model
@@ -54,7 +54,7 @@ def cross_entropy(model: SourceModel | CompressedModel, windows: Windows) -> flo
     """Mean cross-entropy (nats a token) of all windows, computed a layer at a time."""
     total, count = 0.0, 0
     for batch in windows:
-        losses = losses_of_changes(source_model=model, batch=batch, document_mask=windows.document_mask)
+        losses = forward_changes(source_model=model, batch=batch, document_mask=windows.document_mask).losses()
         total += losses[None]
         count += int((batch.targets != IGNORE_INDEX).sum())
 

@@ -21,7 +21,7 @@ from common import BenchParser, print_header, print_row
 from compress import Results
 
 from megatron_mea.compression.calibrate import calibration_windows, embed_windows
-from megatron_mea.compression.changes import divergences_of_changes
+from megatron_mea.compression.changes import forward_changes
 from megatron_mea.compression.latent_fit import LatentLayer, LayerFit
 from megatron_mea.compression.latent_model import LatentDims, latent_settings
 from megatron_mea.compression.source_model import SourceModel, open_source_model
@@ -72,13 +72,13 @@ def measure_layer(fit: LayerFit, *, states: list[torch.Tensor], probes: Windows)
             rows.append({"side": side, "part": part, "dropped": dropped})
 
     for batch in probes:
-        divergences = divergences_of_changes(
+        divergences = forward_changes(
             source_model=source_model,
             change_layer=changed.__getitem__,
             changes=list(changed),
             batch=batch,
             document_mask=probes.document_mask,
-        )
+        ).divergences()
         for (_, index), divergence in divergences.items():
             rows[index]["divergence"] = rows[index].get("divergence", 0.0) + divergence / probes.tokens
 
